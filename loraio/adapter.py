@@ -1,0 +1,320 @@
+"""The adapter itself: frozen data, checked on construction. No files and no modules here.
+
+`Target` is the metadata of one adapted weight and needs no torch to be imported, so that a file's header can be
+checked in a tenth of a second. `Adapter` adds the factor tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from loraio.container import TORCH_DTYPES
+from loraio.errors import AdapterError, ConfigError, ShapeError
+from loraio.kinds import KINDS, Kind
+from loraio.layers import LAYER_TYPES, LayerType
+from loraio.registry import lookup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALE_RULES: dict[str, Callable[[float, int], float]] = {
+    "alpha/r": lambda alpha, rank: alpha / rank,
+    "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
+}
+"""What alpha and rank give; the second is rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Dtypes that base weights and factors may have."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One adapted weight: everything about it but its name and its factors.
+
+    Attributes:
+        rank: r, at least 1.
+        alpha: any finite number, int or float kept as given; `scale` is what it gives.
+        shape: of the base weight, (out, ...).
+        dtype: of the base weight, as a safetensors code: "F32".
+        layer: the class of the module in ``torch.nn``: "Conv2d".
+        base_sha256: of the base weight's bytes, little-endian, C order, 64 hexadecimal digits.
+        groups: of the convolution; 1 for other layers.
+        kind: a name in `loraio.kinds.KINDS`.
+        scale_rule: a name in `SCALE_RULES`.
+        extra: keys of the file that this version does not know; written back as they were.
+
+    Raises:
+        AdapterError: a value is out of range.
+        UnknownNameError: no such kind, layer type or scale rule.
+    """
+
+    rank: int
+    alpha: int | float
+    shape: tuple[int, ...]
+    dtype: str
+    layer: str
+    base_sha256: str
+    groups: int = 1
+    kind: str = "lora"
+    scale_rule: str = "alpha/r"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.rank) or self.rank < 1:
+            raise AdapterError(f"rank is {self.rank!r}, it must be a whole number of at least 1")
+        if not _is_number(self.alpha):
+            raise AdapterError(f"alpha is {self.alpha!r}, it must be a finite number")
+        if not _is_int(self.groups) or self.groups < 1:
+            raise AdapterError(f"groups is {self.groups!r}, it must be a whole number of at least 1")
+        if not isinstance(self.shape, tuple) or not all(_is_int(size) and size >= 1 for size in self.shape):
+            raise AdapterError(f"shape is {self.shape!r}, it must be a tuple of sizes of at least 1")
+        if self.dtype not in FLOAT_DTYPES:
+            raise AdapterError(f"dtype is {self.dtype!r}, it must be one of {', '.join(FLOAT_DTYPES)}")
+        if not isinstance(self.base_sha256, str) or not _SHA256.fullmatch(self.base_sha256):
+            raise AdapterError(f"base_sha256 is {self.base_sha256!r}, it must be 64 hexadecimal digits")
+        lookup(KINDS, self.kind, what="adapter kind")
+        lookup(SCALE_RULES, self.scale_rule, what="scale rule")
+        layer = lookup(LAYER_TYPES, self.layer, what="layer type")
+        if len(self.shape) != layer.dims:
+            raise AdapterError(f"shape is {self.shape}, the weight of a {self.layer} has {layer.dims} dimensions")
+        if self.shape[0] % self.groups:
+            raise AdapterError(f"{self.shape[0]} output channels do not divide into {self.groups} groups")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by, strength apart."""
+        return SCALE_RULES[self.scale_rule](self.alpha, self.rank)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, fan_in)."""
+        return self._layer.matrix_shape(self.shape)
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each factor by its short name: ``{"lora_A": (r, fan_in), "lora_B": (out, r)}``."""
+        return self._kind.shapes(*self.matrix_shape, self.rank)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the factors hold."""
+        return sum(math.prod(shape) for shape in self.factor_shapes.values())
+
+    @property
+    def _layer(self) -> LayerType:
+        return LAYER_TYPES[self.layer]
+
+    @property
+    def _kind(self) -> Kind:
+        return KINDS[self.kind]
+
+    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0) -> Tensor:
+        """The new weight, for use: accumulated in float64, rounded once. Merge, attach and verify all use this.
+
+        Args:
+            weight: the base weight, ``shape``, any float dtype and device.
+            factors: by short name, same device, any float dtype.
+            strength: multiplies the scale; 0 gives the base weight's bits.
+
+        Returns:
+            a new tensor, shape, dtype and device of ``weight``, without gradient.
+        """
+        import torch
+
+        from loraio.lowrank import round_once
+
+        if strength == 0:
+            return weight.detach().clone()
+        with torch.no_grad():
+            if weight.device.type == "mps":  # has no float64
+                moved = {name: factor.cpu() for name, factor in factors.items()}
+                return self.fold(weight.cpu(), moved, strength=strength).to(weight.device)
+            return round_once(self._fold_in(torch.float64, weight, factors, strength), weight.dtype)
+
+    def fold_for_training(self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0) -> Tensor:
+        """The new weight, differentiable, computed in float32 (float64 for float64 weights).
+
+        Equal to `fold` up to the rounding of that dtype; arguments and result as there, with gradients.
+        """
+        import torch
+
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return self._fold_in(dtype, weight, factors, strength).to(weight.dtype)
+
+    def _fold_in(self, dtype: Any, weight: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
+        matrix = self._layer.to_matrix(weight.to(dtype))
+        cast = {name: factor.to(dtype) for name, factor in factors.items()}
+        folded = self._kind.fold(matrix, cast, scale=self.scale * strength)
+        return self._layer.from_matrix(folded, weight.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseReference:
+    """Which base model an adapter was trained on.
+
+    Attributes:
+        sha256: digest of the whole state dict, as `loraio.identity.state_sha256`.
+        network: the network's registered name, None when it has none.
+        extra: keys of the file that this version does not know.
+    """
+
+    sha256: str
+    network: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
+            raise AdapterError(f"the base's sha256 is {self.sha256!r}, it must be 64 hexadecimal digits")
+        if self.network is not None and not isinstance(self.network, str):
+            raise AdapterError(f"the base's network is {self.network!r}, it must be a name or null")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Adapter:
+    """All factors of one training run, for all targets, and what is needed to use them.
+
+    Attributes:
+        targets: by the weight's state-dict name, in the model's order when trained, in name order when read.
+        factors: by the weight's name and the factor's: ``"conv1.weight.lora_A"``. Any device; do not write to them.
+        base: the base model that it belongs to.
+        training: how it came to be: data set, class, hyperparameters, results; plain JSON values.
+        extra: top-level keys of the file that this version does not know.
+
+    Raises:
+        AdapterError: no targets, a factor missing, left over or not finite, a dtype that is not a float, or names
+            that collide.
+        ShapeError: a factor's shape is not what rank and weight shape ask for.
+    """
+
+    targets: Mapping[str, Target]
+    factors: Mapping[str, Tensor]
+    base: BaseReference
+    training: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", MappingProxyType(dict(self.targets)))
+        object.__setattr__(self, "factors", MappingProxyType(dict(self.factors)))
+        check_factors(self.targets, {name: tuple(tensor.shape) for name, tensor in self.factors.items()})
+        problems = []
+        for name, tensor in self.factors.items():
+            if str(tensor.dtype) not in _FLOAT_NAMES:
+                problems.append(f"{name!r} has dtype {tensor.dtype}, not a float that adapters use")
+            elif not bool(tensor.isfinite().all()):
+                bad = int((~tensor.isfinite()).sum())
+                problems.append(f"{name!r} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
+        if problems:
+            raise AdapterError("factors that cannot be used", problems=problems)
+
+    def __eq__(self, other: object) -> bool:
+        """Same metadata and bit-identical factors of the same dtypes."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        parts = ("targets", "base", "training", "extra")
+        return (
+            all(_plain(getattr(self, part)) == _plain(getattr(other, part)) for part in parts)
+            and self.factors.keys() == other.factors.keys()
+            and all(_same_bits(tensor, other.factors[name]) for name, tensor in self.factors.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # tensors have no value hash
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the factors hold, over all targets."""
+        return sum(target.parameters for target in self.targets.values())
+
+    def factors_of(self, name: str) -> dict[str, Tensor]:
+        """The factors of one target by their short names: ``{"lora_A": ..., "lora_B": ...}``.
+
+        Raises:
+            UnknownNameError: no such target.
+        """
+        target = lookup(self.targets, name, what="target")
+        return {short: self.factors[f"{name}.{short}"] for short in target.factor_shapes}
+
+    def fold(self, name: str, weight: Tensor, *, strength: float = 1.0) -> Tensor:
+        """The new weight of one target, rounded once; the factors go to the weight's device.
+
+        Raises:
+            UnknownNameError: no such target.
+            ShapeError: the weight has another shape.
+            AdapterError: the sum overflows the weight's dtype.
+        """
+        target = lookup(self.targets, name, what="target")
+        if tuple(weight.shape) != target.shape:
+            raise ShapeError(f"{name!r}: the weight is {tuple(weight.shape)}, the adapter needs {target.shape}")
+        factors = {short: factor.to(weight.device) for short, factor in self.factors_of(name).items()}
+        folded = target.fold(weight, factors, strength=strength)
+        if not bool(folded.isfinite().all()) and bool(weight.isfinite().all()):
+            raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
+        return folded
+
+
+def check_strength(strength: float) -> float:
+    """The strength as a float.
+
+    Raises:
+        ConfigError: not a finite number.
+    """
+    if not _is_number(strength):
+        raise ConfigError(f"strength is {strength!r}, it must be a finite number")
+    return float(strength)
+
+
+def check_factors(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse targets and factors that do not belong together; needs names and shapes only.
+
+    Args:
+        targets: by weight name.
+        shapes: of the factors, by full name: ``"conv1.weight.lora_A"``.
+
+    Raises:
+        AdapterError: no targets, or factors missing or left over; all of them are listed.
+        ShapeError: shapes that rank and weight shape do not give; all of them are listed.
+    """
+    if not targets:
+        raise AdapterError("an adapter needs at least one target")
+    expected = {f"{name}.{short}": shape for name, t in targets.items() for short, shape in t.factor_shapes.items()}
+    problems = [f"{name!r} is missing" for name in expected if name not in shapes]
+    problems += [f"{name!r} belongs to no target" for name in shapes if name not in expected]
+    if problems:
+        raise AdapterError("targets and factors do not match", problems=problems)
+    problems = [
+        f"{name!r} has the shape {shapes[name]}, rank and weight need {shape}"
+        for name, shape in expected.items()
+        if shapes[name] != shape
+    ]
+    if problems:
+        raise ShapeError("factors of a wrong shape", problems=problems)
+
+
+_FLOAT_NAMES = tuple(f"torch.{TORCH_DTYPES[code]}" for code in FLOAT_DTYPES)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    import torch
+
+    def raw(tensor: Tensor) -> Tensor:  # as bytes: 0.0 and -0.0 are equal as numbers
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    return a.dtype == b.dtype and a.shape == b.shape and raw(a).equal(raw(b))

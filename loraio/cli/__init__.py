@@ -1,0 +1,90 @@
+"""The command line. Every command parses, calls the library and prints; none imports torch before it has to."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+import loraio
+from loraio.cli import evaluate, inspect, merge, predict, pretrain, train, verify
+from loraio.errors import LoraioError
+
+INTERRUPTED = 130
+"""Exit code after ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+class Program(click.Group):
+    """The group: turns errors into text or JSON on stderr and into exit codes."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line and exit: 0 done, 1 failed, 2 wrong command line, 3 a check says no."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        words = list(sys.argv[1:] if args is None else args)
+        as_json, debug = "--json" in words, "--debug" in words
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.UsageError as error:
+            if as_json:
+                _print_error(type(error).__name__, error.format_message(), "loraio COMMAND --help")
+            else:
+                error.show()
+            code = error.exit_code
+        except click.Abort:
+            click.echo("interrupted", err=True)
+            code = INTERRUPTED
+        except LoraioError as error:
+            if debug:
+                raise
+            if as_json:
+                message = "\n".join([error.message, *error.problems])
+                _print_error(type(error).__name__, message, error.hint, where=error.where)
+            else:
+                click.echo(f"{type(error).__name__}: {error}", err=True)
+            code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_error(name: str, message: str, hint: str | None, where: str | None = None) -> None:
+    click.echo(json.dumps({"error": name, "message": message, "where": where, "hint": hint}), err=True)
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(loraio.__version__, prog_name="loraio")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def main(ctx: click.Context, debug: bool) -> None:
+    """LoRA adapters for PyTorch CNNs: train, check, swap and merge them, and prove every step.
+
+    \b
+    Example, with no download:
+      loraio pretrain -o base.safetensors --dataset digits --epochs 20
+      loraio train base.safetensors --digit 3 -o three.safetensors --dataset digits --steps 300
+      loraio evaluate base.safetensors --adapter three.safetensors --dataset digits
+    """
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+
+
+for _command in (
+    pretrain.pretrain,
+    train.train,
+    evaluate.evaluate,
+    predict.predict,
+    inspect.inspect,
+    merge.merge,
+    verify.verify,
+):
+    main.add_command(_command)

@@ -1,0 +1,87 @@
+"""What commands print: the result on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from loraio.training.loop import Progress
+
+PIPE_WIDTH = 140
+"""Columns of a table that does not go to a terminal."""
+
+
+def print_json(command: str, result: Mapping[str, Any]) -> None:
+    """The one object that ``--json`` promises, with the name and version of its layout."""
+    click.echo(json.dumps({"schema": f"loraio/{command}/1", **result}, ensure_ascii=False, allow_nan=False))
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; tables that go to a pipe are not squeezed into 80 columns."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, highlight=False, soft_wrap=False)
+
+
+def table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table: the first column is text, the others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column(columns[0])
+    for column in columns[1:]:
+        made.add_column(column, justify="right")
+    return made
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    click.echo(text, err=True)
+
+
+def size(count: int) -> str:
+    """Bytes for people.
+
+    >>> size(512), size(19_656), size(3_500_000)
+    ('512 bytes', '19.7 kB', '3.5 MB')
+    """
+    if count < 1000:
+        return f"{count} bytes"
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[Progress], None]]:
+    """Where training loops report to: bars on a terminal, lines elsewhere; on stderr in both cases."""
+    if not sys.stderr.isatty():
+        yield lambda now: note(f"{now.label}: step {now.step}/{now.steps}, loss {now.loss:.4f}")
+        return
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("loss {task.fields[loss]:.4f}"),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console(stderr=True)) as bar:
+        tasks: dict[str, bars.TaskID] = {}
+
+        def report(now: Progress) -> None:
+            if now.label not in tasks:
+                tasks[now.label] = bar.add_task(now.label, total=now.steps, loss=now.loss)
+            bar.update(tasks[now.label], completed=now.step, loss=now.loss)
+
+        yield report

@@ -1,0 +1,99 @@
+"""``loraio evaluate``: accuracy and the misread digits, for a base and any number of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loraio.cli import _options, _output
+
+if TYPE_CHECKING:
+    from loraio.training.evaluation import Evaluation
+
+
+@click.command()
+@click.argument("base", type=click.Path())
+@click.option(
+    "--adapter", "adapters", type=click.Path(), multiple=True, help="An adapter, or a folder of them; may be repeated."
+)
+@_options.dataset_option()
+@_options.data_root_option
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True, help="Which images.")
+@_options.strength_option
+@_options.model_option
+@_options.json_option
+def evaluate(
+    base: str,
+    adapters: tuple[str, ...],
+    dataset: str,
+    data_root: str | None,
+    split: str,
+    strength: float,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Count right and wrong answers of BASE, alone and with each adapter.
+
+    The adapters are swapped on one live model, which is the base again at the end.
+
+    \b
+    Example:
+      loraio evaluate base.safetensors --adapter three.safetensors --dataset digits
+    """
+    import loraio
+
+    loaded = {name: loraio.load(path) for name, path in _named(_files(adapters)).items()}
+    network = loraio.load_base(base, model=model)
+    images = loraio.load_dataset(dataset, split, root=data_root)
+    alone, results = loraio.evaluate_each(network, loaded, images, strength=strength)
+    own = {name: adapter.training.get("digit") for name, adapter in loaded.items()}
+    if as_json:
+        rows = {name: result.to_json() for name, result in results.items()}
+        where = {"dataset": dataset, "split": split, "images": len(images)}
+        _output.print_json("evaluate", {**where, "base": alone.to_json(), "adapters": rows})
+        return
+    click.echo(f"{len(images):,} {split} images of {dataset}")
+    _print_counts("Images of each digit that were misread", alone, results, own, "wrong")
+    _print_counts("Other images that were read as each digit", alone, results, own, "false_alarms")
+
+
+def _files(paths: Iterable[str]) -> list[Path]:
+    """Adapter files as given, and those in the folders; other files of a folder are passed over."""
+    from loraio import container
+    from loraio.errors import MissingFileError
+
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = [
+            file
+            for file in sorted(path.glob("*.safetensors"))
+            if "targets" in (container.read_header(file).document() or {})
+        ]
+        if not inside:
+            raise MissingFileError(f"there is no adapter in the folder {str(path)!r}")
+        files += inside
+    return files
+
+
+def _named(files: list[Path]) -> dict[str, Path]:
+    """Files by their stem, by their whole path where two have one stem."""
+    stems = [file.stem for file in files]
+    return {str(file) if stems.count(file.stem) > 1 else file.stem: file for file in files}
+
+
+def _print_counts(
+    title: str, alone: Evaluation, results: dict[str, Evaluation], own: dict[str, int | None], field: str
+) -> None:
+    classes = range(len(alone.wrong))
+    table = _output.table(title, ["", *map(str, classes), "all", "accuracy"])
+    for name, result in [("base", alone), *results.items()]:
+        counts = getattr(result, field)
+        cells = [f"[bold]{counts[n]}[/bold]" if n == own.get(name) else str(counts[n]) for n in classes]
+        table.add_row(name, *cells, str(sum(counts)), f"{result.accuracy:.2%}")
+    _output.console().print(table)

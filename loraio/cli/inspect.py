@@ -1,0 +1,135 @@
+"""``loraio inspect``: what a file is, from its header alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loraio.cli import _options, _output
+
+if TYPE_CHECKING:
+    from loraio.container import Header
+
+
+@click.command()
+@click.argument("file", type=click.Path())
+@_options.json_option
+def inspect(file: str, as_json: bool) -> None:
+    """Say what FILE is, an adapter or a base model. Reads the header only, in a tenth of a second.
+
+    \b
+    Example:
+      loraio inspect three.safetensors --json
+    """
+    from loraio import container
+
+    header = container.read_header(file)
+    document = header.document() or {}
+    facts = _adapter_facts(header) if "targets" in document else _base_facts(header, document)
+    facts = {"file": file, "bytes": header.file_bytes, "header_bytes": header.header_bytes, **facts}
+    if as_json:
+        _output.print_json("inspect", facts)
+    elif facts["type"] == "adapter":
+        _print_adapter(facts)
+    else:
+        _print_base(facts)
+
+
+def _adapter_facts(header: Header) -> dict[str, Any]:
+    from loraio.formats.native import FORMAT_VERSION, read_metadata
+
+    metadata = read_metadata(header)
+    targets = metadata.targets
+    ranks, alphas = ({getattr(target, key) for target in targets.values()} for key in ("rank", "alpha"))
+    return {
+        "type": "adapter",
+        "dialect": "native",
+        "format_version": FORMAT_VERSION,
+        "rank": ranks.pop() if len(ranks) == 1 else None,
+        "alpha": alphas.pop() if len(alphas) == 1 else None,
+        "parameters": sum(target.parameters for target in targets.values()),
+        "targets": {
+            name: {
+                "kind": target.kind,
+                "layer": target.layer,
+                "groups": target.groups,
+                "shape": list(target.shape),
+                "dtype": target.dtype,
+                "rank": target.rank,
+                "alpha": target.alpha,
+                "scale_rule": target.scale_rule,
+                "scale": target.scale,
+                "parameters": target.parameters,
+                "base_sha256": target.base_sha256,
+            }
+            for name, target in targets.items()
+        },
+        "base": {"network": metadata.base.network, "sha256": metadata.base.sha256},
+        "training": metadata.training,
+    }
+
+
+def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
+    import math
+
+    tensors = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sorted(header.tensors.items())}
+    return {
+        "type": "base",
+        "network": document.get("network"),
+        "sha256": document.get("sha256"),
+        "parameters": sum(math.prod(info.shape) for info in header.tensors.values()),
+        "tensors": tensors,
+        "merged": document.get("merged", []),
+        "training": document.get("training", {}),
+    }
+
+
+def _print_adapter(facts: dict[str, Any]) -> None:
+    base, training = facts["base"], facts["training"]
+    click.echo(
+        f"{facts['file']}: adapter, {facts['dialect']} format version {facts['format_version']}, "
+        f"{facts['parameters']:,} parameters, {_output.size(facts['bytes'])}"
+    )
+    click.echo(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
+    table = _output.table("Targets", ["weight", "layer", "shape", "kind", "rank", "alpha", "scale", "parameters"])
+    for name, target in facts["targets"].items():
+        shape = "x".join(map(str, target["shape"]))
+        numbers = (target["rank"], target["alpha"], f"{target['scale']:g}", f"{target['parameters']:,}")
+        table.add_row(name, target["layer"], shape, target["kind"], *map(str, numbers))
+    _output.console().print(table)
+    _print_training(training)
+
+
+def _print_base(facts: dict[str, Any]) -> None:
+    network = facts["network"] or "network not named"
+    size = _output.size(facts["bytes"])
+    click.echo(f"{facts['file']}: base model, {network}, {facts['parameters']:,} parameters, {size}")
+    if facts["sha256"]:
+        click.echo(f"sha256 {facts['sha256']}")
+    for receipt in facts["merged"]:
+        click.echo(f"merged: adapter {receipt['adapter_sha256'][:12]}.. at strength {receipt['strength']:g}")
+    table = _output.table("Tensors", ["name", "dtype", "shape"])
+    for name, tensor in facts["tensors"].items():
+        table.add_row(name, tensor["dtype"], "x".join(map(str, tensor["shape"])) or "scalar")
+    _output.console().print(table)
+    _print_training(facts["training"])
+
+
+def _print_training(training: dict[str, Any]) -> None:
+    for key, value in training.items():
+        if key == "results":
+            _print_results(value)
+        elif isinstance(value, dict):
+            click.echo(f"{key}: {', '.join(f'{name} {part}' for name, part in value.items())}")
+        else:
+            click.echo(f"{key}: {value}")
+
+
+def _print_results(results: dict[str, Any]) -> None:
+    for when in ("before", "after"):
+        if when in results:
+            found = results[when]
+            click.echo(
+                f"{when}: {found['accuracy']:.2%} right, wrong for each class: {' '.join(map(str, found['wrong']))}"
+            )

@@ -1,0 +1,48 @@
+"""``loraio predict``: which digit an image shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loraio.cli import _options, _output
+
+
+@click.command()
+@click.argument("base", type=click.Path())
+@click.argument("images", type=click.Path(), nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--adapter", type=click.Path(), default=None, help="An adapter to attach.")
+@_options.strength_option
+@_options.model_option
+@_options.json_option
+def predict(
+    base: str, images: tuple[str, ...], adapter: str | None, strength: float, model: str | None, as_json: bool
+) -> None:
+    """Read the digit in each IMAGE, a PNG or JPEG of any size, dark on light or light on dark.
+
+    \b
+    Example:
+      loraio predict base.safetensors photo.jpg --adapter three.safetensors
+    """
+    import torch
+
+    import loraio
+
+    loaded = loraio.load(adapter) if adapter is not None else None
+    network = loraio.load_base(base, model=model)
+    pixels = torch.cat([loraio.read_image(image) for image in images])
+    if loaded is None:
+        outputs = loraio.predict(network, pixels)
+    else:
+        with loraio.attach(network, loaded, strength):
+            outputs = loraio.predict(network, pixels)
+    rows: list[dict[str, Any]] = [
+        {"image": image, "digit": int(shares.argmax()), "probabilities": shares.tolist()}
+        for image, shares in zip(images, outputs.double().softmax(1), strict=True)
+    ]
+    if as_json:
+        _output.print_json("predict", {"base": base, "adapter": adapter, "predictions": rows})
+        return
+    for row in rows:
+        click.echo(f"{row['image']}: {row['digit']} ({max(row['probabilities']):.1%})")

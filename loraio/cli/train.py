@@ -1,0 +1,115 @@
+"""``loraio train``: adapters on a frozen base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loraio.cli import _options, _output
+
+FILE_NAME = "digit-{}.safetensors"
+"""Name of each file that ``--digit all`` makes."""
+
+
+@click.command()
+@click.argument("base", type=click.Path())
+@click.option("--digit", type=_options.Digit(), required=True, help="The class to adapt to; all makes one file each.")
+@click.option("-o", "--output", type=click.Path(), required=True, help="The adapter file; with --digit all a folder.")
+@click.option("--rank", type=click.IntRange(min=1), default=4, show_default=True, help="Inner size of the factors, r.")
+@click.option("--alpha", type=_options.Number(), default=None, help="Scale is alpha / r.  [default: the rank]")
+@click.option(
+    "--targets",
+    type=_options.Words(),
+    default="conv",
+    show_default=True,
+    help="Weights to adapt, with commas: conv, linear, all, or globs such as 'conv[12]'.",
+)
+@click.option(
+    "--focus",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Share of each batch drawn from the digit; 1 teaches to answer it always.",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Batches.  [default: one pass over the data]")
+@_options.lr_option
+@_options.batch_size_option
+@click.option("--init", default="kaiming", show_default=True, metavar="NAME", help="Start of A: kaiming or gaussian.")
+@_options.seed_option
+@_options.dataset_option()
+@_options.data_root_option
+@_options.model_option
+@_options.force_option
+@_options.json_option
+def train(
+    base: str,
+    digit: int | str,
+    output: str,
+    dataset: str,
+    data_root: str | None,
+    model: str | None,
+    force: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train LoRA factors on a frozen BASE and save them alone.
+
+    \b
+    Example:
+      loraio train base.safetensors --digit 3 -o three.safetensors --dataset digits --steps 300
+    """
+    import loraio
+
+    config = loraio.TrainConfig(**settings)
+    digits = None if digit == "all" else [int(digit)]
+    _check_outputs(base, output, digits, force=force)
+    network = loraio.load_base(base, model=model)
+    data, held_out = (loraio.load_dataset(dataset, split, root=data_root) for split in ("train", "test"))
+    with _output.progress() as report:
+        adapters = loraio.train_each(network, config, data, digits=digits, held_out=held_out, on_progress=report)
+    if digits is None:
+        Path(output).mkdir(exist_ok=True)
+    rows = []
+    for n, adapter in adapters.items():
+        file = Path(output) / FILE_NAME.format(n) if digits is None else Path(output)
+        loraio.save(adapter, file, overwrite=force)
+        results = {key: adapter.training["results"][key] for key in ("before", "after")}
+        rows.append({"file": str(file), "digit": n, "bytes": file.stat().st_size, **results})
+    parameters = loraio.parameter_report(network, next(iter(adapters.values())))
+    if as_json:
+        _output.print_json("train", {"base": base, "parameters": parameters, "adapters": rows})
+        return
+    _print_rows(rows, len(held_out))
+    click.echo(
+        f"{parameters['adapted']:,} parameters in the adapted layers, {parameters['added']:,} added: "
+        f"{parameters['percent']:.3f} %"
+    )
+
+
+def _check_outputs(base: str, output: str, digits: list[int] | None, *, force: bool) -> None:
+    """Refuse before the training what could not be written after it."""
+    from loraio import container
+    from loraio.errors import OutputError
+
+    if digits is not None:
+        container.check_output(output, overwrite=force, inputs=[base])
+    elif Path(output).is_file():
+        raise OutputError(f"{output!r} is a file", hint="with --digit all the output is a folder")
+    elif Path(output).is_dir():
+        for file in sorted(Path(output).glob(FILE_NAME.format("*"))):
+            container.check_output(file, overwrite=force, inputs=[base])
+    else:
+        container.check_output(output)
+
+
+def _print_rows(rows: list[dict[str, Any]], images: int) -> None:
+    columns = ("adapter", "size", "own digit wrong", "with it", "accuracy", "with it")
+    table = _output.table(f"On {images:,} test images", columns)
+    for row in rows:
+        n, before, after = row["digit"], row["before"], row["after"]
+        wrong = [str(result["wrong"][n]) for result in (before, after)]
+        accuracy = [f"{result['accuracy']:.2%}" for result in (before, after)]
+        table.add_row(row["file"], _output.size(row["bytes"]), *wrong, *accuracy)
+    _output.console().print(table)

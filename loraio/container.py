@@ -1,0 +1,381 @@
+"""safetensors in and out: a strict header reader that needs no torch, and byte-stable, atomic writing.
+
+The header is parsed and checked here before the safetensors library sees the file, because the library accepts what
+this project must not: tensor names that occur twice, for example. All of loraio's metadata is one JSON document under
+the single header key ``loraio``: safetensors writes several keys in an order that changes from run to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from loraio.errors import FormatError, MissingFileError, OutputError, OutputExistsError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+METADATA_KEY = "loraio"
+"""The header key that holds the JSON document."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""The longest header that is read; the safetensors library has the same limit."""
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits in one element, by the dtype code of safetensors headers."""
+
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F16": "float16",
+    "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+}  # fmt: skip
+"""The torch dtype of each code that a tensor of a network can have, as the attribute name in ``torch``."""
+
+_CODES = {name: code for code, name in TORCH_DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a header: dtype code, shape, and its bytes as offsets into the data part of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What the first bytes of a safetensors file say, checked.
+
+    Attributes:
+        path: the file.
+        tensors: by name, in the order of their bytes.
+        metadata: the strings under ``__metadata__``; empty when there is none.
+        header_bytes: length of the JSON header, without the eight bytes that hold this length.
+        file_bytes: length of the whole file.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    header_bytes: int
+    file_bytes: int
+
+    def document(self) -> dict[str, Any] | None:
+        """The JSON document under the key ``loraio``, or None when the file has none.
+
+        Raises:
+            FormatError: it is not JSON, not an object, or names a key twice.
+        """
+        text = self.metadata.get(METADATA_KEY)
+        if text is None:
+            return None
+        document = _parse_json(text, where=f"the metadata of {str(self.path)!r}")
+        if not isinstance(document, dict):
+            raise FormatError("the loraio metadata is not a JSON object", where=f"{str(self.path)!r}")
+        return document
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """The safetensors code of a torch dtype: ``F32`` for ``torch.float32``.
+
+    Raises:
+        FormatError: safetensors has no code for it.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _CODES:
+        raise FormatError(f"tensors of dtype {name} cannot be stored in a safetensors file")
+    return _CODES[name]
+
+
+def canonical_json(document: Mapping[str, Any]) -> str:
+    """The one text of a JSON document: keys sorted, no spaces, NaN and infinities refused.
+
+    >>> canonical_json({"b": 1, "a": [0.5]})
+    '{"a":[0.5],"b":1}'
+    """
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+# Reading
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a safetensors file, checked in full, without reading a tensor and without torch.
+
+    Raises:
+        MissingFileError: there is no such file.
+        FormatError: anything that the safetensors specification forbids, and duplicate names, which it does not.
+    """
+    path = Path(path)
+    where = f"{str(path)!r}"
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            if len(start) < 8:
+                raise FormatError(f"{size} bytes are too few for a safetensors file", where=where)
+            length = int.from_bytes(start, "little")
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                raise FormatError(_not_safetensors(start + file.read(64), length, size), where=where)
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise MissingFileError(f"{str(path)!r} does not exist") from None
+    except OSError as error:
+        raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the header is not UTF-8: {error}", where=where) from error
+    if not text.startswith("{"):
+        raise FormatError(_not_safetensors(start + raw[:64], length, size), where=where)
+    entries = _parse_json(text, where=f"the header of {where}")
+    metadata = _check_metadata(entries.pop("__metadata__", None), where)
+    tensors = {name: _check_entry(name, entry, where) for name, entry in entries.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+    _check_offsets(tensors, size - 8 - length, where)
+    return Header(path=path, tensors=tensors, metadata=metadata, header_bytes=length, file_bytes=size)
+
+
+def read_tensors(header: Header) -> dict[str, Tensor]:
+    """All tensors of the file, on the CPU, in memory of their own: the file may change or go away afterwards.
+
+    Raises:
+        FormatError: the file is no longer what its header said, or holds a dtype that torch lacks.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for name, info in header.tensors.items():
+        if info.dtype not in TORCH_DTYPES:
+            raise FormatError(f"{name!r} has dtype {info.dtype}, which cannot be read", where=f"{str(header.path)!r}")
+    try:
+        with safe_open(header.path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name).clone() for name in header.tensors}
+    except FileNotFoundError:
+        raise MissingFileError(f"{str(header.path)!r} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"the file cannot be read: {error}", where=f"{str(header.path)!r}") from error
+
+
+def _parse_json(text: str, *, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise FormatError(f"the key {key!r} occurs twice", where=where)
+            found[key] = value
+        return found
+
+    def refuse(constant: str) -> NoReturn:
+        raise FormatError(f"{constant} is not a JSON number", where=where)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise FormatError("the JSON is nested too deeply", where=where) from None
+    except FormatError:
+        raise
+    except ValueError as error:  # JSONDecodeError, and integers of too many digits
+        raise FormatError(f"not JSON: {error}", where=where) from error
+
+
+def _check_metadata(metadata: Any, where: str) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("__metadata__ is not an object of strings", where=where)
+    return metadata
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _check_entry(name: str, entry: Any, where: str) -> TensorInfo:
+    if not name:
+        raise FormatError("a tensor has an empty name", where=where)
+    if not isinstance(entry, dict):
+        raise FormatError(f"the entry of tensor {name!r} is not an object", where=where)
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise FormatError(f"tensor {name!r} has dtype {dtype!r}, which safetensors does not know", where=where)
+    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+        raise FormatError(f"tensor {name!r} has the shape {shape!r}, not a list of sizes", where=where)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise FormatError(f"tensor {name!r} has data_offsets {offsets!r}, not two offsets", where=where)
+    begin, end = offsets
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or end - begin != bits // 8:
+        raise FormatError(
+            f"tensor {name!r} has {end - begin} bytes, {dtype} of shape {tuple(shape)} needs {bits / 8:g}", where=where
+        )
+    return TensorInfo(dtype, tuple(shape), begin, end)
+
+
+def _check_offsets(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> None:
+    position = 0
+    for name, info in tensors.items():
+        if info.begin != position:
+            problem = "overlaps the one before it" if info.begin < position else "leaves a hole before it"
+            raise FormatError(f"tensor {name!r} starts at byte {info.begin} and {problem} ({position})", where=where)
+        position = info.end
+    if position != data_bytes:
+        raise FormatError(f"the tensors fill {position} bytes, the file has {data_bytes} after its header", where=where)
+
+
+def _not_safetensors(start: bytes, length: int, size: int) -> str:
+    """What a file seems to be whose first eight bytes are no header length."""
+    for signature, what in (
+        (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull` to fetch the file itself"),
+        (b"PK\x03\x04", "a zip archive; torch.save writes these: a base of that kind needs the ending .pt or .pth"),
+        (b"\x80", "a pickle, perhaps an old torch.save file"),
+        (b"<", "an HTML or XML page"),
+    ):
+        if start.startswith(signature):
+            return f"not a safetensors file but {what}"
+    if start[8:9] == b"{":
+        return f"truncated: the header alone has {length} bytes, the file {size}"
+    return "not a safetensors file"
+
+
+# Writing
+
+
+def check_output(
+    path: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> Path:
+    """Refuse an output that could not or must not be written, before any work is done.
+
+    Returns:
+        the file that will be written: ``path`` with symbolic links followed.
+
+    Raises:
+        OutputExistsError: it exists and ``overwrite`` is false, or it is one of ``inputs``.
+        OutputError: its folder is missing or not writable, or it is a folder itself.
+    """
+    target = Path(os.path.realpath(path))
+    name = f"{os.fspath(path)!r}"
+    if target.is_dir():
+        raise OutputError(f"{name} is a folder", hint="name a file")
+    for source in inputs:
+        if target.exists() and Path(source).exists() and target.samefile(source):
+            raise OutputExistsError(f"{name} is also an input", hint="name another output")
+    if target.exists() and not overwrite:
+        raise OutputExistsError(f"{name} exists", hint="pass --force to replace it (overwrite=True in Python)")
+    if not target.parent.is_dir():
+        raise OutputError(f"the folder of {name} does not exist", hint=f"mkdir -p {str(target.parent)!r}")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder of {name} is not writable")
+    return target
+
+
+@contextlib.contextmanager
+def staged(
+    path: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> Iterator[Path]:
+    """A temporary file beside ``path`` that gets its name when the block ends well, and is removed when it does not.
+
+    At every moment ``path`` is the old file, whole, or the new one, whole. Folders and file are flushed to the disk;
+    the mode is that of the file replaced, else what the umask gives; a symbolic link stays a link. Without
+    ``overwrite`` a file that appears in the meantime is not replaced either.
+
+    Raises:
+        OutputExistsError, OutputError: as `check_output`, and when the system refuses a write.
+    """
+    target = check_output(path, overwrite=overwrite, inputs=inputs)
+    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    name = f"{os.fspath(path)!r}"
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o7777)
+        _fsync(temporary)
+        if overwrite:
+            temporary.replace(target)
+        else:
+            _rename_unless_exists(temporary, target, name)
+        _fsync(target.parent)
+    except OSError as error:
+        if isinstance(error, OutputExistsError | OutputError | MissingFileError):
+            raise
+        raise OutputError(f"{name} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    document: Mapping[str, Any],
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write one safetensors file, atomically; the same tensors and document always give the same bytes.
+
+    Args:
+        tensors: any device; brought to the CPU, made contiguous, and copied where two share memory.
+        path: the file to make.
+        document: goes under the header key ``loraio``, as canonical JSON.
+        overwrite: replace an existing file.
+        inputs: files that the output must not be.
+        check: called with the temporary file before it gets its name; if it raises, nothing was written.
+
+    Raises:
+        OutputExistsError, OutputError: as `staged`.
+        FormatError: a tensor name or dtype that a safetensors file cannot hold.
+    """
+    from safetensors.torch import save
+
+    seen: set[int] = set()
+    ready: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name or name == "__metadata__":
+            raise FormatError(f"a tensor cannot be named {name!r} in a safetensors file", where=f"{os.fspath(path)!r}")
+        dtype_code(tensor.dtype)
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        ready[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    data = save(ready, metadata={METADATA_KEY: canonical_json(document)})
+    with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
+        temporary.write_bytes(data)
+        if check is not None:
+            check(temporary)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EROFS) or path.is_file():  # some filesystems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _rename_unless_exists(temporary: Path, target: Path, name: str) -> None:
+    try:
+        os.link(temporary, target)  # unlike rename, fails when the name is taken
+    except FileExistsError:
+        raise OutputExistsError(f"{name} appeared while it was being written") from None
+    except OSError:  # a filesystem without hard links
+        if target.exists():
+            raise OutputExistsError(f"{name} appeared while it was being written") from None
+        temporary.replace(target)

@@ -1,0 +1,159 @@
+"""The native format, version 1. `SPEC.md` beside this file says it in words precise enough for a second reader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraio import container
+from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference, Target, check_factors
+from loraio.container import METADATA_KEY, Header
+from loraio.errors import AdapterError, FormatError, LoraioError
+
+FORMAT_VERSION = 1
+
+_DOCUMENT_KEYS: dict[str, type | tuple[type, ...]] = {
+    "format_version": int,
+    "targets": dict,
+    "base": dict,
+    "training": dict,
+}
+_BASE_KEYS: dict[str, type | tuple[type, ...]] = {"network": (str, type(None)), "sha256": str}
+_TARGET_KEYS: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "rank": int,
+    "alpha": (int, float),
+    "scale_rule": str,
+    "shape": list,
+    "dtype": str,
+    "layer": str,
+    "groups": int,
+    "base_sha256": str,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeMetadata:
+    """The metadata of a native file, checked against the tensors that its header lists."""
+
+    targets: dict[str, Target]
+    base: BaseReference
+    training: dict[str, Any]
+    extra: dict[str, Any]
+
+
+class Native:
+    """Our own dialect: one safetensors file, all metadata in one JSON document."""
+
+    name = "native"
+
+    def detect(self, header: Header) -> bool:
+        """Whether the file's loraio metadata describes targets."""
+        return "targets" in (header.document() or {})
+
+    def read(self, header: Header) -> Adapter:
+        """The adapter; see `loraio.load`."""
+        metadata = read_metadata(header)
+        tensors = container.read_tensors(header)
+        names = [f"{name}.{short}" for name, target in metadata.targets.items() for short in target.factor_shapes]
+        try:
+            return Adapter(
+                targets=metadata.targets,
+                factors={name: tensors[name] for name in names},
+                base=metadata.base,
+                training=metadata.training,
+                extra=metadata.extra,
+            )
+        except LoraioError as error:
+            raise _located(error, header) from error
+
+    def write(self, adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool) -> None:
+        """Write the adapter; see `loraio.save`."""
+        document = to_document(adapter)
+        try:
+            container.canonical_json(document)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"the adapter's metadata is not plain JSON: {error}") from error
+        container.write(adapter.factors, path, document=document, overwrite=overwrite)
+
+
+def to_document(adapter: Adapter) -> dict[str, Any]:
+    """The JSON document of an adapter, as it stands under the header key ``loraio``."""
+    return {
+        **adapter.extra,
+        "format_version": FORMAT_VERSION,
+        "targets": {
+            name: {
+                **target.extra,
+                **{key: getattr(target, key) for key in _TARGET_KEYS},
+                "shape": list(target.shape),
+            }
+            for name, target in adapter.targets.items()
+        },
+        "base": {**adapter.base.extra, "network": adapter.base.network, "sha256": adapter.base.sha256},
+        "training": dict(adapter.training),
+    }
+
+
+def read_metadata(header: Header) -> NativeMetadata:
+    """What the header alone says: metadata and tensor shapes, checked against each other. Needs no torch.
+
+    Raises:
+        FormatError: no loraio metadata, an unknown version, a key missing or of a wrong type, a factor's dtype.
+        AdapterError: a target that contradicts itself, or targets and tensors that do not match.
+        UnknownNameError: a kind, layer type or scale rule that this version does not know.
+    """
+    where = f"{str(header.path)!r}"
+    document = header.document()
+    if document is None:
+        raise FormatError(f"there is no {METADATA_KEY!r} metadata", where=where)
+    version = document.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise FormatError(
+            f"format version {version!r}, this loraio reads version {FORMAT_VERSION}",
+            where=where,
+            hint="a newer loraio" if isinstance(version, int) and version > FORMAT_VERSION else None,
+        )
+    _check_keys(document, _DOCUMENT_KEYS, "the metadata", where)
+    _check_keys(document["base"], _BASE_KEYS, "'base'", where)
+    targets: dict[str, Target] = {}
+    try:
+        for name, entry in document["targets"].items():
+            _check_keys(entry, _TARGET_KEYS, f"target {name!r}", where)
+            known = {key: entry[key] for key in _TARGET_KEYS} | {"shape": tuple(entry["shape"])}
+            targets[name] = Target(**known, extra=_others(entry, _TARGET_KEYS))
+        check_factors(targets, {name: info.shape for name, info in header.tensors.items()})
+        base = BaseReference(
+            **{key: document["base"][key] for key in _BASE_KEYS}, extra=_others(document["base"], _BASE_KEYS)
+        )
+    except FormatError:
+        raise
+    except LoraioError as error:
+        raise _located(error, header) from error
+    for name, info in header.tensors.items():
+        if info.dtype not in FLOAT_DTYPES:
+            raise FormatError(f"{name!r} is {info.dtype}, factors are one of {', '.join(FLOAT_DTYPES)}", where=where)
+    return NativeMetadata(
+        targets=targets, base=base, training=document["training"], extra=_others(document, _DOCUMENT_KEYS)
+    )
+
+
+def _check_keys(entry: Any, keys: Mapping[str, type | tuple[type, ...]], what: str, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise FormatError(f"{what} is not a JSON object", where=where)
+    for key, types in keys.items():
+        if key not in entry:
+            raise FormatError(f"{what} has no {key!r}", where=where)
+        if not isinstance(entry[key], types) or isinstance(entry[key], bool):
+            raise FormatError(f"{what} has {key!r}: {entry[key]!r}, of a wrong type", where=where)
+
+
+def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in known}
+
+
+def _located(error: LoraioError, header: Header) -> LoraioError:
+    """The same error, with the file's name."""
+    return type(error)(error.message, problems=error.problems, where=f"{str(header.path)!r}", hint=error.hint)

@@ -1,0 +1,49 @@
+"""Adapter kinds: which factors an adapter has for a weight matrix, and how they change it.
+
+A kind works on matrices (out, fan_in); `loraio.layers` turns weights into matrices. A new kind is one file here and
+one line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loraio.kinds.lora import Lora
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Kind(Protocol):
+    """What an adapter kind has to say about itself."""
+
+    @property
+    def name(self) -> str:
+        """As written in files."""
+        ...
+
+    def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """The factors' names and shapes, for a weight matrix (out, fan_in)."""
+        ...
+
+    def init(self, weight: Tensor, rank: int, *, method: str, generator: torch.Generator) -> dict[str, Tensor]:
+        """Start values: float32 on the CPU, drawn from ``generator``, such that `fold` gives the base weight."""
+        ...
+
+    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor:
+        """The new weight matrix, differentiable, in the dtype that weight and factors share."""
+        ...
+
+    def reference(self, weight: Any, factors: Mapping[str, Any], *, scale: float) -> tuple[Any, Any]:
+        """The same matrix by another route, and a bound on its error; NumPy float64 arrays in and out.
+
+        Only verification calls it. It shares no code with `fold`, so that a mistake in one shows against the other.
+        """
+        ...
+
+
+KINDS: dict[str, Kind] = {
+    "lora": Lora(),
+}

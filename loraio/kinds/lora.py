@@ -1,0 +1,92 @@
+"""LoRA: a weight matrix plus the product of two thin ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from loraio.registry import lookup
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Lora:
+    """``W + scale * (B @ A)``, with ``lora_A`` (r, fan_in) and ``lora_B`` (out, r).
+
+    Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, section 4.1.
+    """
+
+    name = "lora"
+
+    def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
+        """Factor names and shapes.
+
+        >>> Lora().shapes(64, 288, 4)
+        {'lora_A': (4, 288), 'lora_B': (64, 4)}
+        """
+        return {"lora_A": (rank, fan_in), "lora_B": (out, rank)}
+
+    def init(self, weight: Tensor, rank: int, *, method: str, generator: torch.Generator) -> dict[str, Tensor]:
+        """A from a seeded distribution, B zero: the product starts at zero and the network at its base.
+
+        Args:
+            weight: (out, fan_in); only its shape counts.
+            rank: r, at least 1.
+            method: a name in `INITS`.
+            generator: on the CPU.
+
+        Returns:
+            float32 on the CPU.
+
+        Raises:
+            UnknownNameError: no such method.
+        """
+        import torch
+
+        out, fan_in = weight.shape
+        draw = lookup(INITS, method, what="initialisation")
+        lora_A = draw(torch.empty(rank, fan_in, dtype=torch.float32), generator)
+        return {"lora_A": lora_A, "lora_B": torch.zeros(out, rank, dtype=torch.float32)}
+
+    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor:
+        """``W + scale * (B @ A)`` in one pass; weight and factors in one dtype, on one device.
+
+        >>> import torch
+        >>> W, A, B = torch.zeros(4, 9), torch.ones(2, 9), torch.ones(4, 2)
+        >>> Lora().fold(W, {"lora_A": A, "lora_B": B}, scale=0.5).unique().item()
+        1.0
+        """
+        return weight.addmm(factors["lora_B"], factors["lora_A"], alpha=scale)
+
+    def reference(self, weight: Any, factors: Mapping[str, Any], *, scale: float) -> tuple[Any, Any]:
+        """The same in NumPy float64, summed rank by rank, with a bound on its rounding error for each element.
+
+        The bound is that of any order of the r + 1 additions: (r + 3) * 2**-53 times the sum of the magnitudes,
+        once for this sum and once for the one that it is compared with (Higham 2002, Accuracy and Stability of
+        Numerical Algorithms, section 3.1).
+        """
+        import numpy as np
+
+        result, magnitude = weight.copy(), np.abs(weight)
+        for a, b in zip(factors["lora_A"], factors["lora_B"].T, strict=True):
+            term = scale * np.outer(b, a)
+            result += term
+            magnitude += np.abs(term)
+        return result, 2 * (len(factors["lora_A"]) + 3) * 2.0**-53 * magnitude
+
+
+def _kaiming(lora_A: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform in +-1/sqrt(fan_in): He initialisation with a = sqrt(5), the start of torch's own layers."""
+    bound = lora_A.shape[1] ** -0.5
+    return lora_A.uniform_(-bound, bound, generator=generator)
+
+
+def _gaussian(lora_A: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal with mean 0 and standard deviation 1: large steps, since the gradient of B grows with A."""
+    return lora_A.normal_(generator=generator)
+
+
+INITS = {"kaiming": _kaiming, "gaussian": _gaussian}
+"""Start distributions of lora_A, by the name that ``--init`` takes."""

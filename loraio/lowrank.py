@@ -1,0 +1,107 @@
+"""Pure functions on factor matrices and on the rounding of their products. Tensors in, new tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraio.errors import ConfigError, ShapeError
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The two factors of the best approximation of a matrix at a given rank.
+
+    The singular values are shared out evenly, sqrt(S) to each side, so that neither factor dwarfs the other.
+
+    Args:
+        matrix: (out, in), float32 or float64.
+        rank: 1 to min(out, in).
+
+    Returns:
+        B (out, rank) and A (rank, in) with ``B @ A`` nearest to ``matrix`` in the Frobenius norm, dtype and device
+        of ``matrix``.
+
+    Raises:
+        ShapeError: not a matrix.
+        ConfigError: the rank is out of range.
+
+    >>> B, A = truncated_svd(torch.ones(10, 10), 2)
+    >>> tuple(B.shape), tuple(A.shape), torch.allclose(B @ A, torch.ones(10, 10), atol=1e-5)
+    ((10, 2), (2, 10), True)
+
+    Eckart and Young 1936, The approximation of one matrix by another of lower rank.
+    """
+    if matrix.ndim != 2:
+        raise ShapeError(f"a matrix has two dimensions, not the shape {tuple(matrix.shape)}")
+    if not 1 <= rank <= min(matrix.shape):
+        raise ConfigError(f"rank {rank} is outside 1 to {min(matrix.shape)} for a {tuple(matrix.shape)} matrix")
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = S[:rank].sqrt()
+    return U[:, :rank] * root, root[:, None] * Vh[:rank]
+
+
+def effective_rank(matrix: Tensor, *, tolerance: float | None = None) -> int:
+    """How many singular values of a matrix stand out from rounding error.
+
+    Args:
+        matrix: (out, in), any float dtype.
+        tolerance: relative to the largest singular value; by default max(out, in) * eps of the dtype.
+
+    >>> effective_rank(torch.ones(10, 2) @ torch.ones(2, 10))
+    1
+    """
+    return int(torch.linalg.matrix_rank(matrix, rtol=tolerance))
+
+
+def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 values rounded to another float dtype, once, to nearest, ties to even.
+
+    torch converts float64 to float16 and bfloat16 by way of float32, which rounds twice and is wrong by an ulp when
+    the first rounding lands on a tie of the second. Rounding to odd in between cures that.
+
+    Args:
+        exact: float64, any shape.
+        dtype: float64, float32, float16 or bfloat16.
+
+    Returns:
+        the shape and device of ``exact``, in ``dtype``.
+
+    >>> x = torch.tensor([1 + 2**-11 + 2**-40], dtype=torch.float64)  # a hair above a tie of float16
+    >>> x.half().item() == 1.0, round_once(x, torch.float16).item() == 1 + 2**-10
+    (True, True)
+
+    Boldo and Melquiond 2008, Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd,
+    IEEE Transactions on Computers 57(4).
+    """
+    if dtype in (torch.float64, torch.float32):
+        return exact.to(dtype)
+    near = exact.to(torch.float32)
+    error = exact - near.double()
+    bits = near.view(torch.int32)
+    even = (bits & 1) == 0
+    # The other float32 neighbour is odd where this one is even. A step of one in the bit pattern moves away from
+    # zero, so it is the right step where the error points away from zero too. Infinities and NaN stay.
+    away = torch.where((error > 0) == (near > 0), 1, -1).to(torch.int32)
+    from_zero = near == 0  # too small for float32: the neighbour is the smallest number of the error's sign
+    stepped = torch.where(from_zero, torch.where(error < 0, -(2**31) + 1, 1).to(torch.int32), bits + away)
+    odd = torch.where(even & (error != 0) & torch.isfinite(near), stepped, bits)
+    return odd.view(torch.float32).to(dtype)
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of a float dtype at given values: one unit in the last place.
+
+    Args:
+        values: float64, any shape.
+        dtype: the float dtype whose spacing is asked for.
+
+    Returns:
+        float64, the shape of ``values``; below the normal range the spacing of the subnormal numbers.
+
+    >>> ulp(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.float32).tolist() == [2**-23, 2**-22]
+    True
+    """
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values)  # values = m * 2**exponent, 0.5 <= |m| < 1
+    spacing = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
+    return spacing.clamp(min=info.tiny * info.eps)

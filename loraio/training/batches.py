@@ -1,0 +1,73 @@
+"""Which images make which batch, decided for a whole run at once: no per-sample work in the training loop."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraio.errors import DataError
+
+
+def epoch_batches(images: int, batch_size: int, epochs: int, *, generator: torch.Generator) -> list[Tensor]:
+    """Every image once an epoch, in an order drawn anew for each.
+
+    Returns:
+        int64 index tensors of ``batch_size``; the last of an epoch may be shorter.
+    """
+    return [batch for _ in range(epochs) for batch in torch.randperm(images, generator=generator).split(batch_size)]
+
+
+def focused_batches(
+    labels: Tensor, digit: int | None, *, focus: float, batch_size: int, steps: int, generator: torch.Generator
+) -> Tensor:
+    """Batches in which one digit has a fixed share and the others share the rest evenly.
+
+    Images of a class are taken in a random order, each once before any comes twice.
+
+    Args:
+        labels: (n,), int64.
+        digit: the class that gets the share; None takes all images as they come.
+        focus: the share, above 0 to 1; rounded to whole images, at least one.
+        batch_size: images in a batch.
+        steps: number of batches.
+        generator: on the CPU.
+
+    Returns:
+        (steps, batch_size), int64, indices into ``labels``.
+
+    Raises:
+        DataError: the data set has no image of the digit, or only images of it while others are needed.
+
+    >>> labels = torch.arange(10).repeat(20)
+    >>> rows = focused_batches(labels, 3, focus=0.5, batch_size=8, steps=5, generator=torch.Generator())
+    >>> (labels[rows] == 3).sum(1).tolist()
+    [4, 4, 4, 4, 4]
+    """
+    if digit is None:
+        everything = torch.arange(len(labels))
+        return _in_turn(everything, steps * batch_size, generator).view(steps, batch_size)
+    pools = {int(label): torch.nonzero(labels == label).flatten() for label in labels.unique()}
+    own = pools.pop(digit, None)
+    if own is None:
+        raise DataError(f"the data set has no image of class {digit}")
+    share = max(1, int(batch_size * focus + 0.5))
+    rest = batch_size - share
+    if rest and not pools:
+        raise DataError(f"the data set has only images of class {digit}, focus {focus:g} needs others")
+    rows = torch.empty(steps, batch_size, dtype=torch.int64)
+    rows[:, :share] = _in_turn(own, steps * share, generator).view(steps, share)
+    if rest:
+        turns = _in_turn(torch.tensor(list(pools)), steps * rest, generator)
+        others = torch.empty_like(turns)
+        for label, pool in pools.items():
+            places = turns == label
+            others[places] = _in_turn(pool, int(places.sum()), generator)
+        rows[:, share:] = others.view(steps, rest)
+    return rows
+
+
+def _in_turn(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` members of the pool: whole random orders of it, one after another, the last one cut."""
+    rounds = -(-count // len(pool))
+    orders = [torch.randperm(len(pool), generator=generator) for _ in range(rounds)]
+    return pool[torch.cat(orders)[:count]] if orders else pool[:0]

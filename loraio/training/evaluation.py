@@ -1,0 +1,125 @@
+"""How a model does on a data set: accuracy, and which digits it misreads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraio.adapter import Adapter
+from loraio.attachment import Attachment, attach
+from loraio.errors import DataError
+from loraio.training.data import Dataset
+
+BATCH = 1000
+"""Images in one forward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Right and wrong answers on a data set.
+
+    Attributes:
+        images: how many were shown.
+        wrong: for each class, how many of its images were read as another.
+        false_alarms: for each class, how many images of others were read as it.
+    """
+
+    images: int
+    wrong: tuple[int, ...]
+    false_alarms: tuple[int, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return (self.images - sum(self.wrong)) / self.images
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"accuracy": self.accuracy, "wrong": list(self.wrong), "false_alarms": list(self.false_alarms)}
+
+
+def evaluate(model: nn.Module, dataset: Dataset) -> Evaluation:
+    """Show every image to the model, in eval mode; the model's mode is as before afterwards.
+
+    Raises:
+        DataError: the model does not give one number for each class.
+    """
+    labels = dataset.labels
+    answers = predict(model, dataset.images, classes=dataset.classes).argmax(1)
+    missed = answers != labels
+    return Evaluation(
+        images=len(labels),
+        wrong=tuple(torch.bincount(labels[missed], minlength=dataset.classes).tolist()),
+        false_alarms=tuple(torch.bincount(answers[missed], minlength=dataset.classes).tolist()),
+    )
+
+
+def predict(model: nn.Module, images: Tensor, *, classes: int | None = None) -> Tensor:
+    """The model's outputs for images, in eval mode and without gradients.
+
+    Args:
+        model: on any device; its mode is as before afterwards.
+        images: (n, channels, height, width), float32.
+        classes: how many numbers it must give for each image; not checked without it.
+
+    Returns:
+        (n, classes), on the CPU.
+
+    Raises:
+        DataError: it gives another number of them, or does not take images of this shape.
+    """
+    first = next(model.parameters())
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [model(batch.to(first.device, first.dtype)).cpu() for batch in images.split(BATCH)]
+    except RuntimeError as error:
+        raise DataError(f"the network does not take images of shape {tuple(images.shape[1:])}: {error}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    outputs = torch.cat(parts)
+    if classes is not None and outputs.shape[1:] != (classes,):
+        raise DataError(
+            f"the network gives {tuple(outputs.shape[1:])} numbers for an image, the data need ({classes},)"
+        )
+    return outputs
+
+
+def evaluate_each(
+    model: nn.Module, adapters: Mapping[str, Adapter], dataset: Dataset, *, strength: float = 1.0
+) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """The base alone, and with each adapter in its turn: attached once, then swapped on the live model.
+
+    Args:
+        model: the base model; it is given back as it was.
+        adapters: by any name.
+        dataset: what is shown.
+        strength: of every adapter.
+
+    Returns:
+        the base's own result, and those with the adapters, by their names.
+
+    Raises:
+        BaseMismatchError: an adapter does not belong to this base.
+        DataError: as `evaluate`.
+    """
+    alone = evaluate(model, dataset)
+    results: dict[str, Evaluation] = {}
+    live: Attachment | None = None
+    try:
+        for name, adapter in adapters.items():
+            if live is None:
+                live = attach(model, adapter, strength)
+            else:
+                live.swap(adapter)
+            results[name] = evaluate(model, dataset)
+    finally:
+        if live is not None:
+            live.detach()
+    return alone, results

@@ -1,0 +1,311 @@
+"""The training loops: a base model from nothing, and adapters on a frozen base."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import loraio
+from loraio.adapter import Adapter, BaseReference, Target
+from loraio.attachment import Attachment, attach
+from loraio.bases import build_network, network_of
+from loraio.container import dtype_code
+from loraio.errors import ConfigError, TrainingError
+from loraio.identity import state_sha256, tensor_sha256
+from loraio.kinds import KINDS
+from loraio.layers import TargetModule, select_targets
+from loraio.training.batches import epoch_batches, focused_batches
+from loraio.training.config import PretrainConfig, TrainConfig
+from loraio.training.data import Dataset
+from loraio.training.evaluation import Evaluation, evaluate
+
+REPORT_EVERY = 100
+"""Steps between two reports of the running loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        label: what is being trained: "digit-cnn", "digit 3".
+        step: steps done.
+        steps: steps in all.
+        loss: mean cross-entropy since the last report, in nats.
+    """
+
+    label: str
+    step: int
+    steps: int
+    loss: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def pretrain(
+    network: str, config: PretrainConfig, dataset: Dataset, *, on_progress: OnProgress | None = None
+) -> nn.Module:
+    """A registered network, trained from fresh weights with Adam; in eval mode.
+
+    Args:
+        network: a name in `loraio.bases.NETWORKS`.
+        config: epochs, batch size, learning rate, seed.
+        dataset: what it learns; its classes must be as many as the network's.
+        on_progress: called every `REPORT_EVERY` steps and after the last.
+
+    Raises:
+        UnknownNameError: no such network.
+        TrainingError: the loss became NaN or infinite.
+    """
+    model = build_network(network, seed=config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = epoch_batches(len(dataset), config.batch_size, config.epochs, generator=generator)
+    model.train()
+    _run(model, model.parameters(), batches, dataset, lr=config.lr, label=network, on_progress=on_progress)
+    return model.eval()
+
+
+def train(
+    model: nn.Module,
+    config: TrainConfig,
+    dataset: Dataset,
+    *,
+    held_out: Dataset | None = None,
+    before: Evaluation | None = None,
+    on_progress: OnProgress | None = None,
+) -> Adapter:
+    """An adapter, trained on a frozen base; the model is given back as it was, to the bit.
+
+    Args:
+        model: the base model, on any device.
+        config: digit, rank, targets, focus and the rest.
+        dataset: what the batches are drawn from.
+        held_out: what the results before and after are counted on; by default the data set itself.
+        before: the base's own results on it, when they are known already: spares a run over it for each adapter.
+        on_progress: called every `REPORT_EVERY` steps and after the last.
+
+    Returns:
+        the adapter, on the CPU; ``training`` says how it was made and what it does.
+
+    Raises:
+        UnknownNameError: a target pattern matches nothing.
+        ConfigError: a rank that the weights cannot have.
+        DataError: the data set lacks the digit, or the model does not fit it.
+        StateError: the model carries an adapter already.
+        TrainingError: the loss became NaN or infinite, or the factors did not move.
+    """
+    fresh = new_adapter(model, config)
+    counted_on = dataset if held_out is None else held_out
+    before = before or evaluate(model, counted_on)
+    steps = config.steps or math.ceil(len(dataset) / config.batch_size)
+    rows = focused_batches(
+        dataset.labels,
+        config.digit,
+        focus=config.focus,
+        batch_size=config.batch_size,
+        steps=steps,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    with _frozen(model), attach(model, fresh, trainable=True) as live:
+        label = "all classes" if config.digit is None else f"digit {config.digit}"
+        _run(model, live.parameters(), list(rows), dataset, lr=config.lr, label=label, on_progress=on_progress)
+        _refuse_unmoved(fresh, live)
+        trained = live.adapter
+    with attach(model, trained):
+        after = evaluate(model, counted_on)
+    return replace(trained, training=_adapter_record(config, dataset, counted_on, steps, before, after))
+
+
+def train_each(
+    model: nn.Module,
+    config: TrainConfig,
+    dataset: Dataset,
+    *,
+    digits: Iterable[int] | None = None,
+    held_out: Dataset | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[int, Adapter]:
+    """One adapter for each digit, all with the same settings; see `train`.
+
+    Args:
+        digits: which; by default every class of the data set.
+
+    Returns:
+        the adapters by digit, in the order of ``digits``.
+    """
+    before = evaluate(model, dataset if held_out is None else held_out)
+    return {
+        digit: train(
+            model,
+            replace(config, digit=digit),
+            dataset,
+            held_out=held_out,
+            before=before,
+            on_progress=on_progress,
+        )
+        for digit in (range(dataset.classes) if digits is None else digits)
+    }
+
+
+def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
+    """An adapter with start values, which changes nothing yet.
+
+    Raises:
+        UnknownNameError: a target pattern matches nothing.
+        ConfigError: the rank is larger than a weight matrix allows.
+        StateError: a target is shared.
+    """
+    modules = select_targets(model, config.targets)
+    state = model.state_dict()
+    kind = KINDS[config.kind]
+    generator = torch.Generator().manual_seed(config.seed)
+    targets: dict[str, Target] = {}
+    factors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        target = _target(module, config)
+        if config.rank > min(target.matrix_shape):
+            raise ConfigError(
+                f"rank {config.rank} is more than {name!r} can use: as a matrix it is {target.matrix_shape}",
+                hint=f"--rank {min(target.matrix_shape)} or less, or other --targets",
+            )
+        matrix = module.layer.to_matrix(module.weight.detach())
+        start = kind.init(matrix, config.rank, method=config.init, generator=generator)
+        targets[name] = target
+        factors |= {f"{name}.{short}": factor for short, factor in start.items()}
+    base = BaseReference(network=network_of(model), sha256=state_sha256(state))
+    return Adapter(targets=targets, factors=factors, base=base)
+
+
+def parameter_report(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """How many numbers the adapted layers hold, biases included, and how many the adapter adds.
+
+    Returns:
+        ``adapted`` and ``added`` as counts, ``percent`` as 100 * added / adapted.
+    """
+    owners = {name.rpartition(".")[0] for name in adapter.targets}
+    modules = dict(model.named_modules())
+    adapted = sum(parameter.numel() for owner in owners for parameter in modules[owner].parameters(recurse=False))
+    return {"adapted": adapted, "added": adapter.parameters, "percent": 100 * adapter.parameters / adapted}
+
+
+def _target(module: TargetModule, config: TrainConfig) -> Target:
+    weight = module.weight
+    return Target(
+        kind=config.kind,
+        rank=config.rank,
+        alpha=config.rank if config.alpha is None else config.alpha,
+        scale_rule=config.scale_rule,
+        shape=tuple(weight.shape),
+        dtype=dtype_code(weight.dtype),
+        layer=module.layer.name,
+        groups=module.groups,
+        base_sha256=tensor_sha256(weight),
+    )
+
+
+def _run(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    batches: Sequence[Tensor],
+    dataset: Dataset,
+    *,
+    lr: float,
+    label: str,
+    on_progress: OnProgress | None,
+) -> None:
+    """Adam on exactly these parameters, cross-entropy, one step for each batch."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    device = next(model.parameters()).device
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    running, since = torch.zeros((), device=device), 0
+    for step, rows in enumerate(batches, start=1):
+        rows = rows.to(device)
+        loss = F.cross_entropy(model(images[rows]), labels[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        running += loss.detach()
+        since += 1
+        if step % REPORT_EVERY == 0 or step == len(batches):
+            mean = float(running) / since
+            if not math.isfinite(mean):
+                raise TrainingError(f"the loss is {mean} at step {step}", hint="a smaller --lr")
+            if on_progress is not None:
+                on_progress(Progress(label=label, step=step, steps=len(batches), loss=mean))
+            running, since = torch.zeros((), device=device), 0
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The base frozen, normalisation statistics too; gradients flags and modes are as before afterwards."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _refuse_unmoved(fresh: Adapter, live: Attachment) -> None:
+    now = live.adapter.factors
+    still = [f"{name!r} is where it started" for name, start in fresh.factors.items() if now[name].equal(start)]
+    if still:
+        raise TrainingError(
+            f"the run learned nothing: {len(still)} of {len(fresh.factors)} factors did not move",
+            problems=still,
+            hint="lora_A moves from the second step on, since lora_B starts at zero: more --steps",
+        )
+
+
+def base_record(config: PretrainConfig, dataset: Dataset, counted_on: Dataset, result: Evaluation) -> dict[str, Any]:
+    """What a base checkpoint says about its making; the ``training`` of `loraio.save_base`."""
+    hyperparameters = asdict(config) | {"optimizer": "adam"}
+    seed = hyperparameters.pop("seed")
+    return {
+        **_provenance(dataset, seed),
+        "hyperparameters": hyperparameters,
+        "results": {**_counted_on(counted_on), "after": result.to_json()},
+    }
+
+
+def _adapter_record(
+    config: TrainConfig, dataset: Dataset, counted_on: Dataset, steps: int, before: Evaluation, after: Evaluation
+) -> dict[str, Any]:
+    """What an adapter file says about its making."""
+    named = ("init", "focus", "lr", "batch_size", "targets")  # rank, alpha and kind stand with each target
+    hyperparameters = {key: value for key, value in asdict(config).items() if key in named}
+    return {
+        **_provenance(dataset, config.seed),
+        "digit": config.digit,
+        "steps": steps,
+        "hyperparameters": hyperparameters | {"optimizer": "adam", "targets": list(config.targets)},
+        "results": {**_counted_on(counted_on), "before": before.to_json(), "after": after.to_json()},
+    }
+
+
+def _provenance(dataset: Dataset, seed: int) -> dict[str, Any]:
+    """No dates and no host names: two runs of one training on one machine say the same."""
+    versions = {"loraio": loraio.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"dataset": dataset.name, "split": dataset.split, "images": len(dataset), "seed": seed, "versions": versions}
+
+
+def _counted_on(dataset: Dataset) -> dict[str, Any]:
+    return {"dataset": dataset.name, "split": dataset.split, "images": len(dataset)}

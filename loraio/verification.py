@@ -1,0 +1,255 @@
+"""Evidence that a merge is right: weights against a float64 reference, outputs against the attached adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loraio.adapter import Adapter, check_strength
+from loraio.attachment import attach
+from loraio.bases import NETWORKS, build_network, load_state, network_of
+from loraio.errors import ConfigError, UnknownNameError
+from loraio.identity import check_base
+from loraio.kinds import KINDS
+from loraio.layers import LAYER_TYPES
+from loraio.lowrank import ulp
+from loraio.registry import known, lookup
+
+MAX_ULP = 0.5
+"""A folded weight may be this far from the exact sum, in units in the last place: rounding to nearest, nothing more."""
+
+OUTPUT_ROUNDINGS = 16
+"""Outputs may differ by this many roundings (eps of their dtype) of the largest output. On one machine, merged and
+attached networks run the same kernels on the same bits and differ by none; another machine may sum in another order."""
+
+BATCH = 500
+"""Samples in one forward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightReport:
+    """The merged weights against base and adapter.
+
+    Attributes:
+        folded: how many tensors the adapter changes.
+        untouched: how many it must leave bit-identical.
+        values: how many numbers the folded tensors hold.
+        max_ulp: the largest distance of a folded weight from the exact sum, in units in the last place of the
+            weight's dtype; what the float64 reference itself is unsure of is taken off (about 1e-8 ulp in float32).
+        not_correctly_rounded: how many folded weights are farther than 0.5 ulp.
+        problems: a line for each tensor that is missing, left over, changed, or folded wrong.
+    """
+
+    folded: int
+    untouched: int
+    values: int
+    max_ulp: float
+    not_correctly_rounded: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tensor is what it must be."""
+        return not self.problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputReport:
+    """The merged network's outputs against those of the base with the adapter attached.
+
+    Attributes:
+        samples: how many inputs were run.
+        max_abs: largest absolute difference of two outputs.
+        max_rel: that of the outputs divided by their own size, where they are not zero.
+        effect: largest absolute difference that the adapter makes to the base's outputs.
+        relative_to_effect: max_abs / effect; None when the adapter has no effect on these inputs.
+        argmax_agreement: share of the samples, 0 to 1, for which both name the same class.
+        bound: what max_abs may be: `OUTPUT_ROUNDINGS` * eps of the dtype * the largest output.
+    """
+
+    samples: int
+    max_abs: float
+    max_rel: float
+    effect: float
+    relative_to_effect: float | None
+    argmax_agreement: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is within the bound; never so when an output is NaN."""
+        return self.max_abs <= self.bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What `verify` found."""
+
+    weights: WeightReport
+    outputs: OutputReport
+
+    @property
+    def ok(self) -> bool:
+        """Whether weights and outputs both are."""
+        return self.weights.ok and self.outputs.ok
+
+
+def verify(
+    state_dict: Mapping[str, Tensor],
+    adapter: Adapter,
+    merged: Mapping[str, Tensor],
+    strength: float = 1.0,
+    *,
+    model: nn.Module | str | None = None,
+    inputs: Tensor | None = None,
+    samples: int = 256,
+    seed: int = 0,
+) -> Report:
+    """Whether ``merged`` is the base with the adapter folded in, once, at this strength, and nothing else.
+
+    Args:
+        state_dict: the base model's.
+        adapter: the adapter that was merged.
+        merged: the state dict to check.
+        strength: that of the merge.
+        model: the network, as a module or a registered name; needed only where the adapter does not name it.
+        inputs: (n, ...) real inputs, float; without them ``samples`` uniform random ones in [0, 1).
+        samples: how many random inputs.
+        seed: of the random inputs.
+
+    Returns:
+        the report. A merge that is wrong is a report that says so, not an error.
+
+    Raises:
+        BaseMismatchError: the adapter does not belong to this base.
+        UnknownNameError: the network is not known and ``model`` was not given.
+        ConfigError: strength or samples are out of range, or a module was given without inputs.
+    """
+    weights = verify_weights(state_dict, adapter, merged, strength)
+    network = _network(adapter, model)
+    if inputs is None:
+        inputs = _random_inputs(network, samples, seed)
+    return Report(weights=weights, outputs=_verify_outputs(network, state_dict, adapter, merged, strength, inputs))
+
+
+def verify_weights(
+    state_dict: Mapping[str, Tensor], adapter: Adapter, merged: Mapping[str, Tensor], strength: float = 1.0
+) -> WeightReport:
+    """The first half of `verify`, which needs no network.
+
+    The reference shares no code with the merge: it is summed in NumPy, in float64, rank by rank.
+
+    Raises:
+        BaseMismatchError: the adapter does not belong to this base.
+        ConfigError: the strength is not a finite number.
+    """
+    strength = check_strength(strength)
+    check_base(adapter, state_dict)
+    problems = [f"{name!r} is missing" for name in state_dict if name not in merged]
+    problems += [f"{name!r} is not in the base" for name in merged if name not in state_dict]
+    worst, wrong, values = 0.0, 0, 0
+    for name, base in state_dict.items():
+        found = merged.get(name)
+        if found is None:
+            continue
+        if found.shape != base.shape or found.dtype != base.dtype:
+            problems.append(
+                f"{name!r} is {found.dtype} {tuple(found.shape)}, the base has {base.dtype} {tuple(base.shape)}"
+            )
+        elif name in adapter.targets:
+            distance = _ulps(adapter, name, base, found, strength)
+            above = int((distance > MAX_ULP).sum())
+            worst, wrong, values = max(worst, float(distance.max())), wrong + above, values + base.numel()
+            if above:
+                problems.append(
+                    f"{name!r}: {above} of {base.numel()} weights are not the sum rounded to nearest, "
+                    f"the worst by {float(distance.max()):.3g} ulp"
+                )
+        elif not _bytes(found).equal(_bytes(base)):
+            problems.append(f"{name!r} is no target and was changed")
+    return WeightReport(
+        folded=len(adapter.targets),
+        untouched=len(state_dict) - len(adapter.targets),
+        values=values,
+        max_ulp=worst,
+        not_correctly_rounded=wrong,
+        problems=tuple(problems),
+    )
+
+
+def _ulps(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float) -> Tensor:
+    """Distance of each found weight from the exact sum, beyond the reference's own error, in ulp of its dtype."""
+    target = adapter.targets[name]
+    layer = LAYER_TYPES[target.layer]
+    matrix = layer.to_matrix(base.detach().cpu().double()).numpy()
+    factors = {short: factor.detach().cpu().double().numpy() for short, factor in adapter.factors_of(name).items()}
+    reference, error = KINDS[target.kind].reference(matrix, factors, scale=target.scale * strength)
+    exact = layer.from_matrix(torch.from_numpy(reference), target.shape)
+    slack = layer.from_matrix(torch.from_numpy(error), target.shape)
+    beyond = ((found.detach().cpu().double() - exact).abs() - slack).clamp(min=0)
+    return (beyond / ulp(exact, base.dtype)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _network(adapter: Adapter, model: nn.Module | str | None) -> nn.Module:
+    """A network that may be written to."""
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model).eval()
+    name = model or adapter.base.network
+    if name is None:
+        raise UnknownNameError(
+            "the adapter does not say which network it is for",
+            hint=f"--model NAME (model= in Python), one of: {known(NETWORKS)}",
+        )
+    return build_network(name, seed=0)
+
+
+def _random_inputs(network: nn.Module, samples: int, seed: int) -> Tensor:
+    if samples < 1:
+        raise ConfigError(f"{samples} samples verify nothing")
+    name = network_of(network)
+    if name is None:
+        raise ConfigError("random inputs need a registered network", hint="pass inputs= of the shape it takes")
+    shape = lookup(NETWORKS, name, what="network").input_shape
+    return torch.rand(samples, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _verify_outputs(
+    network: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter: Adapter,
+    merged: Mapping[str, Tensor],
+    strength: float,
+    inputs: Tensor,
+) -> OutputReport:
+    load_state(network, state_dict)
+    base = _forward(network, inputs)
+    with attach(network, adapter, strength):
+        attached = _forward(network, inputs)
+    load_state(network, merged)
+    after = _forward(network, inputs)
+    difference = (after - attached).abs()
+    size = torch.maximum(after.abs(), attached.abs())
+    max_abs, effect = float(difference.max()), float((attached - base).abs().max())
+    return OutputReport(
+        samples=len(inputs),
+        max_abs=max_abs,
+        max_rel=float((difference / size).nan_to_num(nan=0.0).max()),
+        effect=effect,
+        relative_to_effect=max_abs / effect if effect else None,
+        argmax_agreement=float((after.argmax(1) == attached.argmax(1)).double().mean()),
+        bound=OUTPUT_ROUNDINGS * torch.finfo(attached.dtype).eps * float(attached.abs().max()),
+    )
+
+
+def _forward(network: nn.Module, inputs: Tensor) -> Tensor:
+    dtype = next(network.parameters()).dtype
+    with torch.no_grad():
+        return torch.cat([network(batch.to(dtype)) for batch in inputs.split(BATCH)])
