@@ -88,6 +88,7 @@ class Attachment:
         self._trainable = trainable
         self._enabled = True
         self._places: dict[str, _Place] = {}
+        self._last_factors: dict[str, Tensor] = {}
         if any(isinstance(module, FoldedWeight) for module in model.modules()):
             raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
         self._check(adapter)
@@ -119,14 +120,9 @@ class Attachment:
     @property
     def adapter(self) -> Adapter:
         """The adapter that is on the model, or was last; while it is trained, with the factors as they are now."""
-        if not (self._trainable and self.attached):
+        if not self._trainable:
             return self._adapter
-        factors = {
-            f"{name}.{short}": factor.detach().cpu().clone()
-            for name, place in self._places.items()
-            for short, factor in place.folded.factors().items()
-        }
-        return replace(self._adapter, factors=factors)
+        return replace(self._adapter, factors=self._trained_factors())
 
     @property
     def enabled(self) -> bool:
@@ -188,8 +184,19 @@ class Attachment:
         """
         self._require_attached()
         self._check_untouched()
-        self._adapter = self.adapter
+        if self._trainable:
+            self._last_factors = self._trained_factors()
         self._take_off(list(self._places))
+
+    def _trained_factors(self) -> dict[str, Tensor]:
+        """Copies of the factors as they are now, or were at the end; not checked, they may be NaN."""
+        if not self.attached:
+            return self._last_factors
+        return {
+            f"{name}.{short}": factor.detach().cpu().clone()
+            for name, place in self._places.items()
+            for short, factor in place.folded.factors().items()
+        }
 
     def _require_attached(self) -> None:
         if not self.attached:

@@ -1,0 +1,172 @@
+"""Base models by name, and base checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import loraio
+from loraio import container
+from loraio.bases import NETWORKS
+from loraio.errors import BaseMismatchError, FormatError, MissingFileError, OutputExistsError, UnknownNameError
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_takes_its_input_shape_and_gives_its_classes(name: str) -> None:
+    network = NETWORKS[name]
+    model = loraio.build_network(name, seed=0)
+    assert not model.training
+    assert loraio.bases.network_of(model) == name
+    with torch.no_grad():
+        assert model(torch.rand(2, *network.input_shape)).shape == (2, network.classes)
+
+
+def test_digit_cnn_is_the_networks_three_convolutions_and_one_linear_layer() -> None:
+    model = loraio.build_network("digit-cnn", seed=0)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == {
+        "conv1.weight": (32, 1, 3, 3), "conv1.bias": (32,),
+        "conv2.weight": (64, 32, 3, 3), "conv2.bias": (64,),
+        "conv3.weight": (128, 64, 3, 3), "conv3.bias": (128,),
+        "fc.weight": (10, 2048), "fc.bias": (10,),
+    }  # fmt: skip
+    for conv in (model.conv1, model.conv2, model.conv3):
+        assert isinstance(conv, nn.Conv2d)
+        assert (conv.stride, conv.padding) == ((2, 2), (1, 1))
+
+
+def test_a_seed_gives_the_same_weights_and_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    a, b, c = (loraio.build_network("digit-cnn", seed=seed).state_dict() for seed in (5, 5, 6))
+    assert torch.get_rng_state().equal(state)
+    assert all(a[name].equal(b[name]) for name in a)
+    assert not a["conv1.weight"].equal(c["conv1.weight"])
+    loraio.build_network("digit-cnn")
+    assert not torch.get_rng_state().equal(state)
+
+
+def test_an_unknown_network_answers_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'digit-cnn'"):
+        loraio.build_network("digits-cnn")
+
+
+def test_a_saved_base_comes_back_with_its_network_and_bits(trained_base: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    loraio.save_base(trained_base, path, training={"note": 1})
+    model = loraio.load_base(path)
+    assert not model.training
+    assert loraio.bases.network_of(model) == "digit-cnn"
+    state, expected = model.state_dict(), trained_base.state_dict()
+    assert list(state) == list(expected)
+    assert all(state[name].equal(expected[name]) for name in expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    checkpoint = loraio.read_base(path)
+    assert checkpoint.document["training"] == {"note": 1}
+    assert checkpoint.document["sha256"] == loraio.identity.state_sha256(expected)
+    with pytest.raises(OutputExistsError):
+        loraio.save_base(trained_base, path)
+    again = tmp_path / "again.safetensors"
+    loraio.save_base(trained_base, again, training={"note": 1})
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "wrapped.pth"])
+def test_a_plain_state_dict_needs_its_network_named(trained_base: nn.Module, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"plain.{kind}"
+    state = trained_base.state_dict()
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "epoch": 3} if "wrapped" in kind else state, path)
+    with pytest.raises(UnknownNameError, match="does not say which network"):
+        loraio.load_base(path)
+    model = loraio.load_base(path, model="digit-cnn")
+    assert all(model.state_dict()[name].equal(state[name]) for name in state)
+
+
+def test_half_precision_checkpoints_keep_their_dtype(trained_base: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    save_file({name: tensor.half() for name, tensor in trained_base.state_dict().items()}, path)
+    assert loraio.load_base(path, model="digit-cnn").conv1.weight.dtype == torch.float16  # type: ignore[union-attr]
+
+
+class Hostile:
+    """Unpickling this would call print."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("unpickled",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Hostile(), "weights_only=True"),
+        ({"conv1.weight": Hostile()}, "weights_only=True"),
+        ([1, 2], "holds list, not a state dict"),
+        ({}, "holds dict, not a state dict"),
+        ({"lr": 0.1, "weight": torch.zeros(1)}, "lr are no tensors"),
+    ],
+)
+def test_pickles_that_are_no_state_dicts_are_refused_and_never_run(
+    tmp_path: Path, content: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "base.pt"
+    torch.save(content, path)
+    with pytest.raises(FormatError, match=message) as caught:
+        loraio.read_base(path)
+    assert str(path) in str(caught.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_files_that_are_no_base_are_refused(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="is an adapter, not a base model"):
+        loraio.read_base(files / "three.safetensors")
+    for name in ("missing.safetensors", "missing.pt"):
+        with pytest.raises(MissingFileError, match="does not exist"):
+            loraio.read_base(tmp_path / name)
+    junk = tmp_path / "junk.pt"
+    junk.write_bytes(b"junk")
+    with pytest.raises(FormatError, match="state dict"):
+        loraio.read_base(junk)
+    empty = tmp_path / "empty.safetensors"
+    save_file({}, empty)
+    with pytest.raises(FormatError, match="holds no tensors"):
+        loraio.read_base(empty)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [({"format_version": 2}, "format version 2"), ({"format_version": 1, "network": 5}, "the network is 5")],
+)
+def test_metadata_that_is_not_understood_is_refused(tmp_path: Path, document: dict[str, Any], message: str) -> None:
+    path = tmp_path / "base.safetensors"
+    container.write({"a": torch.zeros(1)}, path, document=document)
+    with pytest.raises(FormatError, match=message):
+        loraio.read_base(path)
+
+
+def test_a_checkpoint_that_does_not_fit_lists_every_difference_and_changes_nothing(base: nn.Module) -> None:
+    kept = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    state = {name: tensor + 1 for name, tensor in kept.items()}
+    state["conv_1.weight"] = state.pop("conv1.weight")
+    state["fc.bias"] = torch.zeros(11)
+    with pytest.raises(BaseMismatchError) as caught:
+        loraio.bases.load_state(base, state, where="here")
+    assert len(caught.value.problems) == 3
+    text = str(caught.value)
+    assert "'conv1.weight' is missing; did you mean 'conv_1.weight'?" in text
+    assert "'fc.bias' is (11,), the network has (10,)" in text
+    assert all(base.state_dict()[name].equal(kept[name]) for name in kept)
+
+
+def test_loading_copies_so_that_later_training_does_not_reach_the_state_dict(base: nn.Module) -> None:
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    loraio.bases.load_state(base, state)
+    with torch.no_grad():
+        base.fc.bias.add_(1)  # type: ignore[union-attr, operator]
+    assert not base.fc.bias.equal(state["fc.bias"])  # type: ignore[union-attr, operator, arg-type]
