@@ -67,14 +67,14 @@ class Target:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not _is_int(self.rank) or self.rank < 1:
-            raise AdapterError(f"rank is {self.rank!r}, it must be a whole number of at least 1")
+        if not _is_size(self.rank):
+            raise AdapterError(f"rank is {self.rank!r}, it must be a whole number from 1 to 2**63 - 1")
         if not _is_number(self.alpha):
             raise AdapterError(f"alpha is {self.alpha!r}, it must be a finite number")
-        if not _is_int(self.groups) or self.groups < 1:
-            raise AdapterError(f"groups is {self.groups!r}, it must be a whole number of at least 1")
-        if not isinstance(self.shape, tuple) or not all(_is_int(size) and size >= 1 for size in self.shape):
-            raise AdapterError(f"shape is {self.shape!r}, it must be a tuple of sizes of at least 1")
+        if not _is_size(self.groups):
+            raise AdapterError(f"groups is {self.groups!r}, it must be a whole number from 1 to 2**63 - 1")
+        if not isinstance(self.shape, tuple) or not all(_is_size(size) for size in self.shape):
+            raise AdapterError(f"shape is {self.shape!r}, it must be a tuple of whole numbers from 1 to 2**63 - 1")
         if self.dtype not in FLOAT_DTYPES:
             raise AdapterError(f"dtype is {self.dtype!r}, it must be one of {', '.join(FLOAT_DTYPES)}")
         if not isinstance(self.base_sha256, str) or not _SHA256.fullmatch(self.base_sha256):
@@ -84,6 +84,8 @@ class Target:
         layer = lookup(LAYER_TYPES, self.layer, what="layer type")
         if len(self.shape) != layer.dims:
             raise AdapterError(f"shape is {self.shape}, the weight of a {self.layer} has {layer.dims} dimensions")
+        if self.groups > 1 and layer.group != "conv":
+            raise AdapterError(f"groups is {self.groups}, a {self.layer} has none")
         if self.shape[0] % self.groups:
             raise AdapterError(f"{self.shape[0]} output channels do not divide into {self.groups} groups")
 
@@ -188,8 +190,7 @@ class Adapter:
         extra: top-level keys of the file that this version does not know.
 
     Raises:
-        AdapterError: no targets, a factor missing, left over or not finite, a dtype that is not a float, or names
-            that collide.
+        AdapterError: no targets, a factor missing, left over or not finite, or a dtype that is not a float.
         ShapeError: a factor's shape is not what rank and weight shape ask for.
     """
 
@@ -226,6 +227,10 @@ class Adapter:
 
     __hash__ = None  # type: ignore[assignment]  # tensors have no value hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle, which the read-only mappings would refuse."""
+        return _rebuilt, (dict(self.targets), dict(self.factors), self.base, self.training, self.extra)
+
     @property
     def parameters(self) -> int:
         """How many numbers the factors hold, over all targets."""
@@ -256,6 +261,10 @@ class Adapter:
         if not bool(folded.isfinite().all()) and bool(weight.isfinite().all()):
             raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
         return folded
+
+
+def _rebuilt(targets: Any, factors: Any, base: Any, training: Any, extra: Any) -> Adapter:
+    return Adapter(targets=targets, factors=factors, base=base, training=training, extra=extra)
 
 
 def check_strength(strength: float) -> float:
@@ -299,12 +308,17 @@ def check_factors(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int,
 _FLOAT_NAMES = tuple(f"torch.{TORCH_DTYPES[code]}" for code in FLOAT_DTYPES)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the range of float64
+        return False
 
 
 def _plain(value: Any) -> Any:

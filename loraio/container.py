@@ -8,17 +8,17 @@ the single header key ``loraio``: safetensors writes several keys in an order th
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from loraio.errors import FormatError, MissingFileError, OutputError, OutputExistsError
+from loraio.errors import FormatError, LoraioError, MissingFileError, OutputError, OutputExistsError
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,8 @@ TORCH_DTYPES = {
 """The torch dtype of each code that a tensor of a network can have, as the attribute name in ``torch``."""
 
 _CODES = {name: code for code, name in TORCH_DTYPES.items()}
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a character; the other half may be missing
 
 
 class TensorInfo(NamedTuple):
@@ -163,11 +165,15 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
             raise FormatError(f"{name!r} has dtype {info.dtype}, which cannot be read", where=f"{str(header.path)!r}")
     try:
         with safe_open(header.path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name).clone() for name in header.tensors}
+            tensors = {name: file.get_tensor(name).clone() for name in header.tensors}
     except FileNotFoundError:
         raise MissingFileError(f"{str(header.path)!r} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise FormatError(f"the file cannot be read: {error}", where=f"{str(header.path)!r}") from error
+    for name, info in header.tensors.items():
+        if (dtype_code(tensors[name].dtype), tuple(tensors[name].shape)) != (info.dtype, info.shape):
+            raise FormatError(f"{name!r} changed while the file was being read", where=f"{str(header.path)!r}")
+    return tensors
 
 
 def _parse_json(text: str, *, where: str) -> Any:
@@ -182,12 +188,23 @@ def _parse_json(text: str, *, where: str) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise FormatError(f"{constant} is not a JSON number", where=where)
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise FormatError(f"{digits[:40]} is beyond the range of float64", where=where)
+        return number
+
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        parsed = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        if _SURROGATE.search(text):
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+        return parsed
     except RecursionError:
         raise FormatError("the JSON is nested too deeply", where=where) from None
     except FormatError:
         raise
+    except UnicodeEncodeError as error:
+        raise FormatError("half a surrogate pair is no character", where=where) from error
     except ValueError as error:  # JSONDecodeError, and integers of too many digits
         raise FormatError(f"not JSON: {error}", where=where) from error
 
@@ -217,7 +234,11 @@ def _check_entry(name: str, entry: Any, where: str) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
         raise FormatError(f"tensor {name!r} has data_offsets {offsets!r}, not two offsets", where=where)
     begin, end = offsets
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        bits *= size
+        if bits >= 2**63:  # also where a later size is 0
+            raise FormatError(f"tensor {name!r} is too large for any file: {dtype}, sizes {shape!r}", where=where)
     if bits % 8 or end - begin != bits // 8:
         raise FormatError(
             f"tensor {name!r} has {end - begin} bytes, {dtype} of shape {tuple(shape)} needs {bits / 8:g}", where=where
@@ -238,6 +259,10 @@ def _check_offsets(tensors: Mapping[str, TensorInfo], data_bytes: int, where: st
 
 def _not_safetensors(start: bytes, length: int, size: int) -> str:
     """What a file seems to be whose first eight bytes are no header length."""
+    if start[8:9] == b"{":
+        if length > MAX_HEADER_BYTES:
+            return f"the header has {length} bytes, at most {MAX_HEADER_BYTES} are read"
+        return f"truncated: the header alone has {length} bytes, the file {size}"
     for signature, what in (
         (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull` to fetch the file itself"),
         (b"PK\x03\x04", "a zip archive; torch.save writes these: a base of that kind needs the ending .pt or .pth"),
@@ -246,8 +271,6 @@ def _not_safetensors(start: bytes, length: int, size: int) -> str:
     ):
         if start.startswith(signature):
             return f"not a safetensors file but {what}"
-    if start[8:9] == b"{":
-        return f"truncated: the header alone has {length} bytes, the file {size}"
     return "not a safetensors file"
 
 
@@ -264,21 +287,24 @@ def check_output(
 
     Raises:
         OutputExistsError: it exists and ``overwrite`` is false, or it is one of ``inputs``.
-        OutputError: its folder is missing or not writable, or it is a folder itself.
+        OutputError: its folder is missing or not writable, or it is something else than a file, such as a folder.
     """
     target = Path(os.path.realpath(path))
     name = f"{os.fspath(path)!r}"
-    if target.is_dir():
-        raise OutputError(f"{name} is a folder", hint="name a file")
-    for source in inputs:
-        if target.exists() and Path(source).exists() and target.samefile(source):
-            raise OutputExistsError(f"{name} is also an input", hint="name another output")
-    if target.exists() and not overwrite:
-        raise OutputExistsError(f"{name} exists", hint="pass --force to replace it (overwrite=True in Python)")
-    if not target.parent.is_dir():
-        raise OutputError(f"the folder of {name} does not exist", hint=f"mkdir -p {str(target.parent)!r}")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"the folder of {name} is not writable")
+    with _system_errors(name):
+        if target.is_dir():
+            raise OutputError(f"{name} is a folder", hint="name a file")
+        for source in inputs:
+            if target.exists() and Path(source).exists() and target.samefile(source):
+                raise OutputExistsError(f"{name} is also an input", hint="name another output")
+        if target.exists() and not target.is_file():  # a rename would put a plain file in the place of /dev/null
+            raise OutputError(f"{name} is not a plain file", hint="name a file")
+        if target.exists() and not overwrite:
+            raise OutputExistsError(f"{name} exists", hint="pass --force to replace it (overwrite=True in Python)")
+        if not target.parent.is_dir():
+            raise OutputError(f"the folder of {name} does not exist", hint=f"mkdir -p {str(target.parent)!r}")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise OutputError(f"the folder of {name} is not writable")
     return target
 
 
@@ -288,7 +314,7 @@ def staged(
 ) -> Iterator[Path]:
     """A temporary file beside ``path`` that gets its name when the block ends well, and is removed when it does not.
 
-    At every moment ``path`` is the old file, whole, or the new one, whole. Folders and file are flushed to the disk;
+    At every moment ``path`` is the old file, whole, or the new one, whole. The file is flushed to the disk first;
     the mode is that of the file replaced, else what the umask gives; a symbolic link stays a link. Without
     ``overwrite`` a file that appears in the meantime is not replaced either.
 
@@ -296,25 +322,25 @@ def staged(
         OutputExistsError, OutputError: as `check_output`, and when the system refuses a write.
     """
     target = check_output(path, overwrite=overwrite, inputs=inputs)
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    # A part of the name only: a file name has 255 bytes at most, and a character up to four.
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     name = f"{os.fspath(path)!r}"
     try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o7777)
-        _fsync(temporary)
-        if overwrite:
-            temporary.replace(target)
-        else:
-            _rename_unless_exists(temporary, target, name)
-        _fsync(target.parent)
-    except OSError as error:
-        if isinstance(error, OutputExistsError | OutputError | MissingFileError):
-            raise
-        raise OutputError(f"{name} cannot be written: {error.strerror or error}") from error
+        with _system_errors(name):
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            yield temporary
+            _fsync(temporary)
+            if target.exists():
+                temporary.chmod(target.stat().st_mode & 0o7777)
+            if overwrite:
+                temporary.replace(target)
+            else:
+                _rename_unless_exists(temporary, target, name)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    with contextlib.suppress(OSError):  # the file is whole under its name; not every filesystem can sync a folder
+        _fsync(target.parent)
 
 
 def write(
@@ -338,34 +364,46 @@ def write(
 
     Raises:
         OutputExistsError, OutputError: as `staged`.
-        FormatError: a tensor name or dtype that a safetensors file cannot hold.
+        FormatError: a tensor name, a dtype or a text that a safetensors file cannot hold.
     """
     from safetensors.torch import save
 
+    where = f"{os.fspath(path)!r}"
     seen: set[int] = set()
     ready: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not name or name == "__metadata__":
-            raise FormatError(f"a tensor cannot be named {name!r} in a safetensors file", where=f"{os.fspath(path)!r}")
+            raise FormatError(f"a tensor cannot be named {name!r} in a safetensors file", where=where)
         dtype_code(tensor.dtype)
         plain = tensor.detach().cpu().contiguous()
         storage = plain.untyped_storage().data_ptr()
         ready[name] = plain.clone() if storage in seen else plain
         seen.add(storage)
-    data = save(ready, metadata={METADATA_KEY: canonical_json(document)})
+    try:
+        data = save(ready, metadata={METADATA_KEY: canonical_json(document)})
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{error.object[:80]!r} holds half a surrogate pair", where=where) from error
     with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
         temporary.write_bytes(data)
         if check is not None:
             check(temporary)
 
 
+@contextlib.contextmanager
+def _system_errors(name: str) -> Iterator[None]:
+    """Turn what the operating system refuses into an `OutputError` for the output of that name."""
+    try:
+        yield
+    except LoraioError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{name} cannot be written: {error.strerror or error}") from error
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS) or path.is_file():  # some filesystems cannot sync a folder
-            raise
     finally:
         os.close(descriptor)
 

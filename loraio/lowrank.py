@@ -47,10 +47,17 @@ def effective_rank(matrix: Tensor, *, tolerance: float | None = None) -> int:
         matrix: (out, in), any float dtype.
         tolerance: relative to the largest singular value; by default max(out, in) * eps of the dtype.
 
+    Raises:
+        ShapeError: not a matrix.
+
     >>> effective_rank(torch.ones(10, 2) @ torch.ones(2, 10))
     1
     """
-    return int(torch.linalg.matrix_rank(matrix, rtol=tolerance))
+    if matrix.ndim != 2:
+        raise ShapeError(f"a matrix has two dimensions, not the shape {tuple(matrix.shape)}")
+    if tolerance is None:
+        tolerance = max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    return int(torch.linalg.matrix_rank(matrix.double(), rtol=tolerance))  # torch has no SVD of half precision
 
 
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,12 +103,13 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: the float dtype whose spacing is asked for.
 
     Returns:
-        float64, the shape of ``values``; below the normal range the spacing of the subnormal numbers.
+        float64, the shape of ``values``; below the normal range, zero included, the spacing of the subnormal numbers;
+        NaN for NaN and infinities.
 
     >>> ulp(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.float32).tolist() == [2**-23, 2**-22]
     True
     """
     info = torch.finfo(dtype)
-    _, exponent = torch.frexp(values)  # values = m * 2**exponent, 0.5 <= |m| < 1
-    spacing = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
-    return spacing.clamp(min=info.tiny * info.eps)
+    mantissa, _ = torch.frexp(values)  # 0.5 <= |mantissa| < 1, but 0 for 0
+    power = torch.where(values == 0, 0.0, values / (2 * mantissa))  # of two, exactly
+    return (power * info.eps).clamp(min=info.tiny * info.eps)

@@ -28,7 +28,8 @@ def lookup(registry: Mapping[str, Entry], name: str, *, what: str) -> Entry:
     try:
         return registry[name]
     except KeyError:
-        raise UnknownNameError(f"no {what} {name!r}{nearest(name, registry)}. Known: {known(registry)}") from None
+        close = nearest(name, registry) or "."
+        raise UnknownNameError(f"no {what} {name!r}{close} Known: {known(registry)}") from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -87,15 +87,20 @@ class OutputReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What `verify` found."""
+    """What `verify` found.
+
+    Attributes:
+        weights: the weights' report.
+        outputs: the outputs' report; None when the merged weights do not fit the network, which ``weights`` then says.
+    """
 
     weights: WeightReport
-    outputs: OutputReport
+    outputs: OutputReport | None
 
     @property
     def ok(self) -> bool:
         """Whether weights and outputs both are."""
-        return self.weights.ok and self.outputs.ok
+        return self.weights.ok and self.outputs is not None and self.outputs.ok
 
 
 def verify(
@@ -133,7 +138,10 @@ def verify(
     network = _network(adapter, model)
     if inputs is None:
         inputs = _random_inputs(network, samples, seed)
-    return Report(weights=weights, outputs=_verify_outputs(network, state_dict, adapter, merged, strength, inputs))
+    outputs = None
+    if _fits(state_dict, merged):
+        outputs = _verify_outputs(network, state_dict, adapter, merged, strength, inputs)
+    return Report(weights=weights, outputs=outputs)
 
 
 def verify_weights(
@@ -179,6 +187,11 @@ def verify_weights(
         not_correctly_rounded=wrong,
         problems=tuple(problems),
     )
+
+
+def _fits(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> bool:
+    shapes, others = ({name: tensor.shape for name, tensor in state.items()} for state in (state_dict, merged))
+    return shapes == others
 
 
 def _ulps(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float) -> Tensor:

@@ -90,7 +90,9 @@ for digit, count in enumerate(base_result.wrong):
 # %%
 for r in (1, 2, 4, 8):
     report = loraio.parameter_report(model, loraio.new_adapter(model, loraio.TrainConfig(rank=r)))
-    print(f"rank {r}: {report['adapted']:,} convolution parameters, {report['added']:,} added, {report['percent']:.3f} %")
+    print(
+        f"rank {r}: {report['adapted']:,} convolution parameters, {report['added']:,} added, {report['percent']:.3f} %"
+    )
 
 # %% [markdown]
 # ## 4. Training it

@@ -1,8 +1,10 @@
-"""Hypothesis strategies: adapters and base weights of random shapes, names and dtypes."""
+"""Hypothesis strategies: adapters and base weights of random shapes, names and dtypes. And exact rounding."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -11,14 +13,49 @@ from torch import Tensor
 from loraio.adapter import SCALE_RULES, Adapter, BaseReference, Target
 from loraio.container import dtype_code
 from loraio.identity import state_sha256, tensor_sha256
+from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(
+names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"
 )
 seeds = st.integers(0, 2**32 - 1)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+json_objects = st.dictionaries(st.text(max_size=5), json_values, max_size=3)
+extras = st.dictionaries(st.text(max_size=5).map("x-".__add__), json_values, max_size=2)  # keys of no version
+
+
+def nearest_float(exact: Fraction, dtype: torch.dtype) -> float:
+    """The number of a float dtype that is nearest to an exact one, ties to even; infinity where it overflows."""
+    info = torch.finfo(dtype)
+    size = abs(exact)
+    if not size:
+        return 0.0
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()  # of the leading bit, or one too many
+    exponent -= size < Fraction(2) ** exponent
+    spacing = Fraction(2) ** max(exponent, round(math.log2(info.tiny))) * Fraction(info.eps)
+    rounded = round(size / spacing) * spacing
+    return math.copysign(math.inf if rounded > Fraction(info.max) else float(rounded), exact)
+
+
+def exact_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> list[Fraction]:
+    """``W + scale * (B @ A)`` in rational arithmetic, one number for each element of the weight in C order."""
+    W, A, B = (
+        [[Fraction(value) for value in row] for row in tensor.double().tolist()]
+        for tensor in (weight.reshape(len(weight), -1), lora_A, lora_B)
+    )
+    columns = list(zip(*A, strict=True))
+    return [
+        value + Fraction(scale) * sum((b * a for b, a in zip(up, column, strict=True)), Fraction(0))
+        for row, up in zip(W, B, strict=True)
+        for value, column in zip(row, columns, strict=True)
+    ]
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int, spread: float = 1.0) -> Tensor:
@@ -28,7 +65,9 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int, spread: float 
 
 
 @st.composite
-def states_and_adapters(draw: st.DrawFn, *, base_dtypes: tuple[torch.dtype, ...] = FLOATS) -> tuple[dict[str, Tensor], Adapter]:
+def states_and_adapters(
+    draw: st.DrawFn, *, base_dtypes: tuple[torch.dtype, ...] = FLOATS, with_extras: bool = False
+) -> tuple[dict[str, Tensor], Adapter]:
     """A base state dict, with some tensors that are no targets, and an adapter that fits it."""
     state: dict[str, Tensor] = {}
     for name in draw(st.lists(names, min_size=0, max_size=2, unique=True)):
@@ -50,14 +89,22 @@ def states_and_adapters(draw: st.DrawFn, *, base_dtypes: tuple[torch.dtype, ...]
         targets[name] = Target(
             rank=rank,
             alpha=draw(st.integers(1, 32) | st.floats(0.125, 32, width=32)),
+            kind=draw(st.sampled_from(sorted(KINDS))),
             scale_rule=draw(st.sampled_from(sorted(SCALE_RULES))),
             shape=shape,
             dtype=dtype_code(weight.dtype),
             layer=layer.name,
             groups=groups,
             base_sha256=tensor_sha256(weight),
+            extra=draw(extras) if with_extras else {},
         )
         for short, factor_shape in targets[name].factor_shapes.items():
             factors[f"{name}.{short}"] = tensor(factor_shape, factor_dtype, draw(seeds), 0.3)
-    adapter = Adapter(targets=targets, factors=factors, base=BaseReference(sha256=state_sha256(state)))
-    return state, adapter
+    digest = state_sha256(state)
+    rest: dict[str, Any] = {}
+    if with_extras:
+        rest = {"training": draw(json_objects), "extra": draw(extras)}
+        base = BaseReference(sha256=digest, network=draw(st.none() | st.text(max_size=8)), extra=draw(extras))
+    else:
+        base = BaseReference(sha256=digest)
+    return state, Adapter(targets=targets, factors=factors, base=base, **rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -33,7 +34,10 @@ class Program(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         words = list(sys.argv[1:] if args is None else args)
-        as_json, debug = "--json" in words, "--debug" in words
+        options = words[: words.index("--")] if "--" in words else words
+        as_json, debug = "--json" in options, "--debug" in options
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names that its encoding lacks: as stderr has them
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.UsageError as error:
@@ -43,7 +47,10 @@ class Program(click.Group):
                 error.show()
             code = error.exit_code
         except click.Abort:
-            click.echo("interrupted", err=True)
+            if as_json:
+                _print_error("Interrupted", "interrupted", None)
+            else:
+                click.echo("interrupted", err=True)
             code = INTERRUPTED
         except LoraioError as error:
             if debug:
@@ -61,19 +68,20 @@ def _print_error(name: str, message: str, hint: str | None, where: str | None = 
     click.echo(json.dumps({"error": name, "message": message, "where": where, "hint": hint}), err=True)
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+EXAMPLE = """\b
+Example, with no download:
+  loraio pretrain -o base.safetensors --dataset digits --epochs 20
+  loraio train base.safetensors --digit 3 -o three.safetensors --dataset digits
+  loraio evaluate base.safetensors --adapter three.safetensors --dataset digits
+"""
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLE)
 @click.version_option(loraio.__version__, prog_name="loraio")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def main(ctx: click.Context, debug: bool) -> None:
-    """LoRA adapters for PyTorch CNNs: train, check, swap and merge them, and prove every step.
-
-    \b
-    Example, with no download:
-      loraio pretrain -o base.safetensors --dataset digits --epochs 20
-      loraio train base.safetensors --digit 3 -o three.safetensors --dataset digits --steps 300
-      loraio evaluate base.safetensors --adapter three.safetensors --dataset digits
-    """
+    """LoRA adapters for PyTorch CNNs: train, check, swap and merge them, and prove every step."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,12 +13,32 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
-    """A finite number; whole ones stay integers, so that files keep what was written."""
+    """A finite number; whole ones stay integers, so that files keep what was written.
+
+    Args:
+        above: it must be larger than this.
+        most: it must not be larger than this.
+    """
 
     name = "number"
 
+    def __init__(self, *, above: float | None = None, most: float | None = None) -> None:
+        self.above = above
+        self.most = most
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
         """An int where the text is one, else a float."""
+        number = self._parse(value)
+        if number is None or not abs(number) <= sys.float_info.max:
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        if self.above is not None and number <= self.above:
+            self.fail(f"{value} is not above {self.above:g}", param, ctx)
+        if self.most is not None and number > self.most:
+            self.fail(f"{value} is above {self.most:g}", param, ctx)
+        return number
+
+    @staticmethod
+    def _parse(value: Any) -> int | float | None:
         if isinstance(value, int | float):
             return value
         for cast in (int, float):
@@ -24,21 +46,19 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
                 return cast(value)
             except ValueError:
                 continue
-        self.fail(f"{value!r} is not a number", param, ctx)
+        return None
 
 
 class Digit(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
     """A class number, or the word all."""
 
-    name = "N|all"
+    name = "digit"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """An int, or "all"."""
-        if isinstance(value, int):
-            return value
-        if value == "all":
-            return "all"
-        if str(value).isdecimal():
+        if isinstance(value, int) or value == "all":
+            return value  # type: ignore[no-any-return]  # click's values have no type
+        if re.fullmatch("[0-9]{1,9}", str(value)):
             return int(value)
         self.fail(f"{value!r} is neither a class number nor 'all'", param, ctx)
 
@@ -52,27 +72,31 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         """The parts, without the spaces around them."""
         if isinstance(value, tuple):
             return value
-        return tuple(word.strip() for word in str(value).split(",") if word.strip())
+        words = tuple(word.strip() for word in str(value).split(",") if word.strip())
+        if not words:
+            self.fail(f"{value!r} names nothing", param, ctx)
+        return words
 
 
-def _remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
-    if value:
-        ctx.find_root().meta["loraio.json"] = True  # errors are printed as JSON too
-    return value
+def example(line: str) -> str:
+    """The end of a command's help: one line that works."""
+    return f"\b\nExample:\n  {line}"
 
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, is_eager=True, callback=_remember_json, help="Print one JSON object on stdout."
-)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 strength_option = click.option(
-    "--strength", type=float, default=1.0, show_default=True, help="Multiplies the adapter's scale."
+    "--strength", type=Number(), default=1.0, show_default=True, help="Multiplies the adapter's scale."
 )
-seed_option = click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Random seed.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), metavar="INTEGER", default=1, show_default=True, help="Random seed."
+)
 batch_size_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Images in a batch."
 )
-lr_option = click.option("--lr", type=float, default=1e-3, show_default=True, help="Adam's learning rate.")
+lr_option = click.option(
+    "--lr", type=Number(above=0), default=1e-3, show_default=True, help="Adam's learning rate, above 0."
+)
 model_option = click.option(
     "--model", default=None, metavar="NAME", help="The base's network, where its file does not state it."
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,33 @@ if TYPE_CHECKING:
 
     from loraio.training.loop import Progress
 
-PIPE_WIDTH = 140
-"""Columns of a table that does not go to a terminal."""
+PIPE_WIDTH = 10_000
+"""Columns of a table that does not go to a terminal: no cell of it is ever wrapped."""
 
 
 def print_json(command: str, result: Mapping[str, Any]) -> None:
-    """The one object that ``--json`` promises, with the name and version of its layout."""
-    click.echo(json.dumps({"schema": f"loraio/{command}/1", **result}, ensure_ascii=False, allow_nan=False))
+    """The one object that ``--json`` promises, with the name and version of its layout.
+
+    JSON has no word for NaN and infinity; they become null.
+    """
+    click.echo(json.dumps({"schema": f"loraio/{command}/1", **_plain(result)}, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console; tables that go to a pipe are not squeezed into 80 columns."""
+    """A rich console that takes text as it is: file names may look like rich's markup."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, highlight=False, soft_wrap=False)
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
@@ -39,7 +52,7 @@ def table(title: str, columns: Sequence[str]) -> Table:
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.add_column(columns[0])
+    made.add_column(columns[0], overflow="fold")
     for column in columns[1:]:
         made.add_column(column, justify="right")
     return made
@@ -62,10 +75,14 @@ def size(count: int) -> str:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[Progress], None]]:
-    """Where training loops report to: bars on a terminal, lines elsewhere; on stderr in both cases."""
+def progress(*, lines: bool = True) -> Iterator[Callable[[Progress], None]]:
+    """Where training loops report to, on stderr: bars on a terminal, elsewhere lines, unless they would be in the way.
+
+    Args:
+        lines: whether to print lines; with ``--json`` stderr holds nothing but the error, if there is one.
+    """
     if not sys.stderr.isatty():
-        yield lambda now: note(f"{now.label}: step {now.step}/{now.steps}, loss {now.loss:.4f}")
+        yield lambda now: note(f"{now.label}: step {now.step}/{now.steps}, loss {now.loss:.4f}") if lines else None
         return
     from rich import progress as bars
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loraio.training.evaluation import Evaluation
 
 
-@click.command()
+@click.command(epilog=_options.example("loraio evaluate base.safetensors --adapter three.safetensors --dataset digits"))
 @click.argument("base", type=click.Path())
 @click.option(
     "--adapter", "adapters", type=click.Path(), multiple=True, help="An adapter, or a folder of them; may be repeated."
@@ -35,13 +35,9 @@ def evaluate(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Count right and wrong answers of BASE, alone and with each adapter.
+    """Count the wrong answers of BASE and of each adapter on it.
 
     The adapters are swapped on one live model, which is the base again at the end.
-
-    \b
-    Example:
-      loraio evaluate base.safetensors --adapter three.safetensors --dataset digits
     """
     import loraio
 
@@ -78,7 +74,7 @@ def _files(paths: Iterable[str]) -> list[Path]:
         if not inside:
             raise MissingFileError(f"there is no adapter in the folder {str(path)!r}")
         files += inside
-    return files
+    return list(dict.fromkeys(files))
 
 
 def _named(files: list[Path]) -> dict[str, Path]:
@@ -90,10 +86,12 @@ def _named(files: list[Path]) -> dict[str, Path]:
 def _print_counts(
     title: str, alone: Evaluation, results: dict[str, Evaluation], own: dict[str, int | None], field: str
 ) -> None:
+    from rich.text import Text
+
     classes = range(len(alone.wrong))
     table = _output.table(title, ["", *map(str, classes), "all", "accuracy"])
     for name, result in [("base", alone), *results.items()]:
         counts = getattr(result, field)
-        cells = [f"[bold]{counts[n]}[/bold]" if n == own.get(name) else str(counts[n]) for n in classes]
+        cells = [Text(str(counts[n]), style="bold" if n == own.get(name) else "") for n in classes]
         table.add_row(name, *cells, str(sum(counts)), f"{result.accuracy:.2%}")
     _output.console().print(table)

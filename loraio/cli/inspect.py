@@ -12,16 +12,11 @@ if TYPE_CHECKING:
     from loraio.container import Header
 
 
-@click.command()
+@click.command(epilog=_options.example("loraio inspect three.safetensors --json"))
 @click.argument("file", type=click.Path())
 @_options.json_option
 def inspect(file: str, as_json: bool) -> None:
-    """Say what FILE is, an adapter or a base model. Reads the header only, in a tenth of a second.
-
-    \b
-    Example:
-      loraio inspect three.safetensors --json
-    """
+    """Say what FILE is, an adapter or a base model. Reads the header only, in a tenth of a second."""
     from loraio import container
 
     header = container.read_header(file)
@@ -73,6 +68,7 @@ def _adapter_facts(header: Header) -> dict[str, Any]:
 def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
     import math
 
+    merged, training = document.get("merged"), document.get("training")
     tensors = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sorted(header.tensors.items())}
     return {
         "type": "base",
@@ -80,8 +76,8 @@ def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
         "sha256": document.get("sha256"),
         "parameters": sum(math.prod(info.shape) for info in header.tensors.values()),
         "tensors": tensors,
-        "merged": document.get("merged", []),
-        "training": document.get("training", {}),
+        "merged": merged if isinstance(merged, list) else [],
+        "training": training if isinstance(training, dict) else {},
     }
 
 
@@ -108,7 +104,9 @@ def _print_base(facts: dict[str, Any]) -> None:
     if facts["sha256"]:
         click.echo(f"sha256 {facts['sha256']}")
     for receipt in facts["merged"]:
-        click.echo(f"merged: adapter {receipt['adapter_sha256'][:12]}.. at strength {receipt['strength']:g}")
+        click.echo("merged:")
+        for key, value in receipt.items() if isinstance(receipt, dict) else [("receipt", receipt)]:
+            click.echo(f"  {key}: {_words(value)}")
     table = _output.table("Tensors", ["name", "dtype", "shape"])
     for name, tensor in facts["tensors"].items():
         table.add_row(name, tensor["dtype"], "x".join(map(str, tensor["shape"])) or "scalar")
@@ -117,19 +115,21 @@ def _print_base(facts: dict[str, Any]) -> None:
 
 
 def _print_training(training: dict[str, Any]) -> None:
+    results = training.get("results")
     for key, value in training.items():
-        if key == "results":
-            _print_results(value)
-        elif isinstance(value, dict):
-            click.echo(f"{key}: {', '.join(f'{name} {part}' for name, part in value.items())}")
-        else:
-            click.echo(f"{key}: {value}")
+        if key != "results" or not isinstance(value, dict):
+            click.echo(f"{key}: {_words(value)}")
+    if isinstance(results, dict):
+        click.echo(f"results: {_words({key: part for key, part in results.items() if not isinstance(part, dict)})}")
+        for when in ("before", "after"):
+            if when in results:
+                click.echo(f"  {when}: {_words(results[when])}")
 
 
-def _print_results(results: dict[str, Any]) -> None:
-    for when in ("before", "after"):
-        if when in results:
-            found = results[when]
-            click.echo(
-                f"{when}: {found['accuracy']:.2%} right, wrong for each class: {' '.join(map(str, found['wrong']))}"
-            )
+def _words(value: Any) -> str:
+    """A JSON value on one line; the metadata of other people's files may hold anything."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ import click
 from loraio.cli import _options, _output
 
 
-@click.command()
+@click.command(epilog=_options.example("loraio merge base.safetensors three.safetensors -o merged.safetensors"))
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
 @click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The merged checkpoint to make.")
@@ -15,13 +15,10 @@ from loraio.cli import _options, _output
 @_options.force_option
 @_options.json_option
 def merge(base: str, adapter: str, output: str, strength: float, force: bool, as_json: bool) -> None:
-    """Fold ADAPTER into BASE: W + strength * scale * (B @ A), rounded once.
+    """Fold ADAPTER into BASE for good.
 
-    The weights of what was written are verified before the file gets its name.
-
-    \b
-    Example:
-      loraio merge base.safetensors three.safetensors -o merged.safetensors
+    Each weight becomes W + strength * scale * (B @ A), rounded once. The weights of what was
+    written are verified before the file gets its name.
     """
     import loraio
 
@@ -32,6 +29,6 @@ def merge(base: str, adapter: str, output: str, strength: float, force: bool, as
         _output.print_json("merge", {"file": output, "sha256": merged.sha256, "strength": strength, **facts})
         return
     click.echo(
-        f"{output}: {weights.folded} tensors folded, the worst weight {weights.max_ulp:.3f} ulp from the exact sum; "
-        f"{weights.untouched} left bit-identical"
+        f"{output}: {weights.folded} tensors folded, {weights.untouched} left bit-identical;\n"
+        f"the worst weight is {weights.max_ulp:.3g} ulp from the exact sum"
     )

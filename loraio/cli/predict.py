@@ -9,7 +9,7 @@ import click
 from loraio.cli import _options, _output
 
 
-@click.command()
+@click.command(epilog=_options.example("loraio predict base.safetensors photo.jpg --adapter three.safetensors"))
 @click.argument("base", type=click.Path())
 @click.argument("images", type=click.Path(), nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--adapter", type=click.Path(), default=None, help="An adapter to attach.")
@@ -19,11 +19,9 @@ from loraio.cli import _options, _output
 def predict(
     base: str, images: tuple[str, ...], adapter: str | None, strength: float, model: str | None, as_json: bool
 ) -> None:
-    """Read the digit in each IMAGE, a PNG or JPEG of any size, dark on light or light on dark.
+    """Read the digit in each IMAGE.
 
-    \b
-    Example:
-      loraio predict base.safetensors photo.jpg --adapter three.safetensors
+    An image is a PNG or JPEG of any size, dark on light or light on dark.
     """
     import torch
 

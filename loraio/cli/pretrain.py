@@ -9,7 +9,7 @@ import click
 from loraio.cli import _options, _output
 
 
-@click.command()
+@click.command(epilog=_options.example("loraio pretrain -o base.safetensors --dataset digits --epochs 20"))
 @click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The base checkpoint to make.")
 @click.option("--model", default="digit-cnn", show_default=True, metavar="NAME", help="Network by name.")
 @_options.dataset_option()
@@ -32,12 +32,7 @@ def pretrain(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Train a base network with Adam and save it.
-
-    \b
-    Example:
-      loraio pretrain -o base.safetensors --dataset digits --epochs 20
-    """
+    """Train a base network with Adam and save it."""
     import loraio
     from loraio import container
     from loraio.bases import NETWORKS
@@ -49,24 +44,16 @@ def pretrain(
     config = loraio.PretrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     data = loraio.load_dataset(dataset, "train", root=data_root)
     held_out = loraio.load_dataset(dataset, "test", root=data_root)
-    with _output.progress() as report:
+    with _output.progress(lines=not as_json) as report:
         network = loraio.pretrain(model, config, data, on_progress=report)
     result = loraio.evaluate(network, held_out)
     loraio.save_base(network, output, training=base_record(config, data, held_out, result), overwrite=force)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    parameters, size = sum(parameter.numel() for parameter in network.parameters()), Path(output).stat().st_size
     if as_json:
-        _output.print_json(
-            "pretrain",
-            {
-                "file": output,
-                "bytes": Path(output).stat().st_size,
-                "network": model,
-                "parameters": parameters,
-                "test": result.to_json(),
-            },
-        )
+        facts = {"file": output, "bytes": size, "network": model, "parameters": parameters}
+        _output.print_json("pretrain", {**facts, "test": result.to_json()})
         return
     click.echo(
-        f"{output}: {model}, {parameters:,} parameters, {_output.size(Path(output).stat().st_size)}; "
+        f"{output}: {model}, {parameters:,} parameters, {_output.size(size)}; "
         f"{result.accuracy:.2%} of {result.images:,} test images right"
     )

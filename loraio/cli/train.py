@@ -13,12 +13,18 @@ FILE_NAME = "digit-{}.safetensors"
 """Name of each file that ``--digit all`` makes."""
 
 
-@click.command()
+@click.command(epilog=_options.example("loraio train base.safetensors --digit 3 -o three.safetensors --dataset digits"))
 @click.argument("base", type=click.Path())
-@click.option("--digit", type=_options.Digit(), required=True, help="The class to adapt to; all makes one file each.")
+@click.option(
+    "--digit",
+    type=_options.Digit(),
+    metavar="N|all",
+    required=True,
+    help="The class to adapt to; all makes one file each.",
+)
 @click.option("-o", "--output", type=click.Path(), required=True, help="The adapter file; with --digit all a folder.")
 @click.option("--rank", type=click.IntRange(min=1), default=4, show_default=True, help="Inner size of the factors, r.")
-@click.option("--alpha", type=_options.Number(), default=None, help="Scale is alpha / r.  [default: the rank]")
+@click.option("--alpha", type=_options.Number(above=0), help="Above 0; scale is alpha / r.  [default: the rank]")
 @click.option(
     "--targets",
     type=_options.Words(),
@@ -28,13 +34,20 @@ FILE_NAME = "digit-{}.safetensors"
 )
 @click.option(
     "--focus",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=_options.Number(above=0, most=1),
     default=0.5,
     show_default=True,
-    help="Share of each batch drawn from the digit; 1 teaches to answer it always.",
+    help="Share of each batch drawn from the digit, above 0 to 1; 1 teaches to answer it always.",
 )
 @click.option("--steps", type=click.IntRange(min=1), default=None, help="Batches.  [default: one pass over the data]")
 @_options.lr_option
+@click.option(
+    "--schedule",
+    default="constant",
+    show_default=True,
+    metavar="NAME",
+    help="How the learning rate goes down: constant or cosine.",
+)
 @_options.batch_size_option
 @click.option("--init", default="kaiming", show_default=True, metavar="NAME", help="Start of A: kaiming or gaussian.")
 @_options.seed_option
@@ -54,20 +67,15 @@ def train(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train LoRA factors on a frozen BASE and save them alone.
-
-    \b
-    Example:
-      loraio train base.safetensors --digit 3 -o three.safetensors --dataset digits --steps 300
-    """
+    """Train LoRA factors on a frozen BASE and save them alone."""
     import loraio
 
     config = loraio.TrainConfig(**settings)
-    digits = None if digit == "all" else [int(digit)]
+    digits = [digit] if isinstance(digit, int) else None
     _check_outputs(base, output, digits, force=force)
     network = loraio.load_base(base, model=model)
     data, held_out = (loraio.load_dataset(dataset, split, root=data_root) for split in ("train", "test"))
-    with _output.progress() as report:
+    with _output.progress(lines=not as_json) as report:
         adapters = loraio.train_each(network, config, data, digits=digits, held_out=held_out, on_progress=report)
     if digits is None:
         Path(output).mkdir(exist_ok=True)
@@ -81,7 +89,7 @@ def train(
     if as_json:
         _output.print_json("train", {"base": base, "parameters": parameters, "adapters": rows})
         return
-    _print_rows(rows, len(held_out))
+    _print_rows(rows, f"{len(held_out):,} test images of {dataset}")
     click.echo(
         f"{parameters['adapted']:,} parameters in the adapted layers, {parameters['added']:,} added: "
         f"{parameters['percent']:.3f} %"
@@ -98,15 +106,16 @@ def _check_outputs(base: str, output: str, digits: list[int] | None, *, force: b
     elif Path(output).is_file():
         raise OutputError(f"{output!r} is a file", hint="with --digit all the output is a folder")
     elif Path(output).is_dir():
+        container.check_output(Path(output) / FILE_NAME.format(0), overwrite=True)  # may files be made in it at all?
         for file in sorted(Path(output).glob(FILE_NAME.format("*"))):
             container.check_output(file, overwrite=force, inputs=[base])
     else:
         container.check_output(output)
 
 
-def _print_rows(rows: list[dict[str, Any]], images: int) -> None:
-    columns = ("adapter", "size", "own digit wrong", "with it", "accuracy", "with it")
-    table = _output.table(f"On {images:,} test images", columns)
+def _print_rows(rows: list[dict[str, Any]], images: str) -> None:
+    columns = ("", "size", "misread,\nbase", "misread,\nadapter", "accuracy,\nbase", "accuracy,\nadapter")
+    table = _output.table(f"On {images}; misread: those of the adapter's own digit", columns)
     for row in rows:
         n, before, after = row["digit"], row["before"], row["after"]
         wrong = [str(result["wrong"][n]) for result in (before, after)]

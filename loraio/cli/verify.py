@@ -16,7 +16,7 @@ FAILED = 3
 """Exit code when the check ran and says no."""
 
 
-@click.command()
+@click.command(epilog=_options.example("loraio verify base.safetensors three.safetensors merged.safetensors"))
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
 @click.argument("merged", type=click.Path())
@@ -41,11 +41,9 @@ def verify(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Check MERGED against BASE and ADAPTER: every weight, and the outputs. Exit code 3 says no.
+    """Check MERGED against BASE and ADAPTER.
 
-    \b
-    Example:
-      loraio verify base.safetensors three.safetensors merged.safetensors
+    Every weight is checked, and the outputs. Exit code 3 says no.
     """
     import loraio
 
@@ -65,7 +63,7 @@ def verify(
     )
     if as_json:
         weights = {"ok": report.weights.ok, **asdict(report.weights)}
-        outputs = {"ok": report.outputs.ok, **asdict(report.outputs)}
+        outputs = report.outputs and {"ok": report.outputs.ok, **asdict(report.outputs)}
         facts = {"ok": report.ok, "strength": strength, "weights": weights, "outputs": outputs}
         _output.print_json("verify", facts)
     else:
@@ -76,16 +74,19 @@ def verify(
 
 def _print(report: Report) -> None:
     weights, outputs = report.weights, report.outputs
+    click.echo(f"weights: {'ok' if weights.ok else 'WRONG'}")
+    click.echo(f"  folded tensors: {weights.folded}, with {weights.values:,} values")
     click.echo(
-        f"weights: {'ok' if weights.ok else 'WRONG'}; {weights.values:,} in {weights.folded} folded tensors, "
-        f"{weights.not_correctly_rounded:,} not correctly rounded, the worst {weights.max_ulp:.3g} ulp; "
-        f"{weights.untouched} tensors untouched"
+        f"  not correctly rounded: {weights.not_correctly_rounded:,}, the worst weight off by {weights.max_ulp:.3g} ulp"
     )
+    click.echo(f"  tensors that must be untouched: {weights.untouched}")
     for problem in weights.problems:
         click.echo(f"  {problem}")
-    click.echo(
-        f"outputs: {'ok' if outputs.ok else 'WRONG'}; merged against attached on {outputs.samples:,} inputs: "
-        f"max difference {outputs.max_abs:.3g} (bound {outputs.bound:.2g}), the adapter's effect is "
-        f"{outputs.effect:.3g}; argmax agreement {outputs.argmax_agreement:.2%}"
-    )
+    if outputs is None:
+        click.echo("outputs: not run, since the weights do not fit the network")
+    else:
+        click.echo(f"outputs: {'ok' if outputs.ok else 'WRONG'}, merged against attached on {outputs.samples:,} inputs")
+        click.echo(f"  largest difference: {outputs.max_abs:.3g}, it may be {outputs.bound:.2g}")
+        click.echo(f"  the adapter's own effect: {outputs.effect:.3g}")
+        click.echo(f"  the same answer: {outputs.argmax_agreement:.2%}")
     click.echo("verified" if report.ok else "NOT VERIFIED")

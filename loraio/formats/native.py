@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,28 +74,32 @@ class Native:
         """Write the adapter; see `loraio.save`."""
         document = to_document(adapter)
         try:
-            container.canonical_json(document)
-        except (TypeError, ValueError) as error:
+            kept = json.loads(container.canonical_json(document)) == document
+        except (TypeError, ValueError, RecursionError) as error:
             raise AdapterError(f"the adapter's metadata is not plain JSON: {error}") from error
+        if not kept:  # JSON makes a list of a tuple and a string of a key that is a number
+            raise AdapterError("the adapter's metadata is not plain JSON: a tuple, or a key that is no string")
         container.write(adapter.factors, path, document=document, overwrite=overwrite)
 
 
 def to_document(adapter: Adapter) -> dict[str, Any]:
-    """The JSON document of an adapter, as it stands under the header key ``loraio``."""
-    return {
-        **adapter.extra,
+    """The JSON document of an adapter, as it stands under the header key ``loraio``.
+
+    Raises:
+        AdapterError: an ``extra`` has a key that is not extra.
+    """
+    targets = {}
+    for name, target in adapter.targets.items():
+        own = {key: getattr(target, key) for key in _TARGET_KEYS} | {"shape": list(target.shape)}
+        targets[name] = _with_extra(own, target.extra)
+    base = {"network": adapter.base.network, "sha256": adapter.base.sha256}
+    own = {
         "format_version": FORMAT_VERSION,
-        "targets": {
-            name: {
-                **target.extra,
-                **{key: getattr(target, key) for key in _TARGET_KEYS},
-                "shape": list(target.shape),
-            }
-            for name, target in adapter.targets.items()
-        },
-        "base": {**adapter.base.extra, "network": adapter.base.network, "sha256": adapter.base.sha256},
+        "targets": targets,
+        "base": _with_extra(base, adapter.base.extra),
         "training": dict(adapter.training),
     }
+    return _with_extra(own, adapter.extra)
 
 
 def read_metadata(header: Header) -> NativeMetadata:
@@ -110,7 +115,7 @@ def read_metadata(header: Header) -> NativeMetadata:
     if document is None:
         raise FormatError(f"there is no {METADATA_KEY!r} metadata", where=where)
     version = document.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version != FORMAT_VERSION:
         raise FormatError(
             f"format version {version!r}, this loraio reads version {FORMAT_VERSION}",
             where=where,
@@ -120,7 +125,7 @@ def read_metadata(header: Header) -> NativeMetadata:
     _check_keys(document["base"], _BASE_KEYS, "'base'", where)
     targets: dict[str, Target] = {}
     try:
-        for name, entry in document["targets"].items():
+        for name, entry in sorted(document["targets"].items()):
             _check_keys(entry, _TARGET_KEYS, f"target {name!r}", where)
             known = {key: entry[key] for key in _TARGET_KEYS} | {"shape": tuple(entry["shape"])}
             targets[name] = Target(**known, extra=_others(entry, _TARGET_KEYS))
@@ -148,6 +153,13 @@ def _check_keys(entry: Any, keys: Mapping[str, type | tuple[type, ...]], what: s
             raise FormatError(f"{what} has no {key!r}", where=where)
         if not isinstance(entry[key], types) or isinstance(entry[key], bool):
             raise FormatError(f"{what} has {key!r}: {entry[key]!r}, of a wrong type", where=where)
+
+
+def _with_extra(own: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    clash = sorted(own.keys() & extra.keys())
+    if clash:
+        raise AdapterError(f"extra holds {', '.join(map(repr, clash))}, which this version knows itself")
+    return own | dict(extra)
 
 
 def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

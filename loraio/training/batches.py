@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraio.errors import DataError
+from loraio.errors import ConfigError, DataError
+
+MAX_DRAWS = 2**28
+"""Most images that one run may draw; their indices are held in memory, 8 bytes each."""
 
 
 def epoch_batches(images: int, batch_size: int, epochs: int, *, generator: torch.Generator) -> list[Tensor]:
@@ -27,7 +30,7 @@ def focused_batches(
     Args:
         labels: (n,), int64.
         digit: the class that gets the share; None takes all images as they come.
-        focus: the share, above 0 to 1; rounded to whole images, at least one.
+        focus: the share, above 0 to 1; rounded to whole images of a batch, halves up, at least one.
         batch_size: images in a batch.
         steps: number of batches.
         generator: on the CPU.
@@ -36,6 +39,7 @@ def focused_batches(
         (steps, batch_size), int64, indices into ``labels``.
 
     Raises:
+        ConfigError: more than `MAX_DRAWS` images would be drawn.
         DataError: the data set has no image of the digit, or only images of it while others are needed.
 
     >>> labels = torch.arange(10).repeat(20)
@@ -43,13 +47,15 @@ def focused_batches(
     >>> (labels[rows] == 3).sum(1).tolist()
     [4, 4, 4, 4, 4]
     """
+    if steps * batch_size > MAX_DRAWS:
+        raise ConfigError(f"{steps:,} steps of {batch_size:,} images are more than {MAX_DRAWS:,} draws")
     if digit is None:
         everything = torch.arange(len(labels))
         return _in_turn(everything, steps * batch_size, generator).view(steps, batch_size)
     pools = {int(label): torch.nonzero(labels == label).flatten() for label in labels.unique()}
     own = pools.pop(digit, None)
     if own is None:
-        raise DataError(f"the data set has no image of class {digit}")
+        raise DataError(f"the data set has no image of class {digit}, only of {', '.join(map(str, pools))}")
     share = max(1, int(batch_size * focus + 0.5))
     rest = batch_size - share
     if rest and not pools:

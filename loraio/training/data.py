@@ -114,41 +114,47 @@ Reader = Callable[[str, Path], tuple[Tensor, Tensor]]
 """Split and root folder in; images and labels out."""
 
 
-def _torchvision(class_name: str, *, transposed: bool = False, **options: Any) -> Reader:
-    """A reader for one of torchvision's MNIST-like data sets, downloaded on first use."""
+def _torchvision(
+    class_name: str, *, parts: tuple[str, str] = ("train", "t10k"), transposed: bool = False, **options: Any
+) -> Reader:
+    """A reader for one of torchvision's MNIST-like data sets, downloaded on first use.
+
+    Args:
+        class_name: in ``torchvision.datasets``; also the folder's name.
+        parts: how the names of the files for training and for testing begin.
+        transposed: the images are stored with rows and columns exchanged.
+        options: further arguments of the class.
+    """
 
     def read(split: str, root: Path) -> tuple[Tensor, Tensor]:
         from torchvision import datasets
 
-        cls = getattr(datasets, class_name)
-        train = split == "train"
-        where = f"{str(root)!r}"
+        folder = root / class_name / "raw"
+        names = [f"{part}-{kind}-ubyte" for part in parts for kind in ("images-idx3", "labels-idx1")]
+        missing = [folder / name for name in names if not (folder / name).is_file()]
         try:
-            found = cls(root=root, train=train, download=False, **options)
-        except RuntimeError:  # torchvision's way to say that files are missing
-            try:
-                with _no_endless_waits(), contextlib.redirect_stdout(sys.stderr):
-                    found = cls(root=root, train=train, download=True, **options)
-            except Exception as error:  # URL, OS, runtime and zip errors all come out of a download
+            with _no_endless_waits(), contextlib.redirect_stdout(sys.stderr):
+                cls = getattr(datasets, class_name)
+                found = cls(root=root, train=split == "train", download=bool(missing), **options)
+        except Exception as error:  # files, downloads and archives fail in many ways
+            still_missing = [path for path in missing if not path.is_file()]
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            if not still_missing:
                 raise DataError(
-                    f"{class_name} is not there and cannot be downloaded: {error}",
-                    problems=[f"looked for {path}" for path in _files(cls, root)],
-                    where=where,
-                    hint="--dataset digits, which needs no files, or --data-root FOLDER for files of your own",
+                    f"{class_name} is damaged: {lines[0]}",
+                    where=f"{str(folder)!r}",
+                    hint="remove this folder; the files are then downloaded again",
                 ) from error
-        except Exception as error:  # a damaged file fails in whichever way its parser does
-            raise DataError(f"{class_name} cannot be read: {error}", where=where, hint="remove its folder") from error
+            raise DataError(
+                f"{class_name} is not there and cannot be downloaded",
+                problems=[*lines, *(f"looked for {path}" for path in still_missing)],
+                where=f"{str(root)!r}",
+                hint="--dataset digits, which needs no files, or --data-root FOLDER for files of your own",
+            ) from error
         images = found.data.float().div_(255)
         return (images.transpose(1, 2).contiguous() if transposed else images)[:, None], found.targets.long()
 
     return read
-
-
-def _files(cls: Any, root: Path) -> list[str]:
-    """The files that torchvision looks for."""
-    folder = root / cls.__name__ / "raw"
-    names = [Path(name).stem for name, _ in getattr(cls, "resources", [])]
-    return [str(folder / name) for name in names] or [str(folder)]
 
 
 @contextlib.contextmanager
@@ -166,6 +172,8 @@ DATASETS: dict[str, Reader] = {
     "mnist": _torchvision("MNIST"),
     "fashion-mnist": _torchvision("FashionMNIST"),
     "kmnist": _torchvision("KMNIST"),
-    "emnist-digits": _torchvision("EMNIST", split="digits", transposed=True),  # its files are stored sideways
+    "emnist-digits": _torchvision(
+        "EMNIST", parts=("emnist-digits-train", "emnist-digits-test"), transposed=True, split="digits"
+    ),
     "digits": _read_digits,
 }

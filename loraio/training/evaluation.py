@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loraio.adapter import Adapter
 from loraio.attachment import Attachment, attach
-from loraio.errors import DataError
+from loraio.errors import BaseMismatchError, DataError
 from loraio.training.data import Dataset
 
 BATCH = 1000
@@ -72,7 +72,7 @@ def predict(model: nn.Module, images: Tensor, *, classes: int | None = None) -> 
     Raises:
         DataError: it gives another number of them, or does not take images of this shape.
     """
-    first = next(model.parameters())
+    first = next(model.parameters(), torch.zeros(()))  # a network may have none
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -114,10 +114,15 @@ def evaluate_each(
     live: Attachment | None = None
     try:
         for name, adapter in adapters.items():
-            if live is None:
-                live = attach(model, adapter, strength)
-            else:
-                live.swap(adapter)
+            try:
+                if live is None:
+                    live = attach(model, adapter, strength)
+                else:
+                    live.swap(adapter)
+            except BaseMismatchError as error:
+                raise BaseMismatchError(
+                    f"{name!r}: {error.message}", problems=error.problems, where=error.where, hint=error.hint
+                ) from error
             results[name] = evaluate(model, dataset)
     finally:
         if live is not None:

@@ -23,7 +23,7 @@ from loraio.identity import state_sha256, tensor_sha256
 from loraio.kinds import KINDS
 from loraio.layers import TargetModule, select_targets
 from loraio.training.batches import epoch_batches, focused_batches
-from loraio.training.config import PretrainConfig, TrainConfig
+from loraio.training.config import SCHEDULES, PretrainConfig, TrainConfig
 from loraio.training.data import Dataset
 from loraio.training.evaluation import Evaluation, evaluate
 
@@ -117,7 +117,16 @@ def train(
     )
     with _frozen(model), attach(model, fresh, trainable=True) as live:
         label = "all classes" if config.digit is None else f"digit {config.digit}"
-        _run(model, live.parameters(), list(rows), dataset, lr=config.lr, label=label, on_progress=on_progress)
+        _run(
+            model,
+            live.parameters(),
+            list(rows),
+            dataset,
+            lr=config.lr,
+            schedule=config.schedule,
+            label=label,
+            on_progress=on_progress,
+        )
         _refuse_unmoved(fresh, live)
         trained = live.adapter
     with attach(model, trained):
@@ -221,9 +230,12 @@ def _run(
     lr: float,
     label: str,
     on_progress: OnProgress | None,
+    schedule: str = "constant",
 ) -> None:
     """Adam on exactly these parameters, cross-entropy, one step for each batch."""
     optimizer = torch.optim.Adam(parameters, lr=lr)
+    share = SCHEDULES[schedule]
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(step / len(batches)))
     device = next(model.parameters()).device
     images, labels = dataset.images.to(device), dataset.labels.to(device)
     running, since = torch.zeros((), device=device), 0
@@ -233,6 +245,7 @@ def _run(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        rate.step()
         running += loss.detach()
         since += 1
         if step % REPORT_EVERY == 0 or step == len(batches):
@@ -290,7 +303,7 @@ def _adapter_record(
     config: TrainConfig, dataset: Dataset, counted_on: Dataset, steps: int, before: Evaluation, after: Evaluation
 ) -> dict[str, Any]:
     """What an adapter file says about its making."""
-    named = ("init", "focus", "lr", "batch_size", "targets")  # rank, alpha and kind stand with each target
+    named = ("init", "focus", "lr", "schedule", "batch_size", "targets")  # rank, alpha and kind stand with each target
     hyperparameters = {key: value for key, value in asdict(config).items() if key in named}
     return {
         **_provenance(dataset, config.seed),

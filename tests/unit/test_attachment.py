@@ -222,7 +222,7 @@ def test_a_shared_weight_is_refused(base: nn.Module, three: loraio.Adapter) -> N
     base.twin.weight = base.conv1.weight  # type: ignore[union-attr, assignment]
     state = base.state_dict()
     adapter = replace(three, base=replace(three.base, sha256=loraio.identity.state_sha256(state)))
-    with pytest.raises(StateError, match="shared: conv1.weight, twin.weight"):
+    with pytest.raises(StateError, match=r"shared: conv1\.weight, twin\.weight"):
         loraio.attach(base, adapter)
 
 

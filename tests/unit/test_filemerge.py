@@ -63,9 +63,7 @@ def test_a_plain_pickled_state_dict_can_be_merged_without_its_network(
     assert result.sha256 == loraio.read_base(files / "merged.safetensors").document["sha256"]
 
 
-def test_a_file_that_reads_back_wrong_is_not_kept(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_reads_back_wrong_is_not_kept(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = container.read_tensors
 
     def damaged(header: container.Header) -> dict[str, Tensor]:

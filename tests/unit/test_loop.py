@@ -137,7 +137,8 @@ def test_the_file_says_how_it_was_made(three: loraio.Adapter, digits: loraio.Dat
     )
     assert (training["dataset"], training["digit"], training["steps"], training["images"]) == ("digits", 3, 40, 898)
     assert training["hyperparameters"] == {
-        "optimizer": "adam", "targets": ["conv"], "focus": 0.5, "lr": 1e-3, "batch_size": 64, "init": "kaiming",
+        "optimizer": "adam", "targets": ["conv"], "focus": 0.5, "lr": 1e-3, "schedule": "constant", "batch_size": 64,
+        "init": "kaiming",
     }  # fmt: skip
     assert training["results"]["split"] == "train"
     target = three.targets["conv2.weight"]
@@ -164,6 +165,11 @@ def test_a_run_without_a_digit_learns_all_classes(base: nn.Module, digits: lorai
     assert adapter.training["digit"] is None
     results = adapter.training["results"]
     assert results["after"]["accuracy"] > results["before"]["accuracy"]
+
+
+def test_a_run_of_too_many_draws_is_refused_before_memory_runs_out(base: nn.Module, digits: loraio.Dataset) -> None:
+    with pytest.raises(ConfigError, match="more than 268,435,456 draws"):
+        loraio.train(base, loraio.TrainConfig(digit=3, steps=2**40), digits)
 
 
 def test_what_cannot_be_trained_is_refused(base: nn.Module, digits: loraio.Dataset) -> None:

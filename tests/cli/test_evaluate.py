@@ -1,0 +1,182 @@
+"""``loraio evaluate``, and the base files that every command takes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from torch import nn
+
+import loraio
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+
+DIGITS = ("--dataset", "digits")
+
+
+def test_json_is_the_contract(
+    run_json: RunJson,
+    files: Path,
+    base: nn.Module,
+    three: loraio.Adapter,
+    seven: loraio.Adapter,
+    digits_test: loraio.Dataset,
+) -> None:
+    adapters = ("--adapter", files / "three.safetensors", "--adapter", files / "seven.safetensors")
+    found = run_json("evaluate", files / "base.safetensors", *adapters, *DIGITS)
+    assert found.keys() == {"schema", "dataset", "split", "images", "base", "adapters"}
+    assert (found["dataset"], found["split"], found["images"]) == ("digits", "test", 899)
+    assert list(found["adapters"]) == ["three", "seven"]
+    for result in (found["base"], *found["adapters"].values()):
+        assert result.keys() == {"accuracy", "wrong", "false_alarms"}
+        assert isinstance(result["accuracy"], float)
+        assert [len(result[key]) for key in ("wrong", "false_alarms")] == [10, 10]
+        assert all(isinstance(count, int) for count in result["wrong"] + result["false_alarms"])
+        assert sum(result["wrong"]) == sum(result["false_alarms"])
+        assert result["accuracy"] == (899 - sum(result["wrong"])) / 899
+    assert found["base"] == loraio.evaluate(base, digits_test).to_json()
+    for name, adapter in (("three", three), ("seven", seven)):
+        with loraio.attach(base, adapter):
+            assert found["adapters"][name] == loraio.evaluate(base, digits_test).to_json()
+    assert found["adapters"]["three"] != found["base"]
+
+
+def test_without_adapters_there_is_the_base_alone(run_json: RunJson, files: Path) -> None:
+    assert run_json("evaluate", files / "base.safetensors", *DIGITS)["adapters"] == {}
+
+
+def test_the_tables_hold_the_counts(run: Run, run_json: RunJson, files: Path) -> None:
+    words = ("evaluate", files / "base.safetensors", "--adapter", files / "three.safetensors", *DIGITS)
+    text, found = run(*words).stdout, run_json(*words)
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] == ["three"]]
+    result = found["adapters"]["three"]
+    for row, key in zip(rows, ("wrong", "false_alarms"), strict=True):
+        assert row[1:11] == [str(count) for count in result[key]]
+        assert row[11:] == [str(sum(result[key])), f"{result['accuracy']:.2%}"]
+    assert text.startswith("899 test images of digits\n")
+    assert "\x1b" not in text
+
+
+def test_the_training_images_can_be_counted_too(run_json: RunJson, files: Path) -> None:
+    found = run_json("evaluate", files / "base.safetensors", *DIGITS, "--split", "train")
+    assert (found["split"], found["images"]) == ("train", 898)
+
+
+def test_strength_zero_is_the_base(run_json: RunJson, files: Path) -> None:
+    words = ("evaluate", files / "base.safetensors", "--adapter", files / "three.safetensors", *DIGITS)
+    found = run_json(*words, "--strength", 0)
+    assert found["adapters"]["three"] == found["base"]
+
+
+def test_a_folder_gives_its_adapters_and_passes_over_the_rest(run_json: RunJson, files: Path) -> None:
+    found = run_json("evaluate", files / "base.safetensors", "--adapter", files, *DIGITS)
+    assert list(found["adapters"]) == ["seven", "three"]
+
+
+def test_a_file_given_twice_counts_once(run_json: RunJson, files: Path) -> None:
+    adapters = ("--adapter", files, "--adapter", files / "three.safetensors")
+    assert list(run_json("evaluate", files / "base.safetensors", *adapters, *DIGITS)["adapters"]) == ["seven", "three"]
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copy(files / "seven.safetensors", tmp_path / "three.safetensors"))
+    adapters = ("--adapter", files / "three.safetensors", "--adapter", other)
+    found = run_json("evaluate", files / "base.safetensors", *adapters, *DIGITS)
+    assert list(found["adapters"]) == [str(files / "three.safetensors"), str(other)]
+
+
+def test_a_folder_without_adapters_is_refused(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    shutil.copy(files / "base.safetensors", tmp_path)
+    words = ("evaluate", files / "base.safetensors", "--adapter", tmp_path, *DIGITS)
+    assert f"there is no adapter in the folder {str(tmp_path)!r}" in run(*words, code=1).stderr
+    assert run_json(*words, code=1)["error"] == "MissingFileError"
+
+
+def test_an_adapter_of_another_base_is_named(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    loraio.save_base(loraio.build_network("digit-cnn", seed=8), other)
+    adapters = ("--adapter", files / "three.safetensors", "--adapter", files / "seven.safetensors")
+    found = run_json("evaluate", other, *adapters, *DIGITS, code=1)
+    assert found["error"] == "BaseMismatchError"
+    assert found["message"].startswith("'three': ")
+
+
+def test_adapter_and_base_exchanged_are_refused(run: Run, files: Path) -> None:
+    base, three = files / "base.safetensors", files / "three.safetensors"
+    assert "is an adapter, not a base model" in run("evaluate", three, *DIGITS, code=1).stderr
+    assert "is not an adapter but a base model" in run("evaluate", base, "--adapter", base, *DIGITS, code=1).stderr
+
+
+def test_a_missing_file_is_named(run: Run, files: Path) -> None:
+    assert "'no.safetensors' does not exist" in run("evaluate", "no.safetensors", *DIGITS, code=1).stderr
+    words = ("evaluate", files / "base.safetensors", "--adapter", "no.safetensors", *DIGITS)
+    assert "'no.safetensors' does not exist" in run(*words, code=1).stderr
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_a_plain_state_dict_works_with_a_model_name(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path, trained_base: nn.Module, suffix: str
+) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / f"plain{suffix}"
+    state = trained_base.state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    known = run_json("evaluate", files / "base.safetensors", *DIGITS)
+    assert run_json("evaluate", path, "--model", "digit-cnn", *DIGITS)["base"] == known["base"]
+    assert "--model NAME" in run("evaluate", path, *DIGITS, code=1).stderr
+
+
+class Trap:
+    """What a hostile pickle does when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Path.touch, (Path(TRAPPED),)  # type: ignore[return-value]
+
+
+TRAPPED = "trapped"
+
+
+def test_a_pickle_with_objects_is_refused_and_not_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Trap()}, "objects.pt")
+    error = run("evaluate", "objects.pt", "--model", "digit-cnn", *DIGITS, code=1).stderr
+    assert error.startswith("FormatError")
+    assert "objects.pt" in error
+    assert not Path(TRAPPED).exists()
+
+
+def test_a_truncated_pickle_is_refused(run: Run, tmp_path: Path, trained_base: nn.Module) -> None:
+    torch.save(trained_base.state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
+    assert "cut.pt" in run("evaluate", tmp_path / "cut.pt", "--model", "digit-cnn", *DIGITS, code=1).stderr
+
+
+def test_an_unknown_split_is_a_usage_error(run: Run, files: Path) -> None:
+    run("evaluate", files / "base.safetensors", *DIGITS, "--split", "tset", code=2)
+
+
+def test_without_files_and_network_the_error_says_what_to_do(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no network here")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
+    words = ("evaluate", files / "base.safetensors", "--data-root", tmp_path)
+    found = run_json(*words, code=1)
+    assert found["error"] == "DataError"
+    assert found["where"] == repr(str(tmp_path))
+    assert str(tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte") in found["message"]
+    assert "--dataset digits" in found["hint"]
+    monkeypatch.setenv("LORAIO_DATA", str(tmp_path))
+    assert str(tmp_path) in run(*words[:2], code=1).stderr

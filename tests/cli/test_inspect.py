@@ -1,0 +1,145 @@
+"""``loraio inspect``: what it says of adapters, bases and files that are neither."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from torch import nn
+
+import loraio
+from loraio import container
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+
+def test_an_adapter_as_json_has_the_documented_keys(run_json: RunJson, files: Path, three: loraio.Adapter) -> None:
+    path = files / "three.safetensors"
+    found = run_json("inspect", path)
+    assert {key: found[key] for key in ("file", "bytes", "type", "dialect", "format_version", "rank", "alpha")} == {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "type": "adapter",
+        "dialect": "native",
+        "format_version": 1,
+        "rank": 4,
+        "alpha": 6,
+    }
+    assert found["parameters"] == three.parameters == sum(t["parameters"] for t in found["targets"].values())
+    assert list(found["targets"]) == ["conv1.weight", "conv2.weight", "conv3.weight"]
+    assert found["targets"]["conv1.weight"]["shape"] == [32, 1, 3, 3]
+    assert found["targets"]["conv1.weight"]["scale"] == 1.5
+    assert found["base"] == {"network": "digit-cnn", "sha256": three.base.sha256}
+    assert found["training"] == json.loads(json.dumps(dict(three.training)))
+
+
+def test_ranks_that_differ_between_targets_have_no_one_rank(
+    run_json: RunJson, tmp_path: Path, trained_base: nn.Module
+) -> None:
+    parts = [
+        loraio.new_adapter(trained_base, loraio.TrainConfig(rank=rank, targets=(name,)))
+        for rank, name in ((1, "conv1"), (2, "conv2"))
+    ]
+    mixed = loraio.Adapter(
+        targets={**parts[0].targets, **parts[1].targets},
+        factors={**parts[0].factors, **parts[1].factors},
+        base=parts[0].base,
+    )
+    loraio.save(mixed, tmp_path / "mixed.safetensors")
+    found = run_json("inspect", tmp_path / "mixed.safetensors")
+    assert (found["rank"], found["alpha"]) == (None, None)
+
+
+def test_an_adapter_as_text_names_base_targets_and_training(run: Run, files: Path) -> None:
+    text = run("inspect", files / "three.safetensors").stdout
+    for word in ("adapter, native format version 1", "base: digit-cnn", "64x32x3x3", "digit: 3", "before: accuracy"):
+        assert word in text
+
+
+def test_a_base_as_json_has_the_documented_keys(run_json: RunJson, files: Path, trained_base: nn.Module) -> None:
+    found = run_json("inspect", files / "base.safetensors")
+    assert (found["type"], found["network"], found["parameters"]) == ("base", "digit-cnn", 113_162)
+    assert found["tensors"]["conv3.weight"] == {"dtype": "F32", "shape": [128, 64, 3, 3]}
+    assert found["tensors"].keys() == trained_base.state_dict().keys()
+    assert (found["merged"], found["training"]) == ([], {})
+
+
+def test_a_merged_base_says_what_was_merged(run: Run, run_json: RunJson, files: Path) -> None:
+    (receipt,) = run_json("inspect", files / "merged.safetensors")["merged"]
+    assert receipt["strength"] == 1.0
+    assert receipt["adapter_sha256"] in run("inspect", files / "merged.safetensors").stdout
+
+
+def test_a_file_from_elsewhere_is_a_base_without_a_name(run: Run, run_json: RunJson, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "elsewhere.safetensors"
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(())}, path)
+    found = run_json("inspect", path)
+    assert (found["type"], found["network"], found["sha256"], found["parameters"]) == ("base", None, None, 7)
+    assert "network not named" in run("inspect", path).stdout
+    assert "scalar" in run("inspect", path).stdout
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"merged": 3, "training": 4},
+        {"merged": [1, "x", {"strength": "much"}], "training": {"results": 5}},
+        {"training": {"results": {"before": [], "after": {"accuracy": None}}, "versions": [{"a": [1]}]}},
+    ],
+)
+def test_odd_metadata_is_shown_not_stumbled_over(run: Run, tmp_path: Path, entries: dict[str, Any]) -> None:
+    path = tmp_path / "odd.safetensors"
+    container.write({"a": torch.zeros(2)}, path, document={"format_version": 1, **entries})
+    assert "base model" in run("inspect", path).stdout
+
+
+def test_a_file_name_that_looks_like_markup_is_printed_as_it_is(run: Run, files: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "x[bold][a]:smile:.safetensors"
+    shutil.copy(files / "three.safetensors", odd)
+    assert str(odd) in run("inspect", odd).stdout
+    table = run("evaluate", files / "base.safetensors", "--adapter", odd, "--dataset", "digits").stdout
+    assert odd.stem in table
+
+
+def test_a_file_name_that_is_not_utf_8_is_printed_escaped(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "x\udcff.safetensors"
+    try:
+        shutil.copy(files / "three.safetensors", odd)
+    except OSError:
+        odd = tmp_path / "missing\udcff.safetensors"
+        run("inspect", odd, code=1)
+        return
+    assert "x\\udcff.safetensors" in run("inspect", odd).stdout
+    assert run_json("inspect", odd)["file"] == str(odd)
+
+
+def test_a_missing_file_is_named(run: Run, run_json: RunJson) -> None:
+    assert (
+        run("inspect", "nowhere.safetensors", code=1).stderr
+        == "MissingFileError: 'nowhere.safetensors' does not exist\n"
+    )
+    assert run_json("inspect", "nowhere.safetensors", code=1)["error"] == "MissingFileError"
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused_with_its_name(run: Run, files: Path, tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((files / "three.safetensors").read_bytes()[:keep])
+    error = run("inspect", path, code=1).stderr
+    assert error.startswith("FormatError: ")
+    assert str(path) in error
+
+
+def test_a_folder_is_no_file(run: Run, tmp_path: Path) -> None:
+    assert str(tmp_path) in run("inspect", tmp_path, code=1).stderr

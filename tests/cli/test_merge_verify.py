@@ -1,0 +1,199 @@
+"""``loraio merge`` and ``loraio verify``: the pair that makes a checkpoint and doubts it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+import loraio
+from loraio import container
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+
+State = dict[str, torch.Tensor]
+
+
+def words(command: str, files: Path, *more: object) -> tuple[object, ...]:
+    return (command, files / "base.safetensors", files / "three.safetensors", *more)
+
+
+def test_the_merged_checkpoint_is_the_library_s(run: Run, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "merged.safetensors"
+    text = run(*words("merge", files, "-o", path)).stdout
+    assert text.startswith(f"{path}: 3 tensors folded, 5 left bit-identical")
+    assert path.read_bytes() == (files / "merged.safetensors").read_bytes()
+
+
+def test_merge_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "merged.safetensors"
+    found = run_json(*words("merge", files, "-o", path, "--strength", 0.5))
+    assert found.keys() == {"schema", "file", "sha256", "strength", "folded", "untouched", "max_ulp"}
+    assert (found["file"], found["strength"], found["folded"], found["untouched"]) == (str(path), 0.5, 3, 5)
+    assert 0 < found["max_ulp"] <= 0.5
+    assert loraio.read_base(path).document["sha256"] == found["sha256"]
+
+
+def test_merge_refuses_an_existing_output_without_force(run: Run, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "merged.safetensors"
+    path.write_bytes(b"mine")
+    assert "--force" in run(*words("merge", files, "-o", path), code=1).stderr
+    assert path.read_bytes() == b"mine"
+    run(*words("merge", files, "-o", path, "--force"))
+    assert path.read_bytes() == (files / "merged.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["base", "three"])
+def test_merge_refuses_an_input_as_output_even_with_force(run: Run, files: Path, tmp_path: Path, name: str) -> None:
+    for file in ("base.safetensors", "three.safetensors"):
+        shutil.copy(files / file, tmp_path)
+    path = tmp_path / f"{name}.safetensors"
+    before = path.read_bytes()
+    assert "is also an input" in run(*words("merge", tmp_path, "-o", path, "--force"), code=1).stderr
+    assert path.read_bytes() == before
+
+
+def test_merge_refuses_another_base_and_writes_nothing(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    loraio.save_base(loraio.build_network("digit-cnn", seed=8), other)
+    output = tmp_path / "merged.safetensors"
+    found = run_json("merge", other, files / "three.safetensors", "-o", output, code=1)
+    assert found["error"] == "BaseMismatchError"
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["merge", "verify"])
+def test_adapter_and_base_exchanged_are_refused(run: Run, files: Path, tmp_path: Path, command: str) -> None:
+    last = ("-o", tmp_path / "m.safetensors") if command == "merge" else (files / "merged.safetensors",)
+    base, three = files / "base.safetensors", files / "three.safetensors"
+    assert "is an adapter, not a base model" in run(command, three, base, *last, code=1).stderr
+    assert "is not an adapter but a base model" in run(command, base, base, *last, code=1).stderr
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "x"])
+def test_a_strength_that_is_no_number_is_a_usage_error(run: Run, files: Path, tmp_path: Path, strength: str) -> None:
+    more = ("-o", tmp_path / "m.safetensors", "--strength", strength)
+    assert "--strength" in run(*words("merge", files, *more), code=2).stderr
+
+
+def test_verify_says_yes_to_a_right_merge(run: Run, files: Path) -> None:
+    text = run(*words("verify", files, files / "merged.safetensors")).stdout
+    assert text.startswith("weights: ok\n")
+    assert text.endswith("\nverified\n")
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_verify_json_is_the_contract(run_json: RunJson, files: Path) -> None:
+    found = run_json(*words("verify", files, files / "merged.safetensors"))
+    assert found.keys() == {"schema", "ok", "strength", "weights", "outputs"}
+    assert found["ok"] is True
+    weights, outputs = found["weights"], found["outputs"]
+    assert weights["ok"] is True
+    assert 0 < weights["max_ulp"] <= 0.5
+    assert (weights["not_correctly_rounded"], weights["folded"], weights["untouched"]) == (0, 3, 5)
+    assert weights["problems"] == []
+    assert outputs["ok"] is True
+    assert (outputs["max_abs"], outputs["argmax_agreement"], outputs["samples"]) == (0.0, 1.0, 256)
+    assert outputs["bound"] > 0
+    assert outputs["effect"] > outputs["bound"]
+
+
+def test_verify_takes_real_images_or_a_number_of_random_ones(run: Run, run_json: RunJson, files: Path) -> None:
+    merged = files / "merged.safetensors"
+    assert run_json(*words("verify", files, merged, "--dataset", "digits"))["outputs"]["samples"] == 899
+    few = [run_json(*words("verify", files, merged, "--random", 7, "--seed", seed))["outputs"] for seed in (1, 2, 1)]
+    assert few[0]["samples"] == 7
+    assert few[0] == few[2] != few[1]
+    assert (
+        "exclude each other"
+        in run(*words("verify", files, merged, "--random", 7, "--dataset", "digits"), code=2).stderr
+    )
+
+
+def test_verify_knows_the_strength_of_the_merge(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    run(*words("merge", files, "-o", path, "--strength", 0.5))
+    assert run_json(*words("verify", files, path, "--strength", 0.5))["ok"] is True
+    assert run_json(*words("verify", files, path), code=3)["ok"] is False
+
+
+def not_folded(base: State, merged: State) -> State:
+    return base
+
+
+def folded_twice(base: State, merged: State) -> State:
+    return {name: 2 * tensor - base[name] for name, tensor in merged.items()}
+
+
+def alpha_ignored(base: State, merged: State) -> State:  # alpha / r is 6 / 4
+    return {name: base[name] + (tensor - base[name]) / 1.5 for name, tensor in merged.items()}
+
+
+def one_layer_skipped(base: State, merged: State) -> State:
+    return merged | {"conv2.weight": base["conv2.weight"]}
+
+
+def one_untouched_bit_changed(base: State, merged: State) -> State:
+    changed = merged["fc.bias"].clone()
+    changed.view(torch.int32)[3] ^= 1
+    return merged | {"fc.bias": changed}
+
+
+def one_weight_next_to_right(base: State, merged: State) -> State:
+    changed = merged["conv3.weight"].clone()
+    changed[0, 0, 0, 0] = torch.nextafter(changed[0, 0, 0, 0], torch.tensor(torch.inf))
+    return merged | {"conv3.weight": changed}
+
+
+def not_a_number(base: State, merged: State) -> State:
+    return merged | {"conv1.weight": torch.full_like(merged["conv1.weight"], torch.nan)}
+
+
+MUTANTS = [
+    not_folded,
+    folded_twice,
+    alpha_ignored,
+    one_layer_skipped,
+    one_untouched_bit_changed,
+    one_weight_next_to_right,
+    not_a_number,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_verify_exits_3_on_a_wrong_merge(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path, mutant: Callable[[State, State], State]
+) -> None:
+    base, merged = (dict(loraio.read_base(files / f"{name}.safetensors").state) for name in ("base", "merged"))
+    path = tmp_path / "wrong.safetensors"
+    container.write(mutant(base, merged), path, document={"format_version": 1})
+    found = run_json(*words("verify", files, path), code=3)
+    assert found["ok"] is False
+    assert found["weights"]["ok"] is False
+    assert found["weights"]["problems"] != []
+    text = run(*words("verify", files, path), code=3).stdout
+    assert text.startswith("weights: WRONG\n")
+    assert text.endswith("\nNOT VERIFIED\n")
+
+
+def test_numbers_that_json_lacks_are_null(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    merged = dict(loraio.read_base(files / "merged.safetensors").state)
+    path = tmp_path / "wrong.safetensors"
+    container.write(not_a_number({}, merged), path, document={"format_version": 1})
+    found = run_json(*words("verify", files, path), code=3)
+    assert (found["weights"]["max_ulp"], found["outputs"]["max_abs"]) == (None, None)
+    assert found["outputs"]["ok"] is False
+
+
+def test_verify_refuses_an_adapter_of_another_base(run: Run, files: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    loraio.save_base(loraio.build_network("digit-cnn", seed=8), other)
+    error = run("verify", other, files / "three.safetensors", files / "merged.safetensors", code=1).stderr
+    assert error.startswith("BaseMismatchError")

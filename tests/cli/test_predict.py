@@ -1,0 +1,78 @@
+"""``loraio predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from PIL import Image
+from torch import nn
+
+import loraio
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def images(tmp_path: Path, digits_test: loraio.Dataset) -> list[Path]:
+    """Three digits as PNG files of 28x28 pixels."""
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for path, image in zip(paths, digits_test.images, strict=False):
+        Image.fromarray((image[0] * 255).round().byte().numpy()).save(path)
+    return paths
+
+
+def test_each_image_gets_its_line(run: Run, run_json: RunJson, files: Path, images: list[Path]) -> None:
+    lines = run("predict", files / "base.safetensors", *images).stdout.splitlines()
+    rows = run_json("predict", files / "base.safetensors", *images)["predictions"]
+    expected = [f"{r['image']}: {r['digit']} ({max(r['probabilities']):.1%})" for r in rows]
+    assert lines == expected
+    assert [row["image"] for row in rows] == [str(image) for image in images]
+
+
+def test_json_holds_the_probabilities_of_the_network(
+    run_json: RunJson, files: Path, images: list[Path], base: nn.Module, three: loraio.Adapter
+) -> None:
+    pixels = torch.cat([loraio.read_image(image) for image in images])
+    alone = run_json("predict", files / "base.safetensors", *images)
+    assert alone.keys() == {"schema", "base", "adapter", "predictions"}
+    assert alone["adapter"] is None
+    words = ("predict", files / "base.safetensors", *images, "--adapter", files / "three.safetensors")
+    adapted, half = run_json(*words), run_json(*words, "--strength", 0.5)
+    assert adapted["adapter"] == str(files / "three.safetensors")
+
+    def check(found: dict[str, Any]) -> None:
+        shares = loraio.predict(base, pixels).double().softmax(1)
+        assert [row["probabilities"] for row in found["predictions"]] == shares.tolist()
+        assert [row["digit"] for row in found["predictions"]] == shares.argmax(1).tolist()
+
+    check(alone)
+    with loraio.attach(base, three) as live:
+        check(adapted)
+        live.strength = 0.5
+        check(half)
+    assert len({str(found["predictions"]) for found in (alone, adapted, half)}) == 3
+
+
+def test_what_is_no_image_is_refused(run: Run, run_json: RunJson, files: Path, images: list[Path]) -> None:
+    words = ("predict", files / "base.safetensors", *images, files / "three.safetensors")
+    assert "no image" in run(*words, code=1).stderr
+    assert run_json(*words, code=1)["error"] == "DataError"
+
+
+def test_a_missing_image_is_named(run: Run, files: Path) -> None:
+    assert "'no.png' does not exist" in run("predict", files / "base.safetensors", "no.png", code=1).stderr
+
+
+def test_no_image_at_all_is_a_usage_error(run: Run, files: Path) -> None:
+    assert "IMAGE" in run("predict", files / "base.safetensors", code=2).stderr
+
+
+def test_adapter_and_base_exchanged_are_refused(run: Run, files: Path, images: list[Path]) -> None:
+    words = ("predict", files / "three.safetensors", *images, "--adapter", files / "three.safetensors")
+    assert "is an adapter, not a base model" in run(*words, code=1).stderr

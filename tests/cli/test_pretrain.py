@@ -1,0 +1,92 @@
+"""``loraio pretrain``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+import loraio
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+
+BASICS = ("--dataset", "digits", "--batch-size", "300")
+
+
+def test_the_base_is_written_and_named(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    result = run("pretrain", "-o", path, *BASICS)
+    assert result.stdout.startswith(f"{path}: digit-cnn, 113,162 parameters, ")
+    assert "899 test images right" in result.stdout
+    assert result.stderr.startswith("digit-cnn: step 3/3, loss ")
+    assert loraio.read_base(path).network == "digit-cnn"
+
+
+def test_json_has_the_documented_keys_and_says_what_is_in_the_file(run_json: RunJson, tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    found = run_json("pretrain", "-o", path, *BASICS, "--epochs", 2, "--seed", 5)
+    assert found.keys() == {"schema", "file", "bytes", "network", "parameters", "test"}
+    assert (found["bytes"], found["parameters"]) == (path.stat().st_size, 113_162)
+    test = loraio.load_dataset("digits", "test")
+    assert found["test"] == loraio.evaluate(loraio.load_base(path), test).to_json()
+    training = loraio.read_base(path).document["training"]
+    assert (training["seed"], training["hyperparameters"]["epochs"]) == (5, 2)
+
+
+def test_an_existing_output_is_refused_before_any_work(
+    run: Run, run_json: RunJson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(b"mine")
+    monkeypatch.setattr("loraio.training.data.load_dataset", None)
+    monkeypatch.setattr(loraio, "load_dataset", None, raising=False)
+    monkeypatch.setattr(loraio, "pretrain", None, raising=False)
+    assert "--force" in run("pretrain", "-o", path, *BASICS, code=1).stderr
+    assert run_json("pretrain", "-o", path, *BASICS, code=1)["error"] == "OutputExistsError"
+    assert path.read_bytes() == b"mine"
+
+
+def test_force_replaces_an_existing_output(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(b"mine")
+    run("pretrain", "-o", path, *BASICS, "--force")
+    assert loraio.read_base(path).network == "digit-cnn"
+
+
+def test_a_missing_folder_is_refused(run: Run, tmp_path: Path) -> None:
+    assert "does not exist" in run("pretrain", "-o", tmp_path / "no" / "base.safetensors", *BASICS, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "near"), [(("--model", "digit-cn"), "digit-cnn"), (("--dataset", "minst"), "mnist")]
+)
+def test_an_unknown_name_is_answered_with_the_nearest(
+    run: Run, tmp_path: Path, option: tuple[str, str], near: str
+) -> None:
+    error = run("pretrain", "-o", tmp_path / "base.safetensors", *BASICS, *option, code=1).stderr
+    assert error.startswith("UnknownNameError")
+    assert f"did you mean {near!r}?" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--epochs", "0"),
+        ("--batch-size", "x"),
+        ("--seed", "-1"),
+        ("--seed", str(2**32)),
+    ],
+)
+def test_a_setting_out_of_range_is_a_usage_error(
+    run: Run, run_json: RunJson, tmp_path: Path, option: tuple[str, str]
+) -> None:
+    assert option[0] in run("pretrain", "-o", tmp_path / "b.safetensors", *BASICS, *option, code=2).stderr
+    assert option[0] in run_json("pretrain", "-o", tmp_path / "b.safetensors", *BASICS, *option, code=2)["message"]

@@ -1,0 +1,224 @@
+"""``loraio train``: one digit, all digits, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from torch import nn
+
+import loraio
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+
+BASICS = ("--dataset", "digits", "--steps", "3", "--batch-size", "16")
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any training or reading of images is a failure."""
+    for name in ("train_each", "load_dataset"):
+        getattr(loraio, name)
+        monkeypatch.setattr(loraio, name, None)
+
+
+def test_the_adapter_is_written_and_its_results_are_printed(run: Run, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "five.safetensors"
+    result = run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS)
+    adapter = loraio.load(path)
+    assert adapter.training["digit"] == 5
+    results = adapter.training["results"]
+    (row,) = [line for line in result.stdout.splitlines() if line.strip().startswith(str(path))]
+    assert row.split()[-4:] == [
+        str(results["before"]["wrong"][5]),
+        str(results["after"]["wrong"][5]),
+        f"{results['before']['accuracy']:.2%}",
+        f"{results['after']['accuracy']:.2%}",
+    ]
+    assert "92,672 parameters in the adapted layers, 4,388 added: 4.735 %" in result.stdout
+    assert result.stderr.startswith("digit 5: step 3/3, loss ")
+
+
+def test_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "five.safetensors"
+    found = run_json("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, "--rank", 1)
+    assert found.keys() == {"schema", "base", "parameters", "adapters"}
+    assert found["parameters"] == {"adapted": 92_672, "added": 1_097, "percent": pytest.approx(1.1837, abs=1e-4)}
+    (row,) = found["adapters"]
+    assert row.keys() == {"file", "digit", "bytes", "before", "after"}
+    assert (row["file"], row["digit"], row["bytes"]) == (str(path), 5, path.stat().st_size)
+    assert row["before"].keys() == {"accuracy", "wrong", "false_alarms"}
+    assert row["after"] == loraio.load(path).training["results"]["after"]
+
+
+def test_every_option_arrives_in_the_file(run: Run, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "five.safetensors"
+    options = {"rank": 2, "alpha": 3, "targets": "conv2,fc", "focus": 0.75, "lr": 0.002, "init": "gaussian", "seed": 9}
+    options |= {"schedule": "cosine"}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, *words)
+    adapter = loraio.load(path)
+    assert list(adapter.targets) == ["conv2.weight", "fc.weight"]
+    assert {(target.rank, target.alpha) for target in adapter.targets.values()} == {(2, 3)}
+    training = adapter.training
+    assert (training["steps"], training["seed"], training["dataset"]) == (3, 9, "digits")
+    expected = {
+        "init": "gaussian",
+        "schedule": "cosine",
+        "focus": 0.75,
+        "lr": 0.002,
+        "batch_size": 16,
+        "targets": ["conv2", "fc"],
+        "optimizer": "adam",
+    }
+    assert {key: training["hyperparameters"][key] for key in expected} == expected
+
+
+def test_the_command_writes_what_the_library_trains(
+    run: Run, files: Path, tmp_path: Path, base: nn.Module, digits: loraio.Dataset, digits_test: loraio.Dataset
+) -> None:
+    path = tmp_path / "five.safetensors"
+    run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS)
+    config = loraio.TrainConfig(digit=5, steps=3, batch_size=16)
+    assert loraio.load(path) == loraio.train(base, config, digits, held_out=digits_test)
+
+
+def test_all_makes_a_folder_of_ten_files(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ten"
+    found = run_json("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS)
+    names = [f"digit-{n}.safetensors" for n in range(10)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert [row["digit"] for row in found["adapters"]] == list(range(10))
+    assert [loraio.load(folder / name).training["digit"] for name in names] == list(range(10))
+    again = run_json("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS, "--force")
+    assert again == found
+
+
+def test_an_existing_output_is_refused_before_training(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path, no_training: None
+) -> None:
+    path = tmp_path / "five.safetensors"
+    path.write_bytes(b"mine")
+    words = ("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS)
+    assert "--force" in run(*words, code=1).stderr
+    assert run_json(*words, code=1)["error"] == "OutputExistsError"
+    assert path.read_bytes() == b"mine"
+
+
+def test_force_replaces_an_existing_output(run: Run, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "five.safetensors"
+    path.write_bytes(b"mine")
+    run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, "--force")
+    assert loraio.load(path).training["digit"] == 5
+
+
+def test_the_base_as_output_is_refused_even_with_force(
+    run: Run, files: Path, tmp_path: Path, no_training: None
+) -> None:
+    base = shutil.copy(files / "base.safetensors", tmp_path)
+    before = Path(base).read_bytes()
+    error = run("train", base, "--digit", 5, "-o", base, *BASICS, "--force", code=1).stderr
+    assert "is also an input" in error
+    assert Path(base).read_bytes() == before
+
+
+def test_a_folder_with_some_of_the_files_is_refused_and_left_alone(
+    run: Run, files: Path, tmp_path: Path, no_training: None
+) -> None:
+    (tmp_path / "digit-4.safetensors").write_bytes(b"mine")
+    error = run("train", files / "base.safetensors", "--digit", "all", "-o", tmp_path, *BASICS, code=1).stderr
+    assert "digit-4.safetensors" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["digit-4.safetensors"]
+    assert (tmp_path / "digit-4.safetensors").read_bytes() == b"mine"
+
+
+def test_a_folder_whose_file_is_the_base_is_refused_even_with_force(
+    run: Run, files: Path, tmp_path: Path, no_training: None
+) -> None:
+    base = tmp_path / "digit-4.safetensors"
+    shutil.copy(files / "base.safetensors", base)
+    error = run("train", base, "--digit", "all", "-o", tmp_path, *BASICS, "--force", code=1).stderr
+    assert "is also an input" in error
+
+
+def test_all_into_a_file_or_a_missing_folder_is_refused(
+    run: Run, files: Path, tmp_path: Path, no_training: None
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    words = ("train", files / "base.safetensors", "--digit", "all", *BASICS, "-o")
+    assert "is a folder" in run(*words, tmp_path / "file", code=1).stderr
+    assert "does not exist" in run(*words, tmp_path / "no" / "ten", code=1).stderr
+
+
+def test_one_digit_into_a_folder_is_refused(run: Run, files: Path, tmp_path: Path, no_training: None) -> None:
+    assert "is a folder" in run("train", files / "base.safetensors", "--digit", 5, "-o", tmp_path, code=1).stderr
+
+
+def test_a_digit_that_the_data_lack_is_refused(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    words = ("train", files / "base.safetensors", "--digit", 12, "-o", tmp_path / "a.safetensors", *BASICS)
+    assert "no image of class 12, only of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in run(*words, code=1).stderr
+    assert run_json(*words, code=1)["error"] == "DataError"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("digit", ["-1", "three", "3.5", "", "9" * 5000])
+def test_a_digit_that_is_no_class_number_is_a_usage_error(run: Run, files: Path, tmp_path: Path, digit: str) -> None:
+    words = ("train", files / "base.safetensors", f"--digit={digit}", "-o", tmp_path / "a.safetensors")
+    assert "--digit" in run(*words, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--rank=0",
+        "--alpha=0",
+        "--alpha=nan",
+        "--focus=0",
+        "--focus=1.1",
+        "--focus=nan",
+        "--steps=0",
+        "--lr=-1",
+        "--targets=,",
+    ],
+)
+def test_a_setting_out_of_range_is_a_usage_error(run_json: RunJson, files: Path, tmp_path: Path, option: str) -> None:
+    words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", option)
+    assert option.partition("=")[0] in run_json(*words, code=2)["message"]
+
+
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [
+        (("--init", "kaimin"), "kaiming"),
+        (("--schedule", "cosin"), "cosine"),
+        (("--dataset", "digitz"), "digits"),
+        (("--model", "digitcnn"), "digit-cnn"),
+        (("--targets", "conv1,conb2"), "conv2"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(
+    run: Run, files: Path, tmp_path: Path, option: tuple[str, str], near: str
+) -> None:
+    words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", *BASICS)
+    error = run(*words, *option, code=1).stderr
+    assert error.startswith("UnknownNameError")
+    assert f"did you mean '{near}" in error
+
+
+def test_a_run_that_learned_nothing_writes_nothing(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", *BASICS)
+    found = run_json(*words, "--steps", 1, code=1)
+    assert found["error"] == "TrainingError"
+    assert "lora_A" in found["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_where_the_base_belongs_is_refused(run: Run, files: Path, tmp_path: Path) -> None:
+    words = ("train", files / "three.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", *BASICS)
+    assert "is an adapter, not a base model" in run(*words, code=1).stderr

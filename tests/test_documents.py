@@ -1,0 +1,125 @@
+"""The documents say what the program does: README, specification, help, change log."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import click
+import jsonschema
+import pytest
+
+import loraio
+from loraio import container
+from loraio.cli import main
+from loraio.container import METADATA_KEY
+from loraio.formats.native import _BASE_KEYS, _DOCUMENT_KEYS, _TARGET_KEYS, to_document
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SPEC = (ROOT / "loraio/formats/SPEC.md").read_text()
+SCHEMA = json.loads((ROOT / "loraio/formats/native.schema.json").read_text())
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every loraio command line in the README, as words."""
+    lines = "\n".join(blocks("console") + blocks("bash")).replace("\\\n", " ").splitlines()
+    found = [line.removeprefix("$ ").split(" | ")[0].split(" > ")[0] for line in lines]
+    return [shlex.split(line, comments=True) for line in found if line.startswith("loraio ")]
+
+
+def test_the_readme_has_command_lines_and_python() -> None:
+    assert len(commands()) >= 7
+    assert blocks("python")
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_line_of_the_readme_parses(words: list[str]) -> None:
+    context = main.make_context("loraio", words[1:], resilient_parsing=False)
+    name, command, rest = main.resolve_command(context, [*context._protected_args, *context.args])
+    assert command is not None, name
+    command.make_context(name, rest, parent=context)
+
+
+def test_every_command_has_an_entry_in_the_readme() -> None:
+    for name in main.commands:
+        assert f"`loraio {name}" in README, name
+
+
+def test_every_exported_name_is_in_the_readme() -> None:
+    for name in loraio.__all__:
+        if name != "__version__":
+            assert re.search(rf"\b{name}\b", README), name
+
+
+def test_every_relative_link_of_the_readme_leads_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_every_guarantee_names_a_test_that_exists() -> None:
+    names = re.findall(r"`(test_[a-z0-9_]+)`", README)
+    assert names
+    source = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    for name in names:
+        assert f"def {name}(" in source, name
+
+
+def test_the_python_of_the_readme_runs(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the small test base in the place of the shipped files."""
+    monkeypatch.chdir(tmp_path)
+    names = {"base": "base", "digit-3": "three", "digit-7": "seven"}
+    (tmp_path / "adapters").mkdir()
+    for shipped, small in names.items():
+        (tmp_path / f"adapters/{shipped}.safetensors").write_bytes((files / f"{small}.safetensors").read_bytes())
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_option_of_the_command_line_has_help() -> None:
+    for name, command in main.commands.items():
+        assert command.help, name
+        assert "loraio " + name in (command.epilog or ""), name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_the_specification_and_the_schema_name_the_keys_of_the_reader() -> None:
+    target = SCHEMA["$defs"]["target"]
+    assert set(target["required"]) == set(target["properties"]) == set(_TARGET_KEYS)
+    assert set(SCHEMA["required"]) == set(SCHEMA["properties"]) == set(_DOCUMENT_KEYS)
+    assert set(SCHEMA["properties"]["base"]["required"]) == set(_BASE_KEYS)
+    assert set(target["properties"]["kind"]["enum"]) == set(loraio.kinds.KINDS)
+    assert set(target["properties"]["layer"]["enum"]) == set(loraio.layers.LAYER_TYPES)
+    assert set(target["properties"]["dtype"]["enum"]) == set(loraio.adapter.FLOAT_DTYPES)
+    assert set(target["properties"]["scale_rule"]["enum"]) == set(loraio.adapter.SCALE_RULES)
+    for key in {*_TARGET_KEYS, *_DOCUMENT_KEYS, *_BASE_KEYS, METADATA_KEY}:
+        assert f"`{key}`" in SPEC, key
+
+
+def test_what_is_written_satisfies_the_schema(three: loraio.Adapter, seven: loraio.Adapter) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    for adapter in (three, seven):
+        jsonschema.validate(json.loads(container.canonical_json(to_document(adapter))), SCHEMA)
+
+
+def test_the_change_log_has_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert text.index("## Unreleased") < text.index(f"## {loraio.__version__}")
+
+
+def test_ci_runs_the_test_script_and_nothing_else() -> None:
+    lines = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines == ['exec "$(dirname "${BASH_SOURCE[0]}")/../scripts/test" "$@"']
+    for script in (".ci/run", "scripts/test", "scripts/quickstart", "scripts/environment", "scripts/train_adapters"):
+        assert (ROOT / script).stat().st_mode & 0o111, script
+        subprocess.run(["bash", "-n", ROOT / script], check=True)

@@ -1,0 +1,57 @@
+"""The scripts run."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import jupytext
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WALKTHROUGH = ROOT / "scripts/walkthrough.py"
+
+
+def test_the_walkthrough_runs_from_top_to_bottom_and_shows_what_it_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAIO_DATASET", "digits")
+    names = runpy.run_path(str(WALKTHROUGH))
+    printed = capsys.readouterr().out
+    assert "B is (10, 2), A is (2, 10): 40 numbers instead of 100" in printed
+    assert "rank 1: 92,672 convolution parameters, 1,097 added, 1.184 %" in printed
+    assert names["svd_error"] < 1e-5
+    assert names["base_untouched"]
+    assert names["weight_error"] < 1e-6
+    assert names["off_is_base"]
+    digit = names["DIGIT"]
+    assert names["off_result"] == names["base_result"]
+    assert names["on_result"].wrong[digit] < names["off_result"].wrong[digit]
+    assert names["on_result"].accuracy >= names["off_result"].accuracy
+    assert names["proof"].ok
+
+
+def test_the_walkthrough_opens_as_a_notebook() -> None:
+    notebook = jupytext.read(WALKTHROUGH)
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert kinds.count("markdown") >= 8
+    assert kinds.count("code") >= 10
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            compile(cell.source, "cell", "exec")
+
+
+def test_swapping_two_adapters_gives_the_base_back(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(files / f"{name}.safetensors") for name in ("base", "three", "seven")]
+    monkeypatch.setattr(sys, "argv", ["swap.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "scripts/swap.py"), run_name="__main__")
+    assert caught.value.code == 0
+    lines = [line.split("misread, digits 0 to 9:")[-1] for line in capsys.readouterr().out.splitlines()]
+    three, seven, back, _half, disabled, detached, verdict = lines
+    assert three == back != seven
+    assert disabled == detached != three
+    assert "the same, bit for bit" in verdict

@@ -1,0 +1,689 @@
+"""safetensors files: everything that must be refused is, with the path; what is written is whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from loraio import container
+from loraio.container import DTYPE_BITS, TORCH_DTYPES, canonical_json, read_header, read_tensors
+from loraio.errors import FormatError, LoraioError, MissingFileError, OutputError, OutputExistsError
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
+
+
+def raw(header: bytes | str | dict[str, Any], data: bytes = b"") -> bytes:
+    """A safetensors file of any header."""
+    if isinstance(header, dict):
+        header = json.dumps(header)
+    if isinstance(header, str):
+        header = header.encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "some.safetensors"
+
+
+def refused(path: Path, content: bytes, match: str) -> None:
+    """The content is a FormatError that names the path and says why."""
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=match) as caught:
+        read_header(path)
+    assert repr(str(path)) in str(caught.value)
+
+
+# Reading
+
+
+def test_a_small_file_is_read(path: Path) -> None:
+    path.write_bytes(raw({"__metadata__": {"a": "b"}, "w": entry()}, b"\0" * 8))
+    header = read_header(path)
+    assert header.path == path
+    assert header.tensors == {"w": ("F32", (2,), 0, 8)}
+    assert header.metadata == {"a": "b"}
+    assert header.file_bytes == path.stat().st_size == 8 + header.header_bytes + 8
+
+
+def test_tensors_come_in_the_order_of_their_bytes(path: Path) -> None:
+    path.write_bytes(raw({"a": entry(offsets=(8, 16)), "b": entry(offsets=(0, 8))}, b"\0" * 16))
+    assert list(read_header(path).tensors) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        pytest.param({}, b"", id="no tensors"),
+        pytest.param({"a": entry(shape=(), offsets=(0, 4))}, b"\0" * 4, id="0-d tensor"),
+        pytest.param({"a": entry(shape=(3, 0), offsets=(0, 0)), "b": entry()}, b"\0" * 8, id="tensor of no bytes"),
+        pytest.param({"a": entry(note="hi")}, b"\0" * 8, id="extra field"),
+        pytest.param({"../é/\n": entry()}, b"\0" * 8, id="any name"),
+        pytest.param({"__metadata__": None, "a": entry()}, b"\0" * 8, id="null metadata"),
+        pytest.param(json.dumps({"a": entry()}) + "  \n ", b"\0" * 8, id="padding"),
+        pytest.param('{"\\ud83d\\ude00":' + json.dumps(entry()) + "}", b"\0" * 8, id="surrogate pair"),
+        pytest.param({"a": entry("F4", (4,), (0, 2))}, b"\0" * 2, id="four bits"),
+    ],
+)
+def test_what_is_unusual_but_allowed_is_read(path: Path, header: Any, data: bytes) -> None:
+    path.write_bytes(raw(header, data))
+    with safe_open(path, framework="pt") as reference:
+        assert set(read_header(path).tensors) == set(reference.keys())
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        pytest.param(b"", "0 bytes are too few", id="empty"),
+        pytest.param(b"1234567", "7 bytes are too few", id="less than a length"),
+        pytest.param(b"\0" * 8, "not a safetensors file", id="no header"),
+        pytest.param(raw("{}")[:-1], "truncated: the header alone has 2 bytes, the file 9", id="short header"),
+        pytest.param((128).to_bytes(8, "little") + b'{"a"', "truncated", id="a length that starts like a pickle"),
+        pytest.param(
+            (100_000_001).to_bytes(8, "little") + b"{}",
+            "header has 100000001 bytes, at most 100000000",
+            id="long header",
+        ),
+        pytest.param((2**64 - 1).to_bytes(8, "little") + b"{}", "header has 18446744073709551615", id="largest length"),
+        pytest.param(b"\0" * 4000, "not a safetensors file", id="zeros"),
+        pytest.param(raw({"a": entry()}, b"\0" * 7), "fill 8 bytes, the file has 7", id="truncated data"),
+        pytest.param(raw({"a": entry()}, b"\0" * 9), "fill 8 bytes, the file has 9", id="trailing bytes"),
+        pytest.param(raw({}, b"\0"), "fill 0 bytes, the file has 1", id="bytes of no tensor"),
+    ],
+)
+def test_a_file_of_a_wrong_length_is_refused(path: Path, content: bytes, match: str) -> None:
+    refused(path, content, match)
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        pytest.param(b'{"\xff": 1}', "not UTF-8", id="not UTF-8"),
+        pytest.param('{"a": }', "not JSON", id="not JSON"),
+        pytest.param("[1]", "not a safetensors file", id="a list"),
+        pytest.param(" {}", "not a safetensors file", id="white space first"),
+        pytest.param("\ufeff{}", "not a safetensors file", id="byte order mark"),
+        pytest.param("{}\0\0", "not JSON", id="NUL padding"),
+        pytest.param("{} {}", "not JSON", id="two documents"),
+        pytest.param('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply", id="deep nesting"),
+        pytest.param('{"a": ' + "[" * 100_000, "nested too deeply", id="deep nesting without an end"),
+        pytest.param('{"a": ' + "9" * 5000 + "}", "not JSON", id="integer of too many digits"),
+        pytest.param('{"a": NaN}', "NaN is not a JSON number", id="NaN"),
+        pytest.param('{"a": -Infinity}', "-Infinity is not a JSON number", id="infinity"),
+        pytest.param('{"a": 1e999}', "1e999 is beyond the range", id="beyond float64"),
+        pytest.param('{"\\ud800": {}}', "half a surrogate pair", id="lone surrogate in a name"),
+        pytest.param('{"__metadata__": {"a": "\\udc00"}}', "half a surrogate pair", id="lone surrogate in metadata"),
+        pytest.param('{"__metadata__": {"a": 1}}', "not an object of strings", id="number in metadata"),
+        pytest.param('{"__metadata__": {"a": null}}', "not an object of strings", id="null in metadata"),
+        pytest.param('{"__metadata__": []}', "not an object of strings", id="metadata is a list"),
+        pytest.param('{"__metadata__": "a"}', "not an object of strings", id="metadata is a string"),
+        pytest.param('{"__metadata__": {}, "__metadata__": {}}', "'__metadata__' occurs twice", id="metadata twice"),
+        pytest.param('{"__metadata__": {"a": "1", "a": "1"}}', "'a' occurs twice", id="metadata key twice"),
+        pytest.param('{"a": 1}', "entry of tensor 'a' is not an object", id="entry is a number"),
+        pytest.param('{"a": {}}', "dtype None", id="empty entry"),
+    ],
+)
+def test_a_header_that_is_not_the_right_json_is_refused(path: Path, header: bytes | str, match: str) -> None:
+    refused(path, raw(header), match)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        pytest.param(entry("F31"), "dtype 'F31'", id="unknown dtype"),
+        pytest.param(entry("f32"), "dtype 'f32'", id="dtype in lower case"),
+        pytest.param({**entry(), "dtype": ["F32"]}, r"dtype \['F32'\]", id="dtype is a list"),
+        pytest.param(entry(shape=(-2,)), r"shape \[-2\]", id="negative shape"),
+        pytest.param(entry(shape=(2.0,)), r"shape \[2.0\]", id="float shape"),
+        pytest.param(entry(shape=(True, 2)), "shape", id="boolean shape"),
+        pytest.param(entry(shape=("2",)), "shape", id="string shape"),
+        pytest.param({**entry(), "shape": 2}, "shape 2", id="shape is a number"),
+        pytest.param(entry(shape=(2**63,)), "not a list of sizes", id="a size beyond 63 bits"),
+        pytest.param(entry(shape=(2**62, 2**62)), "too large for any file", id="overflow"),
+        pytest.param(entry(shape=(2**62, 2**62, 0), offsets=(0, 0)), "too large for any file", id="overflow, then 0"),
+        pytest.param(entry(shape=(2**62,) * 50), "too large for any file", id="beyond a float"),
+        pytest.param(entry("F4", (3,), (0, 2)), "F4 of shape .* needs 1.5", id="half a byte left"),
+        pytest.param(entry(shape=(3,)), "has 8 bytes, F32 of shape .* needs 12", id="too few bytes for the shape"),
+        pytest.param(entry(offsets=(8, 0)), "has -8 bytes", id="backward offsets"),
+        pytest.param(entry(offsets=(0,)), "not two offsets", id="one offset"),
+        pytest.param(entry(offsets=(0, 4, 8)), "not two offsets", id="three offsets"),
+        pytest.param(entry(offsets=(0.0, 8.0)), "not two offsets", id="float offsets"),
+        pytest.param(entry(offsets=(-8, 0)), "not two offsets", id="negative offsets"),
+        pytest.param({"dtype": "F32", "shape": [2]}, "data_offsets None", id="no offsets"),
+        pytest.param({"dtype": "F32", "data_offsets": [0, 8]}, "shape None", id="no shape"),
+    ],
+)
+def test_an_entry_that_makes_no_sense_is_refused(path: Path, bad: dict[str, Any], match: str) -> None:
+    refused(path, raw({"w": bad}, b"\0" * 8), match)
+
+
+def test_an_empty_name_is_refused(path: Path) -> None:
+    refused(path, raw({"": entry()}, b"\0" * 8), "empty name")
+
+
+@pytest.mark.parametrize(
+    ("offsets", "match"),
+    [
+        pytest.param([(0, 8), (16, 24)], "'b' starts at byte 16 and leaves a hole", id="hole"),
+        pytest.param([(8, 16), (16, 24)], "'a' starts at byte 8 and leaves a hole", id="hole at the start"),
+        pytest.param([(0, 8), (4, 12)], "'b' starts at byte 4 and overlaps", id="overlap"),
+        pytest.param([(0, 8), (0, 8)], "'b' starts at byte 0 and overlaps", id="same bytes"),
+    ],
+)
+def test_tensors_that_do_not_tile_the_data_are_refused(path: Path, offsets: Any, match: str) -> None:
+    header = {name: entry(offsets=pair) for name, pair in zip("ab", offsets, strict=True)}
+    refused(path, raw(header, b"\0" * 24), match)
+
+
+def test_an_empty_tensor_inside_another_is_refused(path: Path) -> None:
+    refused(path, raw({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, b"\0" * 8), "'b' .* overlaps")
+
+
+def test_a_tensor_name_that_occurs_twice_is_refused_though_the_library_takes_it(path: Path) -> None:
+    text = json.dumps(entry())
+    content = raw(f'{{"w": {text}, "w": {text}}}', b"\0" * 8)
+    refused(path, content, "'w' occurs twice")
+    with safe_open(path, framework="pt") as reference:
+        assert list(reference.keys()) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer: run `git lfs pull`"),
+        (b"PK\x03\x04" + b"\0" * 100, "zip archive; torch.save"),
+        (b"\x80\x02}q\x00(X\x05\x00\x00\x00ab", "pickle"),
+        (b"<!DOCTYPE html><html></html>", "HTML or XML"),
+        (b"plain text of some length", "not a safetensors file"),
+    ],
+)
+def test_files_of_other_kinds_are_recognised(path: Path, content: bytes, match: str) -> None:
+    refused(path, content, match)
+
+
+def test_what_torch_saves_is_recognised_as_a_zip_archive(path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, path)
+    refused(path, path.read_bytes(), "zip archive")
+
+
+def test_a_missing_file_is_named(path: Path) -> None:
+    with pytest.raises(MissingFileError, match=re.escape(f"{str(path)!r} does not exist")):
+        read_header(path)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=re.escape(f"{str(tmp_path)!r} cannot be read")):
+        read_header(tmp_path)
+
+
+def test_a_name_too_long_for_the_system_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="cannot be read"):
+        read_header(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"a": 1, "a": 1}', "'a' occurs twice"),
+        ('{"a": NaN}', "NaN"),
+        ('{"a": "\\ud800"}', "half a surrogate pair"),
+        ('{"a":' * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_document_that_is_not_an_object_is_refused(path: Path, text: str, match: str) -> None:
+    path.write_bytes(raw({"__metadata__": {"loraio": text}}))
+    with pytest.raises(FormatError, match=match) as caught:
+        read_header(path).document()
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_a_file_without_a_document_has_none(path: Path) -> None:
+    path.write_bytes(raw({"__metadata__": {"format": "pt"}}))
+    assert read_header(path).document() is None
+
+
+def test_every_dtype_of_torch_has_its_bits() -> None:
+    for code, name in TORCH_DTYPES.items():
+        assert DTYPE_BITS[code] == 8 * getattr(torch, name).itemsize
+        assert container.dtype_code(getattr(torch, name)) == code
+    with pytest.raises(FormatError, match="complex128"):
+        container.dtype_code(torch.complex128)
+
+
+def test_a_dtype_that_torch_lacks_cannot_be_read_as_a_tensor(path: Path) -> None:
+    path.write_bytes(raw({"w": entry("F6_E2M3", (4,), (0, 3))}, b"\0" * 3))
+    header = read_header(path)
+    with pytest.raises(FormatError, match="'w' has dtype F6_E2M3") as caught:
+        read_tensors(header)
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_tensors_outlive_a_change_of_their_file(path: Path) -> None:
+    container.write({"w": torch.arange(1000.0)}, path, document={})
+    tensors = read_tensors(read_header(path))
+    with path.open("r+b") as file:
+        size = path.stat().st_size
+        file.write(b"\0" * size)
+        file.flush()
+        assert tensors["w"].equal(torch.arange(1000.0))
+        file.truncate(0)
+    path.unlink()
+    assert tensors["w"].equal(torch.arange(1000.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda path: path.unlink(), MissingFileError),
+        (lambda path: path.write_bytes(b"something else"), FormatError),
+        (lambda path: container.write({"v": torch.ones(2)}, path, document={}, overwrite=True), FormatError),
+        (lambda path: container.write({"w": torch.ones(3)}, path, document={}, overwrite=True), FormatError),
+        (lambda path: container.write({"w": torch.ones(2).int()}, path, document={}, overwrite=True), FormatError),
+    ],
+    ids=["gone", "broken", "other names", "other shape", "other dtype"],
+)
+def test_a_file_that_changes_after_its_header_was_read_is_refused(
+    path: Path, change: Callable[[Path], Any], error: type[LoraioError]
+) -> None:
+    container.write({"w": torch.ones(2)}, path, document={})
+    header = read_header(path)
+    change(path)
+    with pytest.raises(error, match=re.escape(repr(str(path)))):
+        read_tensors(header)
+
+
+# Writing
+
+
+def write(path: Path, value: float = 1.0, **options: Any) -> None:
+    container.write({"w": torch.full((3,), value)}, path, document={"a": 1}, **options)
+
+
+def value_in(path: Path) -> float:
+    return float(read_tensors(read_header(path))["w"][0])
+
+
+def only(folder: Path, *names: str) -> None:
+    """Nothing else lies in the folder."""
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted(names)
+
+
+@pytest.fixture
+def old(path: Path) -> Path:
+    """A file with the value 1."""
+    write(path)
+    return path
+
+
+def test_what_was_written_is_read_back_to_the_bit(path: Path) -> None:
+    tensors = {
+        name: (torch.arange(6).reshape(2, 3) % 2).to(getattr(torch, dtype)) for name, dtype in TORCH_DTYPES.items()
+    }
+    tensors |= {"scalar": torch.tensor(-0.0), "empty": torch.ones(0, 3), "é/../x": torch.tensor([float("nan")])}
+    container.write(tensors, path, document={"b": [1, "é"], "a": None})
+    header = read_header(path)
+    assert header.document() == {"a": None, "b": [1, "é"]}
+    assert header.metadata == {"loraio": '{"a":null,"b":[1,"é"]}'}
+    read = read_tensors(header)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert read[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
+
+
+def test_tied_views_and_non_contiguous_tensors_are_written_right(path: Path) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    parameter = torch.nn.Parameter(whole.clone())
+    tensors = {
+        "whole": whole,
+        "tied": whole,
+        "row": whole[1],
+        "transposed": whole.T,
+        "strided": whole[::2, 1::2],
+        "expanded": torch.tensor([1.0]).expand(5),
+        "channels_last": torch.arange(48.0).reshape(1, 3, 4, 4).to(memory_format=torch.channels_last),
+        "parameter": parameter,
+        "empty": torch.ones(0),
+        "other empty": torch.ones(0, 2),
+    }
+    container.write(tensors, path, document={})
+    read = read_tensors(read_header(path))
+    assert all(read[name].equal(tensor) for name, tensor in tensors.items())
+    assert whole.equal(torch.arange(24.0).reshape(4, 6))
+
+
+def test_the_bytes_depend_neither_on_the_order_of_tensors_nor_of_keys(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    container.write({"a": torch.ones(2), "b": torch.zeros(3)}, one, document={"x": 1, "y": {"p": 1, "q": 2}})
+    container.write({"b": torch.zeros(3), "a": torch.ones(2)}, two, document={"y": {"q": 2, "p": 1}, "x": 1})
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_processes_with_other_hash_seeds_write_the_same_bytes(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+from loraio import container
+tensors = {name: torch.ones(2) for name in {"conv1", "conv2", "fc", "bias"}}
+container.write(tensors, sys.argv[1], document={key: {"a": 1, "b": 2} for key in {"x", "y", "z", "w"}})
+"""
+    sums = set()
+    for seed in ("0", "7"):
+        file = tmp_path / seed
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", script, file], env=environment, check=True, timeout=120)
+        sums.add(hashlib.sha256(file.read_bytes()).hexdigest())
+    assert len(sums) == 1
+
+
+def test_canonical_json_sorts_at_every_level_and_refuses_what_is_not_json() -> None:
+    assert canonical_json({"b": {"d": 1, "c": 2.0}, "a": "é"}) == '{"a":"é","b":{"c":2.0,"d":1}}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize("name", ["", "__metadata__", "half \ud800"])
+def test_a_name_that_no_file_can_hold_is_refused(path: Path, name: str) -> None:
+    with pytest.raises(FormatError, match=re.escape(repr(str(path)))):
+        container.write({name: torch.ones(1)}, path, document={})
+    only(path.parent)
+
+
+def test_a_document_that_is_not_utf8_is_refused(path: Path) -> None:
+    with pytest.raises(FormatError, match=r"\\ud800.* holds half a surrogate pair"):
+        container.write({"w": torch.ones(1)}, path, document={"a": "\ud800"})
+    only(path.parent)
+
+
+def test_a_dtype_that_no_file_can_hold_is_refused(path: Path) -> None:
+    with pytest.raises(FormatError, match="complex128"):
+        container.write({"w": torch.ones(1, dtype=torch.complex128)}, path, document={})
+    only(path.parent)
+
+
+def test_a_new_file_leaves_nothing_else_behind(old: Path) -> None:
+    assert value_in(old) == 1.0
+    only(old.parent, old.name)
+
+
+def test_an_existing_file_is_kept_without_overwrite(old: Path) -> None:
+    with pytest.raises(OutputExistsError, match="exists") as caught:
+        write(old, 2.0)
+    assert "--force" in str(caught.value)
+    assert value_in(old) == 1.0
+    only(old.parent, old.name)
+
+
+def test_an_existing_file_is_replaced_with_overwrite(old: Path) -> None:
+    write(old, 2.0, overwrite=True)
+    assert value_in(old) == 2.0
+    only(old.parent, old.name)
+
+
+def test_a_file_that_appears_in_the_meantime_is_kept(path: Path) -> None:
+    with pytest.raises(OutputExistsError, match="appeared while it was being written"):
+        write(path, 2.0, check=lambda _: write(path, 1.0))
+    assert value_in(path) == 1.0
+    only(path.parent, path.name)
+
+
+def test_a_file_that_appears_is_kept_also_where_hard_links_are_not_to_be_had(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: Any) -> None:
+        path.write_bytes(b"another's")
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(OutputExistsError, match="appeared"):
+        write(path)
+    assert path.read_bytes() == b"another's"
+    only(path.parent, path.name)
+
+
+def test_a_filesystem_without_hard_links_will_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", failing("Operation not permitted"))
+    write(path)
+    assert value_in(path) == 1.0
+    only(path.parent, path.name)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_check_that_raises_leaves_no_trace(path: Path, overwrite: bool) -> None:
+    def check(written: Path) -> None:
+        assert value_in(written) == 2.0
+        assert written.parent == path.parent
+        raise KeyboardInterrupt
+
+    if overwrite:
+        write(path)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, 2.0, check=check, overwrite=overwrite)
+    if overwrite:
+        assert value_in(path) == 1.0
+    only(path.parent, *[path.name] * overwrite)
+
+
+def test_the_old_file_is_whole_until_the_new_one_is(old: Path) -> None:
+    with container.staged(old, overwrite=True) as temporary:
+        temporary.write_bytes(b"new")
+        assert value_in(old) == 1.0
+    assert old.read_bytes() == b"new"
+
+
+def failing(message: str) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, message)
+
+    return fail
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync", "open", "chmod"])
+def test_a_system_call_that_fails_leaves_the_old_file(
+    old: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, failing("No space left on device"))
+        with pytest.raises(OutputError, match="cannot be written: No space left on device") as caught:
+            write(old, 2.0, overwrite=True)
+    assert repr(str(old)) in str(caught.value)
+    assert value_in(old) == 1.0
+    only(old.parent, old.name)
+
+
+@pytest.mark.parametrize("functions", [("fsync",), ("link", "replace")])
+def test_a_system_call_that_fails_leaves_no_new_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, functions: tuple[str, ...]
+) -> None:
+    with monkeypatch.context() as patch:
+        for function in functions:
+            patch.setattr(os, function, failing("Input/output error"))
+        with pytest.raises(OutputError, match="Input/output error"):
+            write(path)
+    only(path.parent)
+
+
+def test_a_disk_that_is_full_leaves_the_old_file(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(self: Path, data: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OutputError, match="No space left"):
+            write(old, 2.0, overwrite=True)
+    assert value_in(old) == 1.0
+    only(old.parent, old.name)
+
+
+def test_a_folder_that_cannot_be_synced_does_no_harm(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    write(path)
+    assert value_in(path) == 1.0
+
+
+def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[bool, bool]] = []
+    real = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    write(path)
+    assert synced == [(False, False), (True, True)]
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], None]]:
+    before = os.umask(0o022)
+    yield lambda mask: void(os.umask(mask))
+    os.umask(before)
+
+
+def void(_: object) -> None:
+    """Drops a result."""
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_mode_of_a_new_file_follows_the_umask(
+    path: Path, umask: Callable[[int], None], mask: int, mode: int
+) -> None:
+    umask(mask)
+    write(path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_replaced_file_keeps_its_mode(old: Path, umask: Callable[[int], None]) -> None:
+    for mode in (0o640, 0o444, 0o666):
+        old.chmod(mode)
+        write(old, 2.0, overwrite=True)
+        assert stat.S_IMODE(old.stat().st_mode) == mode
+
+
+def test_a_symbolic_link_stays_and_its_file_is_replaced(old: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "links"
+    folder.mkdir()
+    link = folder / "link"
+    link.symlink_to(old)
+    write(link, 2.0, overwrite=True)
+    assert link.is_symlink()
+    assert value_in(old) == 2.0
+    only(folder, "link")
+
+
+def test_a_symbolic_link_to_an_existing_file_is_not_overwritten_unasked(old: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    with pytest.raises(OutputExistsError):
+        write(link, 2.0)
+    assert value_in(old) == 1.0
+
+
+def test_a_symbolic_link_to_nothing_gets_its_file(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    write(link)
+    assert link.is_symlink()
+    assert value_in(path) == 1.0
+
+
+def test_a_symbolic_link_to_itself_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    with pytest.raises((OutputError, OutputExistsError), match="link"):
+        write(link)
+    only(tmp_path, "link")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("way", ["itself", "symbolic link", "hard link", "relative"])
+def test_an_output_that_is_an_input_is_refused_even_with_overwrite(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, way: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = old if way == "itself" else Path(old.name) if way == "relative" else tmp_path / "link"
+    if way == "symbolic link":
+        output.symlink_to(old)
+    elif way == "hard link":
+        output.hardlink_to(old)
+    with pytest.raises(OutputExistsError, match="is also an input"):
+        write(output, 2.0, overwrite=overwrite, inputs=[tmp_path / "missing", old])
+    assert value_in(old) == 1.0
+
+
+def test_an_input_beside_the_output_does_no_harm(old: Path, tmp_path: Path) -> None:
+    write(tmp_path / "new", 2.0, inputs=[old])
+    assert value_in(tmp_path / "new") == 2.0
+
+
+def test_a_missing_folder_is_named_with_the_way_to_make_it(tmp_path: Path) -> None:
+    path = tmp_path / "no" / "such" / "file"
+    with pytest.raises(OutputError, match=r"the folder of .* does not exist") as caught:
+        write(path)
+    assert f"mkdir -p {str(path.parent)!r}" in str(caught.value)
+    only(tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    with pytest.raises(OutputError, match="is a folder"):
+        write(tmp_path, overwrite=overwrite)
+
+
+def test_a_device_or_pipe_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="not a plain file"):
+        write(pipe, overwrite=True)
+    assert pipe.is_fifo()
+
+
+def test_a_folder_that_is_not_writable_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(OutputError, match="is not writable"):
+        write(path)
+    only(path.parent)
+
+
+def test_a_file_as_a_folder_is_refused(old: Path) -> None:
+    with pytest.raises(OutputError, match=re.escape(repr(str(old / "x")))):
+        write(old / "x")
+
+
+def test_an_output_name_too_long_for_the_system_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long"):
+        write(tmp_path / ("x" * 300))
+    only(tmp_path)
+
+
+def test_the_longest_names_that_the_system_takes_can_be_written(tmp_path: Path) -> None:
+    for name in ("x" * 255, "é" * 127, "字" * 85, "😀" * 63):
+        write(tmp_path / name)
+        assert value_in(tmp_path / name) == 1.0

@@ -1,0 +1,72 @@
+"""The exception tree: one root, fitting builtins, a text built from its parts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+
+from loraio import errors
+from loraio.errors import LoraioError
+
+CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, LoraioError)]
+
+BUILTINS = {
+    "FormatError": ValueError,
+    "MissingFileError": FileNotFoundError,
+    "OutputExistsError": FileExistsError,
+    "OutputError": OSError,
+    "AdapterError": ValueError,
+    "ShapeError": ValueError,
+    "BaseMismatchError": ValueError,
+    "ConfigError": ValueError,
+    "UnknownNameError": LookupError,
+    "StateError": RuntimeError,
+    "DataError": RuntimeError,
+    "TrainingError": RuntimeError,
+    "VerificationError": RuntimeError,
+}
+
+
+def test_every_class_is_known_here_with_its_builtin() -> None:
+    assert {cls.__name__ for cls in CLASSES} == {"LoraioError", *BUILTINS}
+    for name, builtin in BUILTINS.items():
+        assert issubclass(getattr(errors, name), builtin)
+
+
+def test_a_wrong_shape_is_an_adapter_error() -> None:
+    assert issubclass(errors.ShapeError, errors.AdapterError)
+
+
+def test_the_tree_in_the_docstring_names_every_class_with_its_builtin() -> None:
+    for cls in CLASSES:
+        assert cls.__name__ in (errors.__doc__ or "")
+    for name, builtin in BUILTINS.items():
+        if name != "ShapeError":
+            assert f"{name} ({builtin.__name__})" in (errors.__doc__ or "")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_text_says_what_then_all_problems_then_where_then_what_to_try(cls: type[LoraioError]) -> None:
+    error = cls("two things are wrong", problems=["this", "that"], where="'a.file'", hint="another file")
+    assert str(error) == "two things are wrong\n  this\n  that\n  in 'a.file'\n  try: another file"
+    assert (error.message, error.problems) == ("two things are wrong", ("this", "that"))
+    assert (error.where, error.hint) == ("'a.file'", "another file")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_message_alone_is_the_whole_text(cls: type[LoraioError]) -> None:
+    error = cls("just this")
+    assert str(error) == "just this"
+    assert (error.problems, error.where, error.hint) == ((), None, None)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_error_survives_copy_and_pickle_with_its_parts(cls: type[LoraioError]) -> None:
+    error = cls("wrong", problems=["this"], where="here", hint="that")
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(again) is cls
+        assert str(again) == str(error)
+        assert (again.message, again.problems, again.where, again.hint) == ("wrong", ("this",), "here", "that")

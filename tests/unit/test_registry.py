@@ -1,0 +1,47 @@
+"""One lookup for all registries."""
+
+from __future__ import annotations
+
+import pytest
+
+from loraio.errors import UnknownNameError
+from loraio.registry import known, lookup, nearest
+
+
+def test_a_known_name_gives_its_entry() -> None:
+    entry = object()
+    assert lookup({"lora": entry}, "lora", what="adapter kind") is entry
+
+
+def test_an_unknown_name_gets_the_nearest_and_all_known_ones() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        lookup({"lora": 1, "dora": 2}, "lorra", what="adapter kind")
+    assert str(caught.value) == "no adapter kind 'lorra'; did you mean 'lora'? Known: dora, lora"
+    assert caught.value.__suppress_context__  # the KeyError says nothing more
+
+
+def test_a_name_that_is_near_to_nothing_gets_no_guess() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        lookup({"lora": 1}, "xyz", what="adapter kind")
+    assert str(caught.value) == "no adapter kind 'xyz'. Known: lora"
+
+
+def test_an_empty_registry_says_that_it_knows_none() -> None:
+    with pytest.raises(UnknownNameError, match=r"^no data set 'mnist'. Known: \(none\)$"):
+        lookup({}, "mnist", what="data set")
+
+
+def test_case_counts_but_the_right_case_is_offered() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'Conv2d'"):
+        lookup({"Conv2d": 1}, "conv2d", what="layer type")
+
+
+def test_nearest_takes_any_iterable_and_may_find_nothing() -> None:
+    assert nearest("conv9", iter(["fc", "conv1"])) == "; did you mean 'conv1'?"
+    assert nearest("conv9", []) == ""
+
+
+def test_known_sorts_and_cuts() -> None:
+    assert known(["b", "c", "a"]) == "a, b, c"
+    assert known("abcde", limit=3) == "a, b, c, and 2 more"
+    assert known("abc", limit=3) == "a, b, c"
