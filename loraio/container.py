@@ -1,4 +1,4 @@
-"""safetensors in and out: a strict header reader that needs no torch, and byte-stable, atomic writing.
+"""safetensors in and out: a strict header reader that needs no torch, and a byte-stable writer.
 
 The header is parsed and checked here before the safetensors library sees the file, because the library accepts what
 this project must not: tensor names that occur twice, for example. All of loraio's metadata is one JSON document under
@@ -7,18 +7,17 @@ the single header key ``loraio``: safetensors writes several keys in an order th
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from loraio.errors import FormatError, LoraioError, MissingFileError, OutputError, OutputExistsError
+from loraio.errors import FormatError, MissingFileError
+from loraio.outputs import staged
 
 if TYPE_CHECKING:
     import torch
@@ -265,7 +264,10 @@ def _not_safetensors(start: bytes, length: int, size: int) -> str:
         return f"truncated: the header alone has {length} bytes, the file {size}"
     for signature, what in (
         (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull` to fetch the file itself"),
-        (b"PK\x03\x04", "a zip archive; torch.save writes these: a base of that kind needs the ending .pt or .pth"),
+        (
+            b"PK\x03\x04",
+            "a zip archive, perhaps from torch.save; of those only base models are read, by the ending .pt",
+        ),
         (b"\x80", "a pickle, perhaps an old torch.save file"),
         (b"<", "an HTML or XML page"),
     ):
@@ -275,72 +277,6 @@ def _not_safetensors(start: bytes, length: int, size: int) -> str:
 
 
 # Writing
-
-
-def check_output(
-    path: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
-) -> Path:
-    """Refuse an output that could not or must not be written, before any work is done.
-
-    Returns:
-        the file that will be written: ``path`` with symbolic links followed.
-
-    Raises:
-        OutputExistsError: it exists and ``overwrite`` is false, or it is one of ``inputs``.
-        OutputError: its folder is missing or not writable, or it is something else than a file, such as a folder.
-    """
-    target = Path(os.path.realpath(path))
-    name = f"{os.fspath(path)!r}"
-    with _system_errors(name):
-        if target.is_dir():
-            raise OutputError(f"{name} is a folder", hint="name a file")
-        for source in inputs:
-            if target.exists() and Path(source).exists() and target.samefile(source):
-                raise OutputExistsError(f"{name} is also an input", hint="name another output")
-        if target.exists() and not target.is_file():  # a rename would put a plain file in the place of /dev/null
-            raise OutputError(f"{name} is not a plain file", hint="name a file")
-        if target.exists() and not overwrite:
-            raise OutputExistsError(f"{name} exists", hint="pass --force to replace it (overwrite=True in Python)")
-        if not target.parent.is_dir():
-            raise OutputError(f"the folder of {name} does not exist", hint=f"mkdir -p {str(target.parent)!r}")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"the folder of {name} is not writable")
-    return target
-
-
-@contextlib.contextmanager
-def staged(
-    path: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
-) -> Iterator[Path]:
-    """A temporary file beside ``path`` that gets its name when the block ends well, and is removed when it does not.
-
-    At every moment ``path`` is the old file, whole, or the new one, whole. The file is flushed to the disk first;
-    the mode is that of the file replaced, else what the umask gives; a symbolic link stays a link. Without
-    ``overwrite`` a file that appears in the meantime is not replaced either.
-
-    Raises:
-        OutputExistsError, OutputError: as `check_output`, and when the system refuses a write.
-    """
-    target = check_output(path, overwrite=overwrite, inputs=inputs)
-    # A part of the name only: a file name has 255 bytes at most, and a character up to four.
-    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    name = f"{os.fspath(path)!r}"
-    try:
-        with _system_errors(name):
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            yield temporary
-            _fsync(temporary)
-            if target.exists():
-                temporary.chmod(target.stat().st_mode & 0o7777)
-            if overwrite:
-                temporary.replace(target)
-            else:
-                _rename_unless_exists(temporary, target, name)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    with contextlib.suppress(OSError):  # the file is whole under its name; not every filesystem can sync a folder
-        _fsync(target.parent)
 
 
 def write(
@@ -363,7 +299,7 @@ def write(
         check: called with the temporary file before it gets its name; if it raises, nothing was written.
 
     Raises:
-        OutputExistsError, OutputError: as `staged`.
+        OutputExistsError, OutputError: as `loraio.outputs.staged`.
         FormatError: a tensor name, a dtype or a text that a safetensors file cannot hold.
     """
     from safetensors.torch import save
@@ -387,33 +323,3 @@ def write(
         temporary.write_bytes(data)
         if check is not None:
             check(temporary)
-
-
-@contextlib.contextmanager
-def _system_errors(name: str) -> Iterator[None]:
-    """Turn what the operating system refuses into an `OutputError` for the output of that name."""
-    try:
-        yield
-    except LoraioError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{name} cannot be written: {error.strerror or error}") from error
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename_unless_exists(temporary: Path, target: Path, name: str) -> None:
-    try:
-        os.link(temporary, target)  # unlike rename, fails when the name is taken
-    except FileExistsError:
-        raise OutputExistsError(f"{name} appeared while it was being written") from None
-    except OSError:  # a filesystem without hard links
-        if target.exists():
-            raise OutputExistsError(f"{name} appeared while it was being written") from None
-        temporary.replace(target)

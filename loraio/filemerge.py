@@ -11,6 +11,7 @@ from loraio.bases import read_base, write_base
 from loraio.errors import VerificationError
 from loraio.identity import state_sha256
 from loraio.merging import merge
+from loraio.outputs import check_output
 from loraio.verification import WeightReport, verify_weights
 
 
@@ -56,7 +57,7 @@ def merge_file(
         VerificationError: the written weights are wrong; the file was removed.
     """
     inputs = (base, adapter)
-    container.check_output(output, overwrite=overwrite, inputs=inputs)
+    check_output(output, overwrite=overwrite, inputs=inputs)
     checkpoint, loaded = read_base(base), formats.load(adapter)
     merged = merge(checkpoint.state, loaded, strength)
     reports: list[WeightReport] = []

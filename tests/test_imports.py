@@ -25,6 +25,7 @@ LINES = [
     {"adapter"},
     {"layers", "kinds"},
     {"lowrank", "container", "registry"},
+    {"outputs"},
     {"errors"},
 ]
 """From the top down; modules of one line do not import each other."""

@@ -34,12 +34,12 @@ def pretrain(
 ) -> None:
     """Train a base network with Adam and save it."""
     import loraio
-    from loraio import container
+    from loraio import outputs
     from loraio.bases import NETWORKS
     from loraio.registry import lookup
     from loraio.training.loop import base_record
 
-    container.check_output(output, overwrite=force)
+    outputs.check_output(output, overwrite=force)
     lookup(NETWORKS, model, what="network")
     config = loraio.PretrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     data = loraio.load_dataset(dataset, "train", root=data_root)

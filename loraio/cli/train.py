@@ -98,19 +98,19 @@ def train(
 
 def _check_outputs(base: str, output: str, digits: list[int] | None, *, force: bool) -> None:
     """Refuse before the training what could not be written after it."""
-    from loraio import container
     from loraio.errors import OutputError
+    from loraio.outputs import check_output
 
     if digits is not None:
-        container.check_output(output, overwrite=force, inputs=[base])
+        check_output(output, overwrite=force, inputs=[base])
     elif Path(output).is_file():
         raise OutputError(f"{output!r} is a file", hint="with --digit all the output is a folder")
     elif Path(output).is_dir():
-        container.check_output(Path(output) / FILE_NAME.format(0), overwrite=True)  # may files be made in it at all?
+        check_output(Path(output) / FILE_NAME.format(0), overwrite=True)  # may files be made in it at all?
         for file in sorted(Path(output).glob(FILE_NAME.format("*"))):
-            container.check_output(file, overwrite=force, inputs=[base])
+            check_output(file, overwrite=force, inputs=[base])
     else:
-        container.check_output(output)
+        check_output(output)
 
 
 def _print_rows(rows: list[dict[str, Any]], images: str) -> None:

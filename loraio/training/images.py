@@ -35,7 +35,6 @@ SKETCH = 100
 MAX_NOISE = 0.25
 """Most that is taken for noise of the paper, as a share of the strongest ink."""
 
-
 Floats = NDArray[np.float32]
 
 
