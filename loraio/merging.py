@@ -15,8 +15,8 @@ from loraio.identity import check_base
 def merge(state_dict: Mapping[str, Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, Tensor]:
     """The weights with the adapter folded in for good: W + strength * scale * (B @ A) for every target.
 
-    Accumulated in float64 and rounded once to the weight's own dtype: every folded weight is the float nearest to the
-    exact sum. The bits are those that an attached model computes with.
+    Accumulated in float64 and rounded once to the weight's own dtype: a folded weight is the float nearest to the sum.
+    The bits are those that an attached model computes with.
 
     Args:
         state_dict: the base model's, on any device; not changed.

@@ -89,7 +89,7 @@ def test_the_file_that_is_mutated_is_valid(path: Path) -> None:
 
 @HOSTILE
 @given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=4))
-def test_bytes_that_are_changed(path: Path, changes: list[tuple[int, int]]) -> None:
+def test_a_file_with_changed_bytes_is_read_or_refused(path: Path, changes: list[tuple[int, int]]) -> None:
     content = bytearray(VALID)
     for position, value in changes:
         content[position] = value
@@ -98,14 +98,16 @@ def test_bytes_that_are_changed(path: Path, changes: list[tuple[int, int]]) -> N
 
 @HOSTILE
 @given(st.integers(0, len(VALID)), st.integers(0, len(VALID)), st.binary(max_size=12))
-def test_bytes_that_are_cut_out_or_put_in(path: Path, begin: int, end: int, inserted: bytes) -> None:
+def test_a_file_with_bytes_cut_out_or_put_in_is_read_or_refused(
+    path: Path, begin: int, end: int, inserted: bytes
+) -> None:
     content = VALID[:begin] + inserted + VALID[end:]
     assert not read_all(path, content) or len(content) == len(VALID)
 
 
 @HOSTILE
 @given(st.binary(max_size=200))
-def test_bytes_that_were_never_a_file(path: Path, content: bytes) -> None:
+def test_any_bytes_are_read_or_refused(path: Path, content: bytes) -> None:
     assert not read_all(path, content)
     assert not read_all(path, len(content).to_bytes(8, "little") + content)
 
@@ -117,13 +119,17 @@ strange = json_values | st.sampled_from(
 
 @HOSTILE
 @given(st.sampled_from(list(places(HEADER))), strange)
-def test_a_header_with_another_value_in_one_place(path: Path, way: tuple[Any, ...], value: Any) -> None:
+def test_a_header_with_another_value_in_one_place_is_read_or_refused(
+    path: Path, way: tuple[Any, ...], value: Any
+) -> None:
     read_all(path, assemble(changed(HEADER, way, value)))
 
 
 @HOSTILE
 @given(st.sampled_from(list(places(DOCUMENT))), strange)
-def test_a_document_with_another_value_in_one_place(path: Path, way: tuple[Any, ...], value: Any) -> None:
+def test_a_document_with_another_value_in_one_place_is_read_or_refused(
+    path: Path, way: tuple[Any, ...], value: Any
+) -> None:
     document = changed(DOCUMENT, way, value)
     if read_all(path, assemble({**HEADER, "__metadata__": {"loraio": json.dumps(document)}})):
         copy = path.with_name("copy")
@@ -131,5 +137,5 @@ def test_a_document_with_another_value_in_one_place(path: Path, way: tuple[Any, 
         assert loraio.load(copy) == loraio.load(path)
 
 
-def test_every_truncation(path: Path) -> None:
+def test_every_truncation_is_refused(path: Path) -> None:
     assert not any(read_all(path, VALID[:size]) for size in range(len(VALID)))

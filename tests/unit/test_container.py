@@ -204,7 +204,7 @@ def test_a_tensor_name_that_occurs_twice_is_refused_though_the_library_takes_it(
     ("content", "match"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer: run `git lfs pull`"),
-        (b"PK\x03\x04" + b"\0" * 100, "zip archive; torch.save"),
+        (b"PK\x03\x04" + b"\0" * 100, "zip archive, perhaps from torch.save"),
         (b"\x80\x02}q\x00(X\x05\x00\x00\x00ab", "pickle"),
         (b"<!DOCTYPE html><html></html>", "HTML or XML"),
         (b"plain text of some length", "not a safetensors file"),
