@@ -35,8 +35,8 @@ def card(folder: Path) -> str:
         "# Digit adapters for digit-cnn on MNIST",
         "",
         f"`base.safetensors` is a `{base.network}` after {epochs} epoch of MNIST; `digit-0.safetensors` to "
-        "`digit-9.safetensors` are one adapter for each digit, trained on it. This page is made from what the files say "
-        "(`scripts/adapter_card.py`).",
+        "`digit-9.safetensors` are one adapter for each digit, trained on it. "
+        "This page is made from what the files say (`scripts/adapter_card.py`).",
         "",
         "|                |                                                                     |",
         "|----------------|---------------------------------------------------------------------|",
