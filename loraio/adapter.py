@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from loraio.container import TORCH_DTYPES
+from loraio.container import TORCH_DTYPES, tensor_bytes
 from loraio.errors import AdapterError, ConfigError, ShapeError
 from loraio.kinds import KINDS, Kind
 from loraio.layers import LAYER_TYPES, LayerType
@@ -126,7 +126,7 @@ class Target:
             strength: multiplies the scale; 0 gives the base weight's bits.
 
         Returns:
-            a new tensor, shape, dtype and device of ``weight``, without gradient.
+            a new tensor, shape, dtype, device and memory format of ``weight``, without gradient.
         """
         import torch
 
@@ -138,7 +138,10 @@ class Target:
             if weight.device.type == "mps":  # has no float64
                 moved = {name: factor.cpu() for name, factor in factors.items()}
                 return self.fold(weight.cpu(), moved, strength=strength).to(weight.device)
-            return round_once(self._fold_in(torch.float64, weight, factors, strength), weight.dtype)
+            folded = round_once(self._fold_in(torch.float64, weight, factors, strength), weight.dtype)
+            if folded.stride() == weight.stride():
+                return folded
+            return torch.empty_like(weight).copy_(folded)  # channels_last runs other kernels than contiguous weights
 
     def fold_for_training(self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0) -> Tensor:
         """The new weight, differentiable, computed in float32 (float64 for float64 weights).
@@ -151,9 +154,12 @@ class Target:
         return self._fold_in(dtype, weight, factors, strength).to(weight.dtype)
 
     def _fold_in(self, dtype: Any, weight: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
+        import torch
+
         matrix = self._layer.to_matrix(weight.to(dtype))
         cast = {name: factor.to(dtype) for name, factor in factors.items()}
-        folded = self._kind.fold(matrix, cast, scale=self.scale * strength)
+        with torch.autocast(weight.device.type, enabled=False):  # would round the base weight itself to bfloat16
+            folded = self._kind.fold(matrix, cast, scale=self.scale * strength)
         return self._layer.from_matrix(folded, weight.shape)
 
 
@@ -203,6 +209,7 @@ class Adapter:
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", MappingProxyType(dict(self.targets)))
         object.__setattr__(self, "factors", MappingProxyType(dict(self.factors)))
+        object.__setattr__(self, "training", MappingProxyType(dict(self.training)))
         check_factors(self.targets, {name: tuple(tensor.shape) for name, tensor in self.factors.items()})
         problems = []
         for name, tensor in self.factors.items():
@@ -229,7 +236,7 @@ class Adapter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copy and pickle, which the read-only mappings would refuse."""
-        return _rebuilt, (dict(self.targets), dict(self.factors), self.base, self.training, self.extra)
+        return _rebuilt, (dict(self.targets), dict(self.factors), self.base, dict(self.training), self.extra)
 
     @property
     def parameters(self) -> int:
@@ -258,7 +265,7 @@ class Adapter:
             raise ShapeError(f"{name!r}: the weight is {tuple(weight.shape)}, the adapter needs {target.shape}")
         factors = {short: factor.to(weight.device) for short, factor in self.factors_of(name).items()}
         folded = target.fold(weight, factors, strength=strength)
-        if not bool(folded.isfinite().all()) and bool(weight.isfinite().all()):
+        if bool((weight.isfinite() & ~folded.isfinite()).any()):
             raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
         return folded
 
@@ -326,9 +333,4 @@ def _plain(value: Any) -> Any:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    import torch
-
-    def raw(tensor: Tensor) -> Tensor:  # as bytes: 0.0 and -0.0 are equal as numbers
-        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-    return a.dtype == b.dtype and a.shape == b.shape and raw(a).equal(raw(b))
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))

@@ -14,12 +14,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.utils import parametrize
 
 from loraio.adapter import Adapter, Target, check_strength
 from loraio.errors import BaseMismatchError, StateError
 from loraio.identity import check_base
-from loraio.layers import refuse_shared, target_modules
+from loraio.layers import refuse_shared, refuse_unusable, target_modules
 
 _PARAMETRIZED = re.compile(r"^(.*\.)?parametrizations\.([^.]+)\.([^.]+)(\..*)?$")
 
@@ -38,7 +39,7 @@ class FoldedWeight(nn.Module):
         self.enabled = True
         for name, factor in factors.items():
             if trainable:
-                self.register_parameter(name, nn.Parameter(factor.clone()))
+                self.register_parameter(name, nn.Parameter(factor))
             else:
                 self.register_buffer(name, factor)
 
@@ -65,6 +66,11 @@ class _Place:
     order: tuple[str, ...]
 
     @property
+    def occupied(self) -> bool:
+        """Whether the weight is still parametrized; someone else may have taken everything off."""
+        return parametrize.is_parametrized(self.module, self.parameter)
+
+    @property
     def stack(self) -> parametrize.ParametrizationList:
         """The parametrizations on the weight; ours is the only one."""
         stacks = cast(nn.ModuleDict, self.module.parametrizations)
@@ -89,8 +95,7 @@ class Attachment:
         self._enabled = True
         self._places: dict[str, _Place] = {}
         self._last_factors: dict[str, Tensor] = {}
-        if any(isinstance(module, FoldedWeight) for module in model.modules()):
-            raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
+        refuse_attached(model)
         self._check(adapter)
         self._adapter = adapter
         try:
@@ -137,6 +142,7 @@ class Attachment:
     @strength.setter
     def strength(self, value: float) -> None:
         self._require_attached()
+        self._check_untouched()
         self._strength = check_strength(value)
         for place in self._places.values():
             place.folded.strength = self._strength
@@ -183,6 +189,7 @@ class Attachment:
             StateError: detached already, or something else parametrized a target in the meantime.
         """
         self._require_attached()
+        self._places = {name: place for name, place in self._places.items() if place.occupied}
         self._check_untouched()
         if self._trainable:
             self._last_factors = self._trained_factors()
@@ -215,10 +222,8 @@ class Attachment:
                     f"{name!r}: the layer is a {found.layer.name} with groups={found.groups}, "
                     f"the adapter was made for a {target.layer} with groups={target.groups}"
                 )
-            if name not in self._places and parametrize.is_parametrized(found.module, found.parameter):
-                raise StateError(
-                    f"{name!r} has another parametrization", hint="torch.nn.utils.parametrize.remove_parametrizations"
-                )
+            if name not in self._places:
+                refuse_unusable(found)
         if problems:
             raise BaseMismatchError("the adapter does not belong to this base", problems=problems)
         check_base(adapter, base_state_dict(self.model))
@@ -232,11 +237,14 @@ class Attachment:
 
     def _check_untouched(self) -> None:
         for name, place in self._places.items():
+            if not place.occupied:
+                raise StateError(f"{name!r} has lost its parametrization to someone else", hint="live.detach()")
             if len(place.stack) != 1 or not isinstance(place.stack[0], FoldedWeight):
                 raise StateError(f"{name!r} got another parametrization on top", hint="take that one off first")
 
     def _switch(self, enabled: bool) -> None:
         self._require_attached()
+        self._check_untouched()
         self._enabled = enabled
         for place in self._places.values():
             place.folded.enabled = enabled
@@ -250,7 +258,7 @@ class Attachment:
         self._adapter = adapter
 
     def _folded(self, adapter: Adapter, name: str, weight: Tensor) -> FoldedWeight:
-        factors = {short: factor.to(weight.device) for short, factor in adapter.factors_of(name).items()}
+        factors = {short: factor.to(weight.device, copy=True) for short, factor in adapter.factors_of(name).items()}
         folded = FoldedWeight(adapter.targets[name], factors, strength=self._strength, trainable=self._trainable)
         folded.enabled = self._enabled
         return folded
@@ -261,23 +269,29 @@ class Attachment:
             module, parameter = modules[name].module, modules[name].parameter
             folded = self._folded(adapter, name, modules[name].weight)
             place = _Place(module=module, parameter=parameter, order=tuple(module._parameters))
-            # unsafe: shape and dtype are checked already, and the check would fold every weight once more
-            parametrize.register_parametrization(module, parameter, folded, unsafe=True)
+            # register_parametrization calls weight.set_(weight), which writes nothing but counts as a write
+            with _unsafe_preserve_version_counter(modules[name].weight):
+                # unsafe: shape and dtype are checked already, and the check would fold every weight once more
+                parametrize.register_parametrization(module, parameter, folded, unsafe=True)
             self._places[name] = place
 
     def _take_off(self, names: Iterable[str]) -> None:
         for name in names:
-            place = self._places.pop(name)
+            place = self._places[name]
             parametrize.remove_parametrizations(place.module, place.parameter, leave_parametrized=False)
+            del self._places[name]
             parameters = place.module._parameters  # the weight came back behind the bias
-            parameters.update({key: parameters.pop(key) for key in place.order})
+            order = [key for key in place.order if key in parameters]
+            order += [key for key in parameters if key not in place.order]
+            parameters.update({key: parameters.pop(key) for key in order})
 
 
 def attach(model: nn.Module, adapter: Adapter, strength: float = 1.0, *, trainable: bool = False) -> Attachment:
     """Put an adapter on a live model.
 
     In eval mode without gradients the model then computes, bit for bit, what the merged model computes. The model's
-    own weights are not written to; `Attachment.detach`, or the end of a ``with`` block, gives them back.
+    own weights are not written to; `Attachment.detach`, or the end of a ``with`` block, gives them back. Inside torch's
+    ``parametrize.cached()`` a weight that was read once stays as it was read, whatever the handle does.
 
     Args:
         model: the base model, on any device; it must be the one that the adapter was trained on.
@@ -294,6 +308,16 @@ def attach(model: nn.Module, adapter: Adapter, strength: float = 1.0, *, trainab
         ConfigError: the strength is not a finite number.
     """
     return Attachment(model, adapter, strength=strength, trainable=trainable)
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """Refuse a model that carries an adapter.
+
+    Raises:
+        StateError: it does.
+    """
+    if any(isinstance(module, FoldedWeight) for module in model.modules()):
+        raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

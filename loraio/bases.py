@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 
 from loraio import container
-from loraio.errors import BaseMismatchError, FormatError, MissingFileError, UnknownNameError
+from loraio.errors import BaseMismatchError, FormatError, MissingFileError, StateError, UnknownNameError
 from loraio.identity import state_sha256
 from loraio.registry import known, lookup, nearest
 
@@ -126,12 +127,12 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
     document = header.document() or {}
     if "targets" in document:
         raise FormatError(
-            f"{str(path)!r} is an adapter, not a base model", hint="give the base first and the adapter second"
+            f"{str(path)!r} is an adapter, not a base model", hint="the base comes first, then the adapter"
         )
     if not header.tensors:
         raise FormatError(f"{str(path)!r} holds no tensors")
     version = document.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise FormatError(
             f"format version {version!r}, this loraio reads version {FORMAT_VERSION}",
             where=f"{str(path)!r}",
@@ -140,6 +141,9 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
     network = document.get("network")
     if network is not None and not isinstance(network, str):
         raise FormatError(f"the network is {network!r}, not a name", where=f"{str(path)!r}")
+    receipts = document.get("merged", [])
+    if not isinstance(receipts, list) or not all(isinstance(receipt, dict) for receipt in receipts):
+        raise FormatError(f"what was merged is {receipts!r}, not a list of objects", where=f"{str(path)!r}")
     return BaseCheckpoint(path=path, state=container.read_tensors(header), network=network, document=document)
 
 
@@ -177,14 +181,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, where: str | No
     Raises:
         BaseMismatchError: with a line for each name that is missing, left over or of another shape.
     """
-    own = model.state_dict()
-    problems = [f"{name!r} is missing{nearest(name, state.keys() - own.keys())}" for name in own if name not in state]
-    problems += [f"{name!r} is not in the network{nearest(name, own)}" for name in state if name not in own]
-    problems += [
-        f"{name!r} is {tuple(state[name].shape)}, the network has {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
+    problems = _differences(model.state_dict(), state)
     if problems:
         raise BaseMismatchError("the checkpoint does not fit the network", problems=problems, where=where)
     model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
@@ -207,8 +204,19 @@ def save_base(
 
     Raises:
         OutputExistsError, OutputError: the file is there already, or cannot be written.
+        StateError: a weight is parametrized, by an attached adapter for example.
+        BaseMismatchError: the model is no longer the network whose name it carries.
     """
-    write_base(model.state_dict(), path, network=network_of(model), training=training or {}, overwrite=overwrite)
+    state = model.state_dict()
+    parametrized = [name for name, module in model.named_modules() if isinstance(module, ParametrizationList)]
+    if parametrized:
+        raise StateError(f"{parametrized[0]!r}: a parametrized model is no base model", hint="live.detach() first")
+    network = network_of(model)
+    if network is not None:
+        problems = _differences(build_network(network, seed=0).state_dict(), state)
+        if problems:
+            raise BaseMismatchError(f"the model is no longer a {network!r}", problems=problems)
+    write_base(state, path, network=network, training=training or {}, overwrite=overwrite)
 
 
 def write_base(
@@ -236,6 +244,19 @@ def write_base(
     container.write(state, path, document=document, overwrite=overwrite, inputs=inputs, check=check)
 
 
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """A line for each tensor of ``state`` that a network with the state dict ``own`` cannot take."""
+    lines = [f"{name!r} is missing{nearest(name, state.keys() - own.keys())}" for name in own if name not in state]
+    lines += [f"{name!r} is not in the network{nearest(name, own)}" for name in state if name not in own]
+    for name in (name for name in own if name in state):
+        found, needed = state[name], own[name]
+        if found.shape != needed.shape:
+            lines.append(f"{name!r} is {tuple(found.shape)}, the network has {tuple(needed.shape)}")
+        elif found.is_floating_point() != needed.is_floating_point():
+            lines.append(f"{name!r} is {found.dtype}, the network has {needed.dtype}")
+    return lines
+
+
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -253,5 +274,5 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"holds {type(loaded).__name__}, not a state dict", where=f"{str(path)!r}")
     wrong = [str(name) for name, value in loaded.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if wrong:
-        raise FormatError(f"not a state dict: {known(wrong, limit=5)} are no tensors", where=f"{str(path)!r}")
+        raise FormatError(f"not a state dict: what is not a tensor is {known(wrong, limit=5)}", where=f"{str(path)!r}")
     return {name: tensor.detach().contiguous() for name, tensor in loaded.items()}

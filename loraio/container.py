@@ -102,6 +102,13 @@ def dtype_code(dtype: torch.dtype) -> str:
     return _CODES[name]
 
 
+def tensor_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in C order, as a flat uint8 tensor on the CPU: what files and digests are made of."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
 def canonical_json(document: Mapping[str, Any]) -> str:
     """The one text of a JSON document: keys sorted, no spaces, NaN and infinities refused.
 
@@ -319,6 +326,8 @@ def write(
         data = save(ready, metadata={METADATA_KEY: canonical_json(document)})
     except UnicodeEncodeError as error:
         raise FormatError(f"{error.object[:80]!r} holds half a surrogate pair", where=where) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"the metadata is not plain JSON: {error}", where=where) from error
     with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
         temporary.write_bytes(data)
         if check is not None:

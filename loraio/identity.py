@@ -6,27 +6,35 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from loraio.adapter import Adapter
-from loraio.container import dtype_code
-from loraio.errors import BaseMismatchError
+from loraio.container import dtype_code, tensor_bytes
+from loraio.errors import BaseMismatchError, StateError
 from loraio.registry import nearest
 
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
 
+    >>> import torch
     >>> tensor_sha256(torch.zeros(2))[:16]
     'af5570f5a1810b7a'
     """
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().data).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor).numpy().data).hexdigest()
 
 
 def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """`tensor_sha256` of every tensor, by name."""
+    """`tensor_sha256` of every tensor, by name.
+
+    Raises:
+        StateError: an entry is no tensor (a module's extra state), or has no values (the meta device).
+    """
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise StateError(f"{name!r} of the state dict is {type(tensor).__name__}, only tensors have an identity")
+        if tensor.is_meta:
+            raise StateError(f"{name!r} is on the meta device and has no values yet", hint="load the base model first")
     return {name: tensor_sha256(tensor) for name, tensor in state.items()}
 
 
@@ -56,23 +64,20 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
 
     Raises:
         BaseMismatchError: with a line for each target that differs.
+        StateError: as `digests`.
     """
+    found = digests(state)
     problems = []
-    found: dict[str, str] = {}
     for name, target in adapter.targets.items():
         weight = state.get(name)
         if weight is None:
             problems.append(f"{name!r}: the model has no such weight{nearest(name, state)}")
         elif tuple(weight.shape) != target.shape:
             problems.append(f"{name!r}: the weight is {tuple(weight.shape)}, the adapter was made for {target.shape}")
-        elif weight.dtype not in _CODES or _CODES[weight.dtype] != target.dtype:
+        elif dtype_code(weight.dtype) != target.dtype:
             problems.append(f"{name!r}: the weight is {weight.dtype}, the adapter was made for {target.dtype}")
-        else:
-            found[name] = tensor_sha256(weight)
-            if found[name] != target.base_sha256:
-                problems.append(
-                    f"{name!r}: other values (sha256 {found[name][:12]}.., not {target.base_sha256[:12]}..)"
-                )
+        elif found[name] != target.base_sha256:
+            problems.append(f"{name!r}: other values (sha256 {found[name][:12]}.., not {target.base_sha256[:12]}..)")
     network = f" of network {adapter.base.network!r}" if adapter.base.network else ""
     hint = f"the base{network} with digest {adapter.base.sha256[:12]}.., on which the adapter was trained"
     if problems:
@@ -82,14 +87,10 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
             problems=problems,
             hint=hint,
         )
-    rest = {name: tensor_sha256(tensor) for name, tensor in state.items() if name not in found}
-    digest = state_sha256(state, found | rest)
+    digest = state_sha256(state, found)
     if digest != adapter.base.sha256:
         raise BaseMismatchError(
             f"the adapter does not belong to this base: its targets are the same, but other tensors of the network "
             f"differ (digest {digest[:12]}.., not {adapter.base.sha256[:12]}..)",
             hint=hint,
         )
-
-
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -114,7 +114,7 @@ def select_targets(model: nn.Module, patterns: Sequence[str] = ("conv",)) -> dic
 
     Raises:
         UnknownNameError: a pattern selects nothing.
-        StateError: a selected weight is used by two modules.
+        StateError: a selected weight is used by two modules, or is not a plain Parameter.
     """
     candidates = target_modules(model)
     selected: set[str] = set()
@@ -130,6 +130,8 @@ def select_targets(model: nn.Module, patterns: Sequence[str] = ("conv",)) -> dic
     if not selected:
         raise UnknownNameError("no target patterns were given", hint="conv, linear, all, or globs over module names")
     chosen = {name: target for name, target in candidates.items() if name in selected}
+    for target in chosen.values():
+        refuse_unusable(target)
     refuse_shared(model, chosen)
     return chosen
 
@@ -147,6 +149,30 @@ def refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if name in shared:
             raise StateError(f"the weight {name!r} is shared: {', '.join(shared[name])} are one tensor")
+
+
+def refuse_unusable(target: TargetModule) -> None:
+    """Refuse a weight that no adapter can be put on.
+
+    Raises:
+        StateError: it is computed from something else (weight_norm, another parametrization), or has no values yet
+            (a lazy module, the meta device), or is an inference tensor, which torch does not let change hands.
+    """
+    from torch.nn.parameter import is_lazy
+
+    parameter = target.module._parameters.get(target.parameter)
+    if parameter is None:
+        raise StateError(
+            f"the weight {target.name!r} is computed from another parametrization",
+            hint="take that one off first, for example by torch.nn.utils.parametrize.remove_parametrizations",
+        )
+    if is_lazy(parameter) or parameter.is_meta:
+        raise StateError(f"the weight {target.name!r} has no values yet", hint="load the base model first")
+    if parameter.is_inference():
+        raise StateError(
+            f"the weight {target.name!r} was made under torch.inference_mode",
+            hint="load the base model outside of it; the forward pass may be inside",
+        )
 
 
 def _matches(pattern: str, name: str, layer: LayerType) -> bool:

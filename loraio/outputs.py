@@ -26,7 +26,7 @@ def check_output(
     target = Path(os.path.realpath(path))
     name = f"{os.fspath(path)!r}"
     with _system_errors(name):
-        if target.is_dir():
+        if target.is_dir() or os.fspath(path).endswith(os.sep):
             raise OutputError(f"{name} is a folder", hint="name a file")
         for source in inputs:
             if target.exists() and Path(source).exists() and target.samefile(source):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,3 +57,37 @@ def test_swapping_two_adapters_gives_the_base_back(
     assert three == back != seven
     assert disabled == detached != three
     assert "the same, bit for bit" in verdict
+
+
+def test_the_quickstart_runs_from_any_folder_and_a_second_time(tmp_path: Path) -> None:
+    """In a copy of the scripts that uses this Python in the place of a new environment."""
+    project = tmp_path / "project"
+    (project / ".venv/bin").mkdir(parents=True)
+    (project / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (project / ".venv/bin/loraio").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m loraio "$@"\n')
+    (project / "scripts").mkdir()
+    for name in ("quickstart", "swap.py"):
+        (project / "scripts" / name).write_bytes((ROOT / "scripts" / name).read_bytes())
+    (project / "scripts/environment").write_text("#!/bin/sh\n")
+    for file in (project / ".venv/bin").iterdir():
+        file.chmod(0o755)
+    for file in (project / "scripts").iterdir():
+        file.chmod(0o755)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        found = subprocess.run(
+            [project / "scripts/quickstart"],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert found.returncode == 0, found.stderr
+        assert "\nverified\n" in found.stdout
+        assert "the base is the same, bit for bit" in found.stdout
+        assert str(project / "quickstart") in found.stdout
+    assert not list(elsewhere.iterdir())
+    assert len(list((project / "quickstart/adapters").glob("*.safetensors"))) == 10

@@ -61,6 +61,11 @@ class Program(click.Group):
             else:
                 click.echo(f"{type(error).__name__}: {error}", err=True)
             code = 1
+        except Exception as error:  # a bug, or a stream that cannot be written to
+            if not as_json or debug:
+                raise
+            _print_error(type(error).__name__, str(error), "--debug shows the traceback")
+            code = 1
         sys.exit(code if isinstance(code, int) else 0)
 
 

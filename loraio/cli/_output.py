@@ -79,7 +79,7 @@ def progress(*, lines: bool = True) -> Iterator[Callable[[Progress], None]]:
     """Where training loops report to, on stderr: bars on a terminal, elsewhere lines, unless they would be in the way.
 
     Args:
-        lines: whether to print lines; with ``--json`` stderr holds nothing but the error, if there is one.
+        lines: whether to print lines; with ``--json`` a file or pipe gets nothing but the error, if there is one.
     """
     if not sys.stderr.isatty():
         yield lambda now: note(f"{now.label}: step {now.step}/{now.steps}, loss {now.loss:.4f}") if lines else None

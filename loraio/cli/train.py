@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,21 @@ def train(
     _check_outputs(base, output, digits, force=force)
     network = loraio.load_base(base, model=model)
     data, held_out = (loraio.load_dataset(dataset, split, root=data_root) for split in ("train", "test"))
-    with _output.progress(lines=not as_json) as report:
-        adapters = loraio.train_each(network, config, data, digits=digits, held_out=held_out, on_progress=report)
-    if digits is None:
-        Path(output).mkdir(exist_ok=True)
     rows = []
-    for n, adapter in adapters.items():
-        file = Path(output) / FILE_NAME.format(n) if digits is None else Path(output)
+
+    def save(n: int, adapter: loraio.Adapter) -> None:
+        file = Path(output)
+        if digits is None:
+            file.mkdir(exist_ok=True)
+            file /= FILE_NAME.format(n)
         loraio.save(adapter, file, overwrite=force)
         results = {key: adapter.training["results"][key] for key in ("before", "after")}
         rows.append({"file": str(file), "digit": n, "bytes": file.stat().st_size, **results})
+
+    with _output.progress(lines=not as_json) as report:
+        adapters = loraio.train_each(
+            network, config, data, digits=digits, held_out=held_out, on_progress=report, on_trained=save
+        )
     parameters = loraio.parameter_report(network, next(iter(adapters.values())))
     if as_json:
         _output.print_json("train", {"base": base, "parameters": parameters, "adapters": rows})
@@ -107,8 +113,9 @@ def _check_outputs(base: str, output: str, digits: list[int] | None, *, force: b
         raise OutputError(f"{output!r} is a file", hint="with --digit all the output is a folder")
     elif Path(output).is_dir():
         check_output(Path(output) / FILE_NAME.format(0), overwrite=True)  # may files be made in it at all?
-        for file in sorted(Path(output).glob(FILE_NAME.format("*"))):
-            check_output(file, overwrite=force, inputs=[base])
+        for file in sorted(Path(output).iterdir()):
+            if re.fullmatch(FILE_NAME.format(r"\d+"), file.name):
+                check_output(file, overwrite=force, inputs=[base])
     else:
         check_output(output)
 

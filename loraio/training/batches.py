@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,14 @@ MAX_DRAWS = 2**28
 """Most images that one run may draw; their indices are held in memory, 8 bytes each."""
 
 
-def epoch_batches(images: int, batch_size: int, epochs: int, *, generator: torch.Generator) -> list[Tensor]:
+def epoch_batches(images: int, batch_size: int, epochs: int, *, generator: torch.Generator) -> Iterator[Tensor]:
     """Every image once an epoch, in an order drawn anew for each.
 
-    Returns:
+    Yields:
         int64 index tensors of ``batch_size``; the last of an epoch may be shorter.
     """
-    return [batch for _ in range(epochs) for batch in torch.randperm(images, generator=generator).split(batch_size)]
+    for _ in range(epochs):
+        yield from torch.randperm(images, generator=generator).split(batch_size)
 
 
 def focused_batches(
@@ -39,7 +42,7 @@ def focused_batches(
         (steps, batch_size), int64, indices into ``labels``.
 
     Raises:
-        ConfigError: more than `MAX_DRAWS` images would be drawn.
+        ConfigError: more than `MAX_DRAWS` images would be drawn, or a focus below 1 fills the batch all the same.
         DataError: the data set has no image of the digit, or only images of it while others are needed.
 
     >>> labels = torch.arange(10).repeat(20)
@@ -58,6 +61,10 @@ def focused_batches(
         raise DataError(f"the data set has no image of class {digit}, only of {', '.join(map(str, pools))}")
     share = max(1, int(batch_size * focus + 0.5))
     rest = batch_size - share
+    if focus < 1 and not rest:
+        raise ConfigError(
+            f"focus {focus:g} of a batch of {batch_size} leaves no place for other images", hint="a larger --batch-size"
+        )
     if rest and not pools:
         raise DataError(f"the data set has only images of class {digit}, focus {focus:g} needs others")
     rows = torch.empty(steps, batch_size, dtype=torch.int64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,25 +71,34 @@ def predict(model: nn.Module, images: Tensor, *, classes: int | None = None) -> 
         (n, classes), on the CPU.
 
     Raises:
-        DataError: it gives another number of them, or does not take images of this shape.
+        DataError: it gives another number of them, or NaN or infinity, or does not take images of this shape.
     """
     first = next(model.parameters(), torch.zeros(()))  # a network may have none
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with kept_modes(model), torch.no_grad():
+            model.eval()
             parts = [model(batch.to(first.device, first.dtype)).cpu() for batch in images.split(BATCH)]
     except RuntimeError as error:
         raise DataError(f"the network does not take images of shape {tuple(images.shape[1:])}: {error}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
     outputs = torch.cat(parts)
+    if not bool(outputs.isfinite().all()):
+        raise DataError("the network's outputs are NaN or infinite", hint="look at its weights, and at the strength")
     if classes is not None and outputs.shape[1:] != (classes,):
         raise DataError(
             f"the network gives {tuple(outputs.shape[1:])} numbers for an image, the data need ({classes},)"
         )
     return outputs
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Every module's training flag is as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def evaluate_each(

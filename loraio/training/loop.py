@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,17 +15,18 @@ from torch.nn import functional as F
 
 import loraio
 from loraio.adapter import Adapter, BaseReference, Target
-from loraio.attachment import Attachment, attach
-from loraio.bases import build_network, network_of
+from loraio.attachment import Attachment, attach, base_state_dict, refuse_attached
+from loraio.bases import NETWORKS, build_network, network_of
 from loraio.container import dtype_code
-from loraio.errors import ConfigError, TrainingError
+from loraio.errors import ConfigError, DataError, TrainingError
 from loraio.identity import state_sha256, tensor_sha256
 from loraio.kinds import KINDS
 from loraio.layers import TargetModule, select_targets
+from loraio.registry import lookup
 from loraio.training.batches import epoch_batches, focused_batches
 from loraio.training.config import SCHEDULES, PretrainConfig, TrainConfig
 from loraio.training.data import Dataset
-from loraio.training.evaluation import Evaluation, evaluate
+from loraio.training.evaluation import Evaluation, evaluate, kept_modes
 
 REPORT_EVERY = 100
 """Steps between two reports of the running loss."""
@@ -64,13 +65,22 @@ def pretrain(
 
     Raises:
         UnknownNameError: no such network.
+        DataError: the network is for other images, or for another number of classes.
         TrainingError: the loss became NaN or infinite.
     """
+    entry = lookup(NETWORKS, network, what="network")
+    found, needed = (tuple(dataset.images.shape[1:]), dataset.classes), (entry.input_shape, entry.classes)
+    if found != needed:
+        raise DataError(
+            f"the data set has images {found[0]} of {found[1]} classes, {network!r} is for {needed[0]} of {needed[1]}"
+        )
     model = build_network(network, seed=config.seed)
+    steps = config.epochs * math.ceil(len(dataset) / config.batch_size)
     generator = torch.Generator().manual_seed(config.seed)
     batches = epoch_batches(len(dataset), config.batch_size, config.epochs, generator=generator)
     model.train()
-    _run(model, model.parameters(), batches, dataset, lr=config.lr, label=network, on_progress=on_progress)
+    run = _Run(steps=steps, lr=config.lr, seed=config.seed, label=network, on_progress=on_progress)
+    _optimize(model, model.parameters(), batches, dataset, run)
     return model.eval()
 
 
@@ -104,8 +114,6 @@ def train(
         TrainingError: the loss became NaN or infinite, or the factors did not move.
     """
     fresh = new_adapter(model, config)
-    counted_on = dataset if held_out is None else held_out
-    before = before or evaluate(model, counted_on)
     steps = config.steps or math.ceil(len(dataset) / config.batch_size)
     rows = focused_batches(
         dataset.labels,
@@ -115,18 +123,18 @@ def train(
         steps=steps,
         generator=torch.Generator().manual_seed(config.seed),
     )
+    counted_on = dataset if held_out is None else held_out
+    before = before or evaluate(model, counted_on)
     with _frozen(model), attach(model, fresh, trainable=True) as live:
-        label = "all classes" if config.digit is None else f"digit {config.digit}"
-        _run(
-            model,
-            live.parameters(),
-            list(rows),
-            dataset,
+        run = _Run(
+            steps=steps,
             lr=config.lr,
             schedule=config.schedule,
-            label=label,
+            seed=config.seed,
+            label="all classes" if config.digit is None else f"digit {config.digit}",
             on_progress=on_progress,
         )
+        _optimize(model, live.parameters(), rows, dataset, run)
         _refuse_unmoved(fresh, live)
         trained = live.adapter
     with attach(model, trained):
@@ -142,27 +150,25 @@ def train_each(
     digits: Iterable[int] | None = None,
     held_out: Dataset | None = None,
     on_progress: OnProgress | None = None,
+    on_trained: Callable[[int, Adapter], None] | None = None,
 ) -> dict[int, Adapter]:
     """One adapter for each digit, all with the same settings; see `train`.
 
     Args:
         digits: which; by default every class of the data set.
+        on_trained: called with each digit and its adapter as soon as it is done, to save it for example.
 
     Returns:
         the adapters by digit, in the order of ``digits``.
     """
     before = evaluate(model, dataset if held_out is None else held_out)
-    return {
-        digit: train(
-            model,
-            replace(config, digit=digit),
-            dataset,
-            held_out=held_out,
-            before=before,
-            on_progress=on_progress,
-        )
-        for digit in (range(dataset.classes) if digits is None else digits)
-    }
+    adapters = {}
+    for digit in range(dataset.classes) if digits is None else digits:
+        one = replace(config, digit=digit)
+        adapters[digit] = train(model, one, dataset, held_out=held_out, before=before, on_progress=on_progress)
+        if on_trained is not None:
+            on_trained(digit, adapters[digit])
+    return adapters
 
 
 def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
@@ -171,8 +177,9 @@ def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
     Raises:
         UnknownNameError: a target pattern matches nothing.
         ConfigError: the rank is larger than a weight matrix allows.
-        StateError: a target is shared.
+        StateError: a target is shared or parametrized, by an attached adapter for example.
     """
+    refuse_attached(model)
     modules = select_targets(model, config.targets)
     state = model.state_dict()
     kind = KINDS[config.kind]
@@ -197,12 +204,14 @@ def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
 def parameter_report(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """How many numbers the adapted layers hold, biases included, and how many the adapter adds.
 
+    The adapter may be attached to the model.
+
     Returns:
         ``adapted`` and ``added`` as counts, ``percent`` as 100 * added / adapted.
     """
     owners = {name.rpartition(".")[0] for name in adapter.targets}
-    modules = dict(model.named_modules())
-    adapted = sum(parameter.numel() for owner in owners for parameter in modules[owner].parameters(recurse=False))
+    state = base_state_dict(model)
+    adapted = sum(tensor.numel() for name, tensor in state.items() if name.rpartition(".")[0] in owners)
     return {"adapted": adapted, "added": adapter.parameters, "percent": 100 * adapter.parameters / adapted}
 
 
@@ -221,60 +230,72 @@ def _target(module: TargetModule, config: TrainConfig) -> Target:
     )
 
 
-def _run(
-    model: nn.Module,
-    parameters: Iterable[nn.Parameter],
-    batches: Sequence[Tensor],
-    dataset: Dataset,
-    *,
-    lr: float,
-    label: str,
-    on_progress: OnProgress | None,
-    schedule: str = "constant",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What one optimization is told."""
+
+    steps: int
+    lr: float
+    seed: int
+    label: str
+    on_progress: OnProgress | None
+    schedule: str = "constant"
+
+
+def _optimize(
+    model: nn.Module, parameters: Iterable[nn.Parameter], batches: Iterable[Tensor], dataset: Dataset, run: _Run
 ) -> None:
     """Adam on exactly these parameters, cross-entropy, one step for each batch."""
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    share = SCHEDULES[schedule]
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(step / len(batches)))
-    device = next(model.parameters()).device
-    images, labels = dataset.images.to(device), dataset.labels.to(device)
-    running, since = torch.zeros((), device=device), 0
-    for step, rows in enumerate(batches, start=1):
-        rows = rows.to(device)
-        loss = F.cross_entropy(model(images[rows]), labels[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        rate.step()
-        running += loss.detach()
-        since += 1
-        if step % REPORT_EVERY == 0 or step == len(batches):
-            mean = float(running) / since
-            if not math.isfinite(mean):
-                raise TrainingError(f"the loss is {mean} at step {step}", hint="a smaller --lr")
-            if on_progress is not None:
-                on_progress(Progress(label=label, step=step, steps=len(batches), loss=mean))
-            running, since = torch.zeros((), device=device), 0
+    optimizer = torch.optim.Adam(parameters, lr=run.lr)
+    share = SCHEDULES[run.schedule]
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(step / run.steps))
+    first = next(model.parameters())
+    images, labels = dataset.images.to(first.device, first.dtype), dataset.labels.to(first.device)
+    running, since = torch.zeros((), device=first.device), 0
+    with _seeded(run.seed, first.device), torch.enable_grad():
+        for step, rows in enumerate(batches, start=1):
+            rows = rows.to(first.device)
+            loss = F.cross_entropy(model(images[rows]), labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            rate.step()
+            running += loss.detach()
+            since += 1
+            if step % REPORT_EVERY == 0 or step == run.steps:
+                mean = float(running) / since
+                if not math.isfinite(mean):
+                    raise TrainingError(f"the loss is {mean} at step {step}", hint="a smaller --lr")
+                if run.on_progress is not None:
+                    run.on_progress(Progress(label=run.label, step=step, steps=run.steps, loss=mean))
+                running, since = torch.zeros((), device=first.device), 0
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators, from which dropout draws, seeded inside and as before afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """The base frozen, normalisation statistics too; gradients flags and modes are as before afterwards."""
+    """The base frozen, normalisation statistics too; gradient flags and modes are as before afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                module.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
+        with kept_modes(model):
+            model.train()
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _refuse_unmoved(fresh: Adapter, live: Attachment) -> None:

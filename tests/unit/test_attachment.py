@@ -27,6 +27,7 @@ class Snapshot:
         self.state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.flags = [parameter.requires_grad for parameter in model.parameters()]
         self.places = [parameter.data_ptr() for parameter in model.parameters()]
+        self.versions = [parameter._version for parameter in model.parameters()]
         self.classes = [type(module) for module in model.modules()]
         self.attributes = [sorted(vars(module)) for module in model.modules()]
 
@@ -39,6 +40,7 @@ class Snapshot:
         assert all(same_bits(state[name], self.state[name]) for name in state)
         assert [parameter.requires_grad for parameter in self.model.parameters()] == self.flags
         assert [parameter.data_ptr() for parameter in self.model.parameters()] == self.places, "other memory"
+        assert [parameter._version for parameter in self.model.parameters()] == self.versions, "written to"
         assert [type(module) for module in self.model.modules()] == self.classes
         assert [sorted(vars(module)) for module in self.model.modules()] == self.attributes
 
@@ -388,3 +390,77 @@ def test_other_dtypes_attach_and_merge_to_the_same_bits(
         assert same_bits(outputs(model, images), expected)
     assert not same_bits(outputs(model, images), expected)
     snapshot.assert_same()
+
+
+def test_channels_last_models_attach_and_merge_to_the_same_bits(
+    base: nn.Module, three: loraio.Adapter, digits_test: loraio.Dataset
+) -> None:
+    base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = digits_test.images[:16]
+    expected = merged_outputs(base, three, images)
+    with loraio.attach(base, three):
+        assert same_bits(outputs(base, images), expected)
+
+
+def test_a_graph_made_before_attach_can_go_backward_after_detach(
+    base: nn.Module, three: loraio.Adapter, digits: loraio.Dataset
+) -> None:
+    loss = base(digits.images[:4]).sum()
+    loraio.attach(base, three).detach()
+    loss.backward()
+
+
+def test_autocast_does_not_round_the_base_weight(base: nn.Module) -> None:
+    adapter = loraio.new_adapter(base, loraio.TrainConfig())  # B is zero
+    with (
+        loraio.attach(base, adapter, trainable=True) as live,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        assert next(live.parameters()).requires_grad
+        weight: torch.Tensor = base.conv2.weight  # type: ignore[union-attr, assignment]
+        assert weight.grad_fn is not None
+        assert weight.equal(loraio.base_state_dict(base)["conv2.weight"])
+
+
+def test_detach_survives_what_others_do_to_the_modules_parameters(base: nn.Module, three: loraio.Adapter) -> None:
+    weights = {name: dict(base.named_parameters())[name] for name in three.targets}
+    live = loraio.attach(base, three)
+    nn.utils.parametrizations.weight_norm(base.conv2, "bias", dim=0)
+    base.conv1.extra = nn.Parameter(torch.zeros(1))  # type: ignore[union-attr]
+    parametrize.remove_parametrizations(base.conv3, "weight", leave_parametrized=False)  # type: ignore[arg-type]
+    for call in (live.disable, lambda: live.swap(three), lambda: setattr(live, "strength", 2.0)):
+        with pytest.raises(StateError, match="has lost its parametrization"):
+            call()
+    live.detach()
+    now = dict(base.named_parameters())
+    assert all(now[name] is weight for name, weight in weights.items())
+    assert list(base.conv1._parameters) == ["weight", "bias", "extra"]  # type: ignore[union-attr]
+
+
+def test_the_adapter_does_not_change_through_the_model(base: nn.Module, three: loraio.Adapter) -> None:
+    kept = copy.deepcopy(three)
+    with loraio.attach(base, three):
+        for buffer in base.buffers():
+            buffer.zero_()
+    assert three == kept
+    with pytest.raises(TypeError):
+        three.training["digit"] = 7  # type: ignore[index]
+
+
+def test_weights_without_values_of_their_own_are_refused(base: nn.Module, three: loraio.Adapter) -> None:
+    def model(conv: nn.Module) -> nn.Module:
+        return nn.Sequential(conv)
+
+    with torch.inference_mode():
+        inference = nn.Conv2d(1, 4, 3)
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3))
+    for conv, message in [
+        (normed, "another parametrization"),
+        (nn.LazyConv2d(4, 3), "no values yet"),
+        (nn.Conv2d(1, 4, 3, device="meta"), "no values yet"),
+        (inference, "inference_mode"),
+    ]:
+        with pytest.raises(StateError, match=message):
+            loraio.new_adapter(model(conv), loraio.TrainConfig(rank=1))
+    with pytest.raises(StateError, match="meta device"):
+        loraio.merge({name: tensor.to("meta") for name, tensor in base.state_dict().items()}, three)

@@ -109,7 +109,7 @@ class Hostile:
         ({"conv1.weight": Hostile()}, "weights_only=True"),
         ([1, 2], "holds list, not a state dict"),
         ({}, "holds dict, not a state dict"),
-        ({"lr": 0.1, "weight": torch.zeros(1)}, "lr are no tensors"),
+        ({"lr": 0.1, "weight": torch.zeros(1)}, "what is not a tensor is lr"),
     ],
 )
 def test_pickles_that_are_no_state_dicts_are_refused_and_never_run(
@@ -170,3 +170,29 @@ def test_loading_copies_so_that_later_training_does_not_reach_the_state_dict(bas
     with torch.no_grad():
         base.fc.bias.add_(1)  # type: ignore[union-attr, operator]
     assert not base.fc.bias.equal(state["fc.bias"])  # type: ignore[union-attr, operator, arg-type]
+
+
+def test_a_model_that_is_no_longer_its_network_is_not_saved_under_its_name(base: nn.Module, tmp_path: Path) -> None:
+    base.fc = nn.Linear(2048, 5)
+    with pytest.raises(BaseMismatchError, match="no longer a 'digit-cnn'"):
+        loraio.save_base(base, tmp_path / "base.safetensors")
+
+
+def test_whole_numbers_for_weights_are_refused(base: nn.Module) -> None:
+    state = {name: tensor.int() for name, tensor in base.state_dict().items()}
+    with pytest.raises(BaseMismatchError, match=r"int32, the network has torch\.float32"):
+        loraio.bases.load_state(base, state)
+
+
+def test_receipts_that_are_no_list_of_objects_are_refused(tmp_path: Path) -> None:
+    for number, merged in enumerate((7, "ab", [1])):
+        path = tmp_path / f"{number}.safetensors"
+        container.write({"a": torch.zeros(1)}, path, document={"format_version": 1, "merged": merged})
+        with pytest.raises(FormatError, match="what was merged is"):
+            loraio.read_base(path)
+
+
+def test_metadata_that_is_not_json_is_refused(base: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="not plain JSON"):
+        loraio.save_base(base, tmp_path / "base.safetensors", training={"loss": float("nan")})
+    assert not list(tmp_path.iterdir())

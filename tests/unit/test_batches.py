@@ -24,7 +24,7 @@ def rows(
 
 @pytest.mark.parametrize(
     ("focus", "size", "share"),
-    [(0.5, 16, 8), (0.25, 64, 16), (0.5, 5, 3), (0.3, 10, 3), (0.01, 10, 1), (1.0, 7, 7), (0.5, 1, 1), (0.99, 8, 8)],
+    [(0.5, 16, 8), (0.25, 64, 16), (0.5, 5, 3), (0.3, 10, 3), (0.01, 10, 1), (1.0, 7, 7), (0.8, 8, 6)],
 )
 def test_every_batch_has_exactly_the_share_of_the_digit(focus: float, size: int, share: int) -> None:
     found = rows(focus=focus, size=size)
@@ -93,7 +93,7 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_an_epoch_shows_every_image_once_and_its_last_batch_is_shorter() -> None:
-    found = epoch_batches(10, 4, 2, generator=generator())
+    found = list(epoch_batches(10, 4, 2, generator=generator()))
     assert [len(batch) for batch in found] == [4, 4, 2, 4, 4, 2]
     epochs = torch.cat(found[:3]), torch.cat(found[3:])
     assert [epoch.sort().values.tolist() for epoch in epochs] == [list(range(10))] * 2
@@ -101,6 +101,6 @@ def test_an_epoch_shows_every_image_once_and_its_last_batch_is_shorter() -> None
 
 
 def test_an_epoch_is_decided_by_its_seed() -> None:
-    first, again = (torch.cat(epoch_batches(50, 7, 1, generator=generator(4))) for _ in range(2))
+    first, again = (torch.cat(list(epoch_batches(50, 7, 1, generator=generator(4)))) for _ in range(2))
     assert first.equal(again)
-    assert not first.equal(torch.cat(epoch_batches(50, 7, 1, generator=generator(5))))
+    assert not first.equal(torch.cat(list(epoch_batches(50, 7, 1, generator=generator(5)))))

@@ -174,12 +174,39 @@ def test_merged_weights_that_do_not_fit_the_network_are_a_report_not_an_error(
     trained_base: nn.Module, three: loraio.Adapter
 ) -> None:
     state = trained_base.state_dict()
-    merged = loraio.merge(state, three)
-    del merged["fc.bias"]
-    report = loraio.verify(state, three, merged)
-    assert not report.ok
-    assert report.outputs is None
-    assert report.weights.problems == ("'fc.bias' is missing",)
+    for change, problem in [
+        (lambda merged: merged.pop("fc.bias"), "'fc.bias' is missing"),
+        (lambda merged: merged.update({"fc.bias": merged["fc.bias"].half()}), "'fc.bias' is torch.float16"),
+        (lambda merged: merged.update({"fc.bias": merged["fc.bias"].long()}), "'fc.bias' is torch.int64"),
+    ]:
+        merged = loraio.merge(state, three)
+        change(merged)  # type: ignore[no-untyped-call]
+        report = loraio.verify(state, three, merged)
+        assert not report.ok
+        assert report.outputs is None
+        assert report.weights.problems[0].startswith(problem)
+
+
+def test_a_base_that_holds_infinities_is_merged_and_verified(three: loraio.Adapter, base: nn.Module) -> None:
+    with torch.no_grad():
+        base.conv1.weight[0, 0, 0] = torch.tensor([float("inf"), float("nan"), 1.0])  # type: ignore[union-attr, index, operator]
+    state = base.state_dict()
+    fresh = loraio.new_adapter(base, loraio.TrainConfig(rank=4, alpha=6))
+    adapter = replace(fresh, factors=three.factors)
+    merged = loraio.merge(state, adapter)
+    assert loraio.verify_weights(state, adapter, merged).ok
+    merged["conv1.weight"][0, 0, 0, 1] = 0.0
+    assert loraio.verify_weights(state, adapter, merged).not_correctly_rounded == 1
+
+
+def test_the_outputs_check_says_no_to_an_unfolded_network_in_bfloat16_too(trained_base: nn.Module) -> None:
+    model = copy.deepcopy(trained_base).bfloat16()
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=3, alpha=2))
+    adapter = replace(adapter, factors={name: factor + 0.01 for name, factor in adapter.factors.items()})
+    state = model.state_dict()
+    report = loraio.verify(state, adapter, state)
+    assert report.outputs is not None
+    assert not report.outputs.ok
 
 
 def test_verify_leaves_the_given_model_and_states_alone(trained_base: nn.Module, three: loraio.Adapter) -> None:
@@ -220,6 +247,10 @@ def test_what_cannot_be_checked_is_an_error(trained_base: nn.Module, three: lora
         loraio.verify(state, three, merged, model=nn.Sequential(nn.Flatten()))
     with pytest.raises(ConfigError, match="0 samples"):
         loraio.verify(state, three, merged, samples=0)
+    with pytest.raises(ConfigError, match="no inputs"):
+        loraio.verify(state, three, merged, inputs=torch.rand(0, 1, 28, 28))
+    with pytest.raises(ConfigError, match="does not take inputs"):
+        loraio.verify(state, three, merged, inputs=torch.rand(2, 3, 28, 28))
     with pytest.raises(ConfigError, match="strength"):
         loraio.verify(state, three, merged, float("nan"))
     with pytest.raises(BaseMismatchError):
