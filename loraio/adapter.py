@@ -84,10 +84,10 @@ class Target:
         layer = lookup(LAYER_TYPES, self.layer, what="layer type")
         if len(self.shape) != layer.dims:
             raise AdapterError(f"shape is {self.shape}, the weight of a {self.layer} has {layer.dims} dimensions")
-        if self.groups > 1 and layer.group != "conv":
+        if self.groups > 1 and not layer.grouped:
             raise AdapterError(f"groups is {self.groups}, a {self.layer} has none")
         if self.shape[0] % self.groups:
-            raise AdapterError(f"{self.shape[0]} output channels do not divide into {self.groups} groups")
+            raise AdapterError(f"{self.shape[0]} channels do not divide into {self.groups} groups")
 
     @property
     def scale(self) -> float:
@@ -97,7 +97,7 @@ class Target:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(out, fan_in)."""
-        return self._layer.matrix_shape(self.shape)
+        return self._layer.matrix_shape(self.shape, self.groups)
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -156,11 +156,11 @@ class Target:
     def _fold_in(self, dtype: Any, weight: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
         import torch
 
-        matrix = self._layer.to_matrix(weight.to(dtype))
+        matrix = self._layer.to_matrix(weight.to(dtype), self.groups)
         cast = {name: factor.to(dtype) for name, factor in factors.items()}
         with torch.autocast(weight.device.type, enabled=False):  # would round the base weight itself to bfloat16
-            folded = self._kind.fold(matrix, cast, scale=self.scale * strength)
-        return self._layer.from_matrix(folded, weight.shape)
+            folded = self._kind.fold(matrix, cast, scale=self.scale, strength=strength)
+        return self._layer.from_matrix(folded, weight.shape, self.groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

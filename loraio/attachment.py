@@ -54,7 +54,9 @@ class FoldedWeight(nn.Module):
         factors = self.factors()
         if torch.is_grad_enabled() and (weight.requires_grad or any(f.requires_grad for f in factors.values())):
             return self.target.fold_for_training(weight, factors, strength=self.strength)
-        return self.target.fold(weight, factors, strength=self.strength)
+        # torch.matmul folds its batch, and so sums in another order, where the weight asks for gradients, even under
+        # no_grad: the folded weight asks for what the base weight asks for, as a merged Parameter would
+        return self.target.fold(weight, factors, strength=self.strength).requires_grad_(weight.requires_grad)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +270,9 @@ class Attachment:
         for name in names:
             module, parameter = modules[name].module, modules[name].parameter
             folded = self._folded(adapter, name, modules[name].weight)
-            place = _Place(module=module, parameter=parameter, order=tuple(module._parameters))
+            # a module with several targets has lost the others from its parameters by now
+            orders = [place.order for place in self._places.values() if place.module is module]
+            place = _Place(module=module, parameter=parameter, order=orders[0] if orders else tuple(module._parameters))
             # register_parametrization calls weight.set_(weight), which writes nothing but counts as a write
             with _unsafe_preserve_version_counter(modules[name].weight):
                 # unsafe: shape and dtype are checked already, and the check would fold every weight once more

@@ -1,7 +1,7 @@
 """Layer types: which weights can be targets, and how a weight tensor becomes an (out, fan_in) matrix and back.
 
-Stride, padding, dilation, padding mode and groups never enter: an adapter changes the weight, the layer uses it as it
-always did. A new layer type is one entry in `LAYER_TYPES`.
+Stride, padding, dilation and padding mode never enter: an adapter changes the weight, the layer uses it as it always
+did. A new layer type is one entry in `LAYER_TYPES`.
 """
 
 from __future__ import annotations
@@ -22,57 +22,106 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerType:
-    """One kind of layer whose weight has its output dimension first.
+    """A layer whose weight has its output dimension first: (out, ...).
 
     Attributes:
         name: the class name in ``torch.nn``, as written in files.
-        group: the word that selects it and its relatives: "conv" or "linear".
+        group: the word that selects it and its relatives: "conv", "linear" or "embedding".
         dims: number of dimensions of the weight.
+        parameters: names of its weights inside the module.
+        grouped: whether it may have groups.
     """
 
     name: str
     group: str
     dims: int
+    parameters: tuple[str, ...] = ("weight",)
+    grouped: bool = False
 
-    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
-        """(out, fan_in) of a weight of this shape; fan_in is the product of all dimensions but the first."""
+    def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
+        """(out, fan_in) of a weight of this shape; fan_in is the product of all dimensions but the output one."""
         return shape[0], math.prod(shape[1:])
 
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        """The weight as (out, fan_in), in C order; a view where the memory allows it."""
+    def to_matrix(self, weight: Tensor, groups: int = 1) -> Tensor:
+        """The weight as (out, fan_in); a view where the memory allows it."""
         return weight.reshape(self.matrix_shape(weight.shape))
 
-    def from_matrix(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    def from_matrix(self, matrix: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
         """The inverse of `to_matrix`."""
         return matrix.reshape(tuple(shape))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransposedConvolution(LayerType):
+    """A layer whose weight is (in, out / groups, kernel...); the groups part its first dimension."""
+
+    def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
+        """(out, in / groups * kernel)."""
+        return shape[1] * groups, shape[0] // groups * math.prod(shape[2:])
+
+    def to_matrix(self, weight: Tensor, groups: int = 1) -> Tensor:
+        """Rows in the order of the output channels, group by group."""
+        parts = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        return parts.transpose(1, 2).reshape(self.matrix_shape(weight.shape, groups))
+
+    def from_matrix(self, matrix: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
+        """The inverse of `to_matrix`."""
+        parts = matrix.reshape(groups, shape[1], shape[0] // groups, -1)
+        return parts.transpose(1, 2).reshape(tuple(shape))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table(LayerType):
+    """A layer whose weight is (entries, features): a look-up table, which is a matrix transposed."""
+
+    def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
+        """(features, entries)."""
+        return shape[1], shape[0]
+
+    def to_matrix(self, weight: Tensor, groups: int = 1) -> Tensor:
+        """The transpose, a view."""
+        return weight.T
+
+    def from_matrix(self, matrix: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
+        """The transpose."""
+        return matrix.T
+
+
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 LAYER_TYPES: dict[str, LayerType] = {
-    "Conv1d": LayerType(name="Conv1d", group="conv", dims=3),
-    "Conv2d": LayerType(name="Conv2d", group="conv", dims=4),
-    "Conv3d": LayerType(name="Conv3d", group="conv", dims=5),
+    "Conv1d": LayerType(name="Conv1d", group="conv", dims=3, grouped=True),
+    "Conv2d": LayerType(name="Conv2d", group="conv", dims=4, grouped=True),
+    "Conv3d": LayerType(name="Conv3d", group="conv", dims=5, grouped=True),
+    "ConvTranspose1d": TransposedConvolution(name="ConvTranspose1d", group="conv", dims=3, grouped=True),
+    "ConvTranspose2d": TransposedConvolution(name="ConvTranspose2d", group="conv", dims=4, grouped=True),
+    "ConvTranspose3d": TransposedConvolution(name="ConvTranspose3d", group="conv", dims=5, grouped=True),
     "Linear": LayerType(name="Linear", group="linear", dims=2),
+    "Bilinear": LayerType(name="Bilinear", group="linear", dims=3),
+    "MultiheadAttention": LayerType(name="MultiheadAttention", group="linear", dims=2, parameters=_ATTENTION),
+    "Embedding": Table(name="Embedding", group="embedding", dims=2),
 }
 
-GROUP_WORDS = ("conv", "linear", "all")
-"""Words that select targets by layer type; every other pattern is a glob on names."""
-
+GROUP_WORDS = ("conv", "linear", "embedding", "all")
+"""Words that select targets by layer type, as class names do; every other pattern goes by name."""
 
 _ORIGINAL = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original$")  # a parametrized weight's name, to its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetModule:
-    """A module of a live model and the weight of it that an adapter can change.
+    """A module of a live model and a weight of it that an adapter can change.
 
     Attributes:
         name: the weight's name in the state dict: "conv1.weight".
+        path: the module's name: "conv1"; empty for the model itself.
         module: the module that owns it.
         parameter: the weight's name inside the module: "weight".
         layer: its layer type.
     """
 
     name: str
+    path: str
     module: nn.Module
     parameter: str
     layer: LayerType
@@ -85,8 +134,8 @@ class TargetModule:
 
     @property
     def groups(self) -> int:
-        """The module's groups; 1 where it has none."""
-        return int(getattr(self.module, "groups", 1))
+        """The module's groups; 1 where the layer type has none."""
+        return int(getattr(self.module, "groups", 1)) if self.layer.grouped else 1
 
 
 def target_modules(model: nn.Module) -> dict[str, TargetModule]:
@@ -96,44 +145,72 @@ def target_modules(model: nn.Module) -> dict[str, TargetModule]:
     types = [(getattr(nn, name), layer) for name, layer in LAYER_TYPES.items()]
     found: dict[str, TargetModule] = {}
     for path, module in model.named_modules():
-        for cls, layer in types:
-            if isinstance(module, cls):
-                name = f"{path}.weight" if path else "weight"
-                found[name] = TargetModule(name=name, module=module, parameter="weight", layer=layer)
-                break
+        layer = next((layer for cls, layer in types if isinstance(module, cls)), None)
+        for parameter in layer.parameters if layer else ():
+            if layer and getattr(module, parameter, None) is not None:
+                name = f"{path}.{parameter}" if path else parameter
+                found[name] = TargetModule(name=name, path=path, module=module, parameter=parameter, layer=layer)
     return found
 
 
-def select_targets(model: nn.Module, patterns: Sequence[str] = ("conv",)) -> dict[str, TargetModule]:
+def select_targets(
+    model: nn.Module, patterns: Sequence[str] = ("conv",), *, exclude: Sequence[str] = ()
+) -> dict[str, TargetModule]:
     """The weights that the patterns select, in the model's order.
 
     Args:
         model: the base model.
-        patterns: words ("conv", "linear", "all") or globs, matched with case against the weight's name
-            ("conv1.weight") and against its module's ("conv1", "layer?.*").
+        patterns: words ("conv", "linear", "embedding", "all"), class names ("ConvTranspose2d"), globs, or regular
+            expressions after ``re:``. Globs and expressions must match the whole of the weight's name
+            ("layer1.0.conv1.weight") or of its module's ("layer1.0.conv1"), with case.
+        exclude: patterns of the same kind; what they match is left out.
 
     Raises:
-        UnknownNameError: a pattern selects nothing.
+        UnknownNameError: a pattern matches nothing, everything is excluded, or an expression is none.
         StateError: a selected weight is used by two modules, or is not a plain Parameter.
     """
     candidates = target_modules(model)
-    selected: set[str] = set()
-    for pattern in patterns:
-        matches = {name for name, target in candidates.items() if _matches(pattern, name, target.layer)}
-        if not matches:
-            modules = [name.removesuffix(".weight") for name in candidates]
-            raise UnknownNameError(
-                f"target pattern {pattern!r} matches no weight of the model{nearest(pattern, modules)}",
-                hint=f"one of the words {', '.join(GROUP_WORDS)}, or a glob over: {known(modules)}",
-            )
-        selected |= matches
-    if not selected:
-        raise UnknownNameError("no target patterns were given", hint="conv, linear, all, or globs over module names")
-    chosen = {name: target for name, target in candidates.items() if name in selected}
+    if not patterns:
+        words = ", ".join(GROUP_WORDS)
+        raise UnknownNameError("no target patterns were given", hint=f"{words}, a class name, or globs over names")
+    selected = set().union(*(_matching(candidates, pattern, "target") for pattern in patterns))
+    excluded = set().union(*(_matching(candidates, pattern, "exclude") for pattern in exclude))
+    chosen = {name: target for name, target in candidates.items() if name in selected - excluded}
+    if not chosen:
+        raise UnknownNameError(f"every target is excluded: {known(selected)}")
     for target in chosen.values():
         refuse_unusable(target)
     refuse_shared(model, chosen)
     return chosen
+
+
+def matches(target: TargetModule, pattern: str) -> bool:
+    """Whether a pattern of `select_targets` selects this weight.
+
+    Raises:
+        UnknownNameError: the pattern is no regular expression after all.
+    """
+    if pattern in GROUP_WORDS:
+        return pattern in ("all", target.layer.group)
+    if pattern == target.layer.name:
+        return True
+    if pattern.startswith("re:"):
+        try:
+            return any(re.fullmatch(pattern[3:], text) for text in (target.name, target.path))
+        except re.error as error:
+            raise UnknownNameError(f"{pattern!r} is no regular expression: {error}") from error
+    return any(fnmatch.fnmatchcase(text, pattern) for text in (target.name, target.path))
+
+
+def _matching(candidates: dict[str, TargetModule], pattern: str, what: str) -> set[str]:
+    found = {name for name, target in candidates.items() if matches(target, pattern)}
+    if not found:
+        paths = list(dict.fromkeys(target.path for target in candidates.values()))
+        raise UnknownNameError(
+            f"{what} pattern {pattern!r} matches no weight of the model{nearest(pattern, paths)}",
+            hint=f"one of the words {', '.join(GROUP_WORDS)}, a class name, or a glob over: {known(paths)}",
+        )
+    return found
 
 
 def refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
@@ -173,9 +250,3 @@ def refuse_unusable(target: TargetModule) -> None:
             f"the weight {target.name!r} was made under torch.inference_mode",
             hint="load the base model outside of it; the forward pass may be inside",
         )
-
-
-def _matches(pattern: str, name: str, layer: LayerType) -> bool:
-    if pattern in GROUP_WORDS:
-        return pattern in ("all", layer.group)
-    return any(fnmatch.fnmatchcase(text, pattern) for text in (name, name.removesuffix(".weight")))

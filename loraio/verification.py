@@ -12,14 +12,23 @@ from torch import Tensor, nn
 
 from loraio.adapter import Adapter, check_strength
 from loraio.attachment import attach, refuse_attached
-from loraio.bases import NETWORKS, build_network, load_state, network_of
+from loraio.bases import load_state
 from loraio.container import tensor_bytes
 from loraio.errors import ConfigError, UnknownNameError
 from loraio.identity import check_base
 from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
 from loraio.lowrank import ulp
-from loraio.registry import known, lookup
+from loraio.networks import (
+    NAME_FORMS,
+    NETWORKS,
+    build_network,
+    find_network,
+    network_args_of,
+    network_of,
+    refuse_own_code,
+)
+from loraio.registry import known
 
 MAX_ULP = 0.5
 """A folded weight may be this far from the exact sum, in units in the last place: rounding to nearest, nothing more."""
@@ -128,7 +137,7 @@ def verify(
         adapter: the adapter that was merged.
         merged: the state dict to check.
         strength: that of the merge.
-        model: the network, as a module or a registered name; needed only where the adapter does not name it.
+        model: the network, as a module or by name; needed only where the adapter does not name it.
         inputs: (n, ...) real inputs, float; without them ``samples`` uniform random ones in [0, 1).
         samples: how many random inputs.
         seed: of the random inputs.
@@ -209,11 +218,11 @@ def _ulps(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: fl
     """Distance of each found weight from the exact sum, beyond the reference's own error, in ulp of its dtype."""
     target = adapter.targets[name]
     layer = LAYER_TYPES[target.layer]
-    matrix = layer.to_matrix(base.detach().cpu().double()).numpy()
+    matrix = layer.to_matrix(base.detach().cpu().double(), target.groups).numpy()
     factors = {short: factor.detach().cpu().double().numpy() for short, factor in adapter.factors_of(name).items()}
-    reference, error = KINDS[target.kind].reference(matrix, factors, scale=target.scale * strength)
-    exact = layer.from_matrix(torch.from_numpy(reference), target.shape)
-    slack = layer.from_matrix(torch.from_numpy(error), target.shape)
+    reference, error = KINDS[target.kind].reference(matrix, factors, scale=target.scale, strength=strength)
+    exact = layer.from_matrix(torch.from_numpy(reference), target.shape, target.groups)
+    slack = layer.from_matrix(torch.from_numpy(error), target.shape, target.groups)
     values = found.detach().cpu().double()
     beyond = ((values - exact).abs() - slack).clamp(min=0)
     distance = (beyond / ulp(exact, base.dtype)).nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -226,13 +235,14 @@ def _network(adapter: Adapter, model: nn.Module | str | None) -> nn.Module:
     if isinstance(model, nn.Module):
         refuse_attached(model)
         return copy.deepcopy(model).eval()
-    name = model or adapter.base.network
-    if name is None:
+    base = adapter.base
+    if model is None and base.network is None:
         raise UnknownNameError(
             "the adapter does not say which network it is for",
-            hint=f"--model NAME (model= in Python), one of: {known(NETWORKS)}",
+            hint=f"--model NAME (model= in Python): {known(NETWORKS)}, or {NAME_FORMS}",
         )
-    return build_network(name, seed=0)
+    name = model or refuse_own_code(base.network or "", where="the adapter")
+    return build_network(name, args=base.network_args if name == base.network else None, seed=0)
 
 
 def _random_inputs(network: nn.Module, samples: int, seed: int) -> Tensor:
@@ -240,8 +250,10 @@ def _random_inputs(network: nn.Module, samples: int, seed: int) -> Tensor:
         raise ConfigError(f"{samples} samples verify nothing")
     name = network_of(network)
     if name is None:
-        raise ConfigError("random inputs need a registered network", hint="pass inputs= of the shape it takes")
-    shape = lookup(NETWORKS, name, what="network").input_shape
+        raise ConfigError("random inputs need a network with a name", hint="pass inputs= of the shape it takes")
+    shape = find_network(name, network_args_of(network)).input_shape
+    if shape is None:
+        raise ConfigError(f"which inputs {name!r} takes is not known", hint="pass inputs= of the shape it takes")
     return torch.rand(samples, *shape, generator=torch.Generator().manual_seed(seed))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -44,11 +45,10 @@ def nearest_float(exact: Fraction, dtype: torch.dtype) -> float:
     return math.copysign(math.inf if rounded > Fraction(info.max) else float(rounded), exact)
 
 
-def exact_fold(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> list[Fraction]:
-    """``W + scale * (B @ A)`` in rational arithmetic, one number for each element of the weight in C order."""
+def exact_fold(matrix: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> list[Fraction]:
+    """``W + scale * (B @ A)`` in rational arithmetic, one number for each element of the matrix in C order."""
     W, A, B = (
-        [[Fraction(value) for value in row] for row in tensor.double().tolist()]
-        for tensor in (weight.reshape(len(weight), -1), lora_A, lora_B)
+        [[Fraction(value) for value in row] for row in tensor.double().tolist()] for tensor in (matrix, lora_A, lora_B)
     )
     columns = list(zip(*A, strict=True))
     return [
@@ -66,7 +66,11 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int, spread: float 
 
 @st.composite
 def states_and_adapters(
-    draw: st.DrawFn, *, base_dtypes: tuple[torch.dtype, ...] = FLOATS, with_extras: bool = False
+    draw: st.DrawFn,
+    *,
+    base_dtypes: tuple[torch.dtype, ...] = FLOATS,
+    with_extras: bool = False,
+    kinds: Sequence[str] = tuple(KINDS),
 ) -> tuple[dict[str, Tensor], Adapter]:
     """A base state dict, with some tensors that are no targets, and an adapter that fits it."""
     state: dict[str, Tensor] = {}
@@ -79,17 +83,17 @@ def states_and_adapters(
     for name in draw(st.lists(names, min_size=1, max_size=3, unique=True)):
         name = f"{name}.weight"
         layer = LAYER_TYPES[draw(st.sampled_from(sorted(LAYER_TYPES)))]
-        groups = draw(st.sampled_from([1, 1, 2])) if layer.group == "conv" else 1
+        groups = draw(st.sampled_from([1, 1, 2])) if layer.grouped else 1
         out = groups * draw(st.integers(1, 5))
         shape = (out, *draw(st.lists(st.integers(1, 4), min_size=layer.dims - 1, max_size=layer.dims - 1)))
-        rank = draw(st.integers(1, min(out, math.prod(shape[1:]))))
+        rank = draw(st.integers(1, min(layer.matrix_shape(shape, groups))))
         weight = tensor(shape, draw(st.sampled_from(base_dtypes)), draw(seeds))
         factor_dtype = draw(st.sampled_from(FLOATS))
         state[name] = weight
         targets[name] = Target(
             rank=rank,
             alpha=draw(st.integers(1, 32) | st.floats(0.125, 32, width=32)),
-            kind=draw(st.sampled_from(sorted(KINDS))),
+            kind=draw(st.sampled_from(kinds)),
             scale_rule=draw(st.sampled_from(sorted(SCALE_RULES))),
             shape=shape,
             dtype=dtype_code(weight.dtype),

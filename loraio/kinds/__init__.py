@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loraio.kinds.dora import Dora
 from loraio.kinds.lora import Lora
 
 if TYPE_CHECKING:
@@ -29,14 +30,19 @@ class Kind(Protocol):
         ...
 
     def init(self, weight: Tensor, rank: int, *, method: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """Start values: float32 on the CPU, drawn from ``generator``, such that `fold` gives the base weight."""
+        """Start values: on the CPU, drawn from ``generator``, such that `fold` gives the base weight."""
         ...
 
-    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor:
-        """The new weight matrix, differentiable, in the dtype that weight and factors share."""
+    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
+        """The new weight matrix, differentiable, in the dtype that weight and factors share.
+
+        Strength 0 is the base weight, strength 1 the adapter as trained.
+        """
         ...
 
-    def reference(self, weight: Any, factors: Mapping[str, Any], *, scale: float) -> tuple[Any, Any]:
+    def reference(
+        self, weight: Any, factors: Mapping[str, Any], *, scale: float, strength: float = 1.0
+    ) -> tuple[Any, Any]:
         """The same matrix by another route, and a bound on its error; NumPy float64 arrays in and out.
 
         Only verification calls it. It shares no code with `fold`, so that a mistake in one shows against the other.
@@ -45,5 +51,6 @@ class Kind(Protocol):
 
 
 KINDS: dict[str, Kind] = {
+    "dora": Dora(),
     "lora": Lora(),
 }

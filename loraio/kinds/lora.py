@@ -50,17 +50,19 @@ class Lora:
         lora_A = draw(torch.empty(rank, fan_in, dtype=torch.float32), generator)
         return {"lora_A": lora_A, "lora_B": torch.zeros(out, rank, dtype=torch.float32)}
 
-    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor:
-        """``W + scale * (B @ A)`` in one pass; weight and factors in one dtype, on one device.
+    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
+        """``W + strength * scale * (B @ A)`` in one pass; weight and factors in one dtype, on one device.
 
         >>> import torch
         >>> W, A, B = torch.zeros(4, 9), torch.ones(2, 9), torch.ones(4, 2)
         >>> Lora().fold(W, {"lora_A": A, "lora_B": B}, scale=0.5).unique().item()
         1.0
         """
-        return weight.addmm(factors["lora_B"], factors["lora_A"], alpha=scale)
+        return weight.addmm(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
 
-    def reference(self, weight: Any, factors: Mapping[str, Any], *, scale: float) -> tuple[Any, Any]:
+    def reference(
+        self, weight: Any, factors: Mapping[str, Any], *, scale: float, strength: float = 1.0
+    ) -> tuple[Any, Any]:
         """The same in NumPy float64, summed rank by rank, with a bound on its rounding error for each element.
 
         The bound is that of any order of the r + 1 additions: (r + 3) * 2**-53 times the sum of the magnitudes,
@@ -71,7 +73,7 @@ class Lora:
 
         result, magnitude = weight.copy(), np.abs(weight)
         for a, b in zip(factors["lora_A"], factors["lora_B"].T, strict=True):
-            term = scale * np.outer(b, a)
+            term = scale * strength * np.outer(b, a)
             result += term
             magnitude += np.abs(term)
         return result, 2 * (len(factors["lora_A"]) + 3) * 2.0**-53 * magnitude

@@ -25,14 +25,14 @@ strengths = st.floats(-4, 4, width=32) | st.sampled_from([1.0, 0.0, -1.0, 0.5])
 def unsure(adapter: Adapter, name: str, weight: Tensor, strength: float) -> list[Fraction]:
     """How far a float64 sum may be from the exact one: about 2**-50 of its terms, the kind's own bound."""
     target = adapter.targets[name]
-    matrix = LAYER_TYPES[target.layer].to_matrix(weight.double()).numpy()
+    matrix = LAYER_TYPES[target.layer].to_matrix(weight.double(), target.groups).numpy()
     factors = {short: factor.double().numpy() for short, factor in adapter.factors_of(name).items()}
-    _, bound = KINDS[target.kind].reference(matrix, factors, scale=target.scale * strength)
+    _, bound = KINDS[target.kind].reference(matrix, factors, scale=target.scale, strength=strength)
     return [Fraction(float(value)) for value in bound.ravel()]
 
 
 @MERGES
-@given(states_and_adapters(), strengths)
+@given(states_and_adapters(kinds=("lora",)), strengths)
 def test_every_folded_weight_is_the_exact_sum_rounded_to_nearest(
     drawn: tuple[dict[str, Tensor], Adapter], strength: float
 ) -> None:
@@ -42,13 +42,31 @@ def test_every_folded_weight_is_the_exact_sum_rounded_to_nearest(
         weight, found = state[name], merged[name]
         assert (found.dtype, found.shape) == (weight.dtype, weight.shape)
         factors = adapter.factors_of(name)
-        exact = exact_fold(weight, factors["lora_A"], factors["lora_B"], target.scale * strength)
+        layer = LAYER_TYPES[target.layer]
+        matrix, found = (layer.to_matrix(tensor, target.groups) for tensor in (weight, found))
+        exact = exact_fold(matrix, factors["lora_A"], factors["lora_B"], target.scale * strength)
         slack = unsure(adapter, name, weight, strength)
         for value, sum_, doubt in zip(found.double().flatten().tolist(), exact, slack, strict=True):
             if weight.dtype == torch.float64:
                 assert abs(Fraction(value) - sum_) <= doubt
             else:  # a float64 sum within its doubt of a tie may fall on either side: one weight in 10**8
                 assert nearest_float(sum_ - doubt, weight.dtype) <= value <= nearest_float(sum_ + doubt, weight.dtype)
+
+
+@MERGES
+@given(states_and_adapters(), strengths)
+def test_a_merge_of_any_kind_is_verified_and_an_unmerged_state_is_not(
+    drawn: tuple[dict[str, Tensor], Adapter], strength: float
+) -> None:
+    state, adapter = drawn
+    merged = loraio.merge(state, adapter, strength)
+    assert loraio.verify_weights(state, adapter, merged, strength).ok
+    changed = any(not merged[name].equal(state[name]) for name in adapter.targets)
+    only_float64 = all(state[name].dtype == torch.float64 for name in adapter.targets)
+    if changed and not only_float64:
+        assert loraio.verify_weights(state, adapter, state, strength).ok == all(
+            merged[name].equal(state[name]) for name in adapter.targets if state[name].dtype != torch.float64
+        )
 
 
 @MERGES

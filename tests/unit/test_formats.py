@@ -377,7 +377,7 @@ def test_a_value_of_a_wrong_type_is_refused(path: Path, way: tuple[str, ...], va
         (("shape",), [4, 10**4000, 10**4000, 1], AdapterError, "shape is"),
         (("dtype",), "I8", AdapterError, "dtype is 'I8'"),
         (("base_sha256",), "x", AdapterError, "64 hexadecimal digits"),
-        (("kind",), "dora", UnknownNameError, "no adapter kind 'dora'"),
+        (("kind",), "loha", UnknownNameError, "no adapter kind 'loha'"),
         (("layer",), "Conv4d", UnknownNameError, "no layer type 'Conv4d'"),
         (("scale_rule",), "alpha", UnknownNameError, "no scale rule 'alpha'"),
     ],

@@ -38,8 +38,10 @@ EVERY = [
     "stem.weight",
     "layer2.second.weight",
     "layer2.first.weight",
+    "layer2.up.weight",
     "layer1.second.weight",
     "layer1.first.weight",
+    "layer1.up.weight",
     "head.weight",
     "tail.weight",
 ]
@@ -84,7 +86,10 @@ def test_a_subclass_of_a_layer_is_found_as_that_layer() -> None:
         (["head"], ["head.weight"]),
         (["head.weight"], ["head.weight"]),
         (["layer?.first"], ["layer2.first.weight", "layer1.first.weight"]),
-        (["layer[1].*"], ["layer1.second.weight", "layer1.first.weight"]),
+        (["layer[1].*"], ["layer1.second.weight", "layer1.first.weight", "layer1.up.weight"]),
+        (["ConvTranspose2d"], ["layer2.up.weight", "layer1.up.weight"]),
+        ([r"re:layer\d\.(up|first)"], [n for n in EVERY if ".up" in n or ".first" in n]),
+        ([r"re:.*\.up\.weight"], ["layer2.up.weight", "layer1.up.weight"]),
         (["*first", "stem", "*.first"], ["stem.weight", "layer2.first.weight", "layer1.first.weight"]),
         (["*"], EVERY),
         (["*.weight"], EVERY),
@@ -103,10 +108,12 @@ def test_a_pattern_that_selects_nothing_gets_the_nearest_name_and_all_names(mode
         select_targets(model, ["conv", "laier1.first"])
     text = str(caught.value)
     assert "'laier1.first' matches no weight of the model; did you mean 'layer1.first'?" in text
-    assert "conv, linear, all, or a glob over: head, layer1.first, layer1.second" in text
+    assert "conv, linear, embedding, all, a class name, or a glob over: head, layer1.first, layer1.second" in text
 
 
-@pytest.mark.parametrize("pattern", ["first", "HEAD", "norm", "layer1.up", "head.bias", "", "layer1"])
+@pytest.mark.parametrize(
+    "pattern", ["first", "HEAD", "norm", "layer1.u", "head.bias", "", "layer1", "re:first", "conv2d"]
+)
 def test_a_pattern_must_match_the_whole_name_of_a_target_with_its_case(model: nn.Module, pattern: str) -> None:
     with pytest.raises(UnknownNameError, match="matches no weight"):
         select_targets(model, [pattern])
@@ -153,7 +160,7 @@ def test_sharing_is_seen_through_a_parametrization() -> None:
         refuse_shared(model, ["1.weight"])
 
 
-@pytest.mark.parametrize("name", sorted(LAYER_TYPES))
+@pytest.mark.parametrize("name", ["Bilinear", "Conv1d", "Conv2d", "Conv3d", "Linear", "MultiheadAttention"])
 def test_a_matrix_has_a_row_for_each_output_in_c_order(name: str) -> None:
     layer = LAYER_TYPES[name]
     shape = (3, 2, 4, 5, 6)[: layer.dims]
@@ -165,7 +172,34 @@ def test_a_matrix_has_a_row_for_each_output_in_c_order(name: str) -> None:
     assert layer.from_matrix(matrix, shape).equal(weight)
 
 
-def test_a_weight_in_another_memory_order_gives_the_same_matrix() -> None:
-    weight = torch.arange(48.0).reshape(2, 2, 3, 4)
-    layer = LAYER_TYPES["Conv2d"]
-    assert layer.to_matrix(weight.to(memory_format=torch.channels_last)).equal(layer.to_matrix(weight))
+def test_what_is_excluded_is_left_out(model: nn.Module) -> None:
+    found = select_targets(model, ["all"], exclude=["linear", "layer?.first", r"re:layer1\..*"])
+    assert list(found) == ["stem.weight", "layer2.second.weight", "layer2.up.weight", "tail.weight"]
+
+
+def test_an_exclusion_that_matches_nothing_or_everything_is_refused(model: nn.Module) -> None:
+    with pytest.raises(UnknownNameError, match=r"exclude pattern 'layer9\.\*' matches no weight"):
+        select_targets(model, ["all"], exclude=["layer9.*"])
+    with pytest.raises(UnknownNameError, match="every target is excluded: head.weight"):
+        select_targets(model, ["linear"], exclude=["head"])
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused(model: nn.Module) -> None:
+    with pytest.raises(UnknownNameError, match="is no regular expression"):
+        select_targets(model, ["re:("])
+
+
+def test_every_weight_of_an_attention_layer_is_found() -> None:
+    packed, apart = nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+    assert list(target_modules(packed)) == ["in_proj_weight", "out_proj.weight"]
+    assert list(target_modules(apart)) == ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+    assert target_modules(packed)["out_proj.weight"].layer.name == "Linear"
+
+
+def test_a_transposed_convolution_becomes_a_matrix_group_by_group() -> None:
+    layer = LAYER_TYPES["ConvTranspose1d"]
+    weight = torch.arange(4 * 3 * 2.0).reshape(4, 3, 2)  # two groups, each of two inputs and three outputs
+    matrix = layer.to_matrix(weight, 2)
+    assert matrix.shape == layer.matrix_shape(weight.shape, 2) == (6, 4)
+    assert matrix[4].tolist() == [*weight[2, 1].tolist(), *weight[3, 1].tolist()]
+    assert layer.from_matrix(matrix, weight.shape, 2).equal(weight)
