@@ -12,32 +12,42 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loraio.adapter import Adapter, BaseReference, Target
-    from loraio.attachment import Attachment, attach, base_state_dict
-    from loraio.bases import BaseCheckpoint, build_network, load_base, read_base, save_base
+    from loraio.attachment import Attachment, adapter_from, attach, attachment_of, base_state_dict
+    from loraio.bases import BaseCheckpoint, load_base, read_base, save_base
     from loraio.errors import LoraioError
     from loraio.filemerge import MergedFile, merge_file
     from loraio.formats import load, save
-    from loraio.merging import merge
+    from loraio.merging import Landing, landing, merge
+    from loraio.networks import build_network
     from loraio.training.config import PretrainConfig, TrainConfig
     from loraio.training.data import Dataset, load_dataset
     from loraio.training.evaluation import Evaluation, evaluate, evaluate_each, predict
+    from loraio.training.folders import ImageForm, image_form
     from loraio.training.images import read_image
-    from loraio.training.loop import Progress, new_adapter, parameter_report, pretrain, train, train_each
+    from loraio.training.loop import pretrain, train, train_each
+    from loraio.training.optimizing import Progress
+    from loraio.training.recording import RunFiles
+    from loraio.training.starting import new_adapter, parameter_report, plan_targets
     from loraio.verification import OutputReport, Report, WeightReport, verify, verify_weights
 
 _PLACES = {
     "adapter": ("Adapter", "BaseReference", "Target"),
-    "attachment": ("Attachment", "attach", "base_state_dict"),
-    "bases": ("BaseCheckpoint", "build_network", "load_base", "read_base", "save_base"),
+    "attachment": ("Attachment", "adapter_from", "attach", "attachment_of", "base_state_dict"),
+    "bases": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
     "errors": ("LoraioError",),
     "filemerge": ("MergedFile", "merge_file"),
     "formats": ("load", "save"),
-    "merging": ("merge",),
+    "merging": ("Landing", "landing", "merge"),
+    "networks": ("build_network",),
     "training.config": ("PretrainConfig", "TrainConfig"),
     "training.data": ("Dataset", "load_dataset"),
     "training.evaluation": ("Evaluation", "evaluate", "evaluate_each", "predict"),
+    "training.folders": ("ImageForm", "image_form"),
     "training.images": ("read_image",),
-    "training.loop": ("Progress", "new_adapter", "parameter_report", "pretrain", "train", "train_each"),
+    "training.loop": ("pretrain", "train", "train_each"),
+    "training.optimizing": ("Progress",),
+    "training.recording": ("RunFiles",),
+    "training.starting": ("new_adapter", "parameter_report", "plan_targets"),
     "verification": ("OutputReport", "Report", "WeightReport", "verify", "verify_weights"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
@@ -49,21 +59,28 @@ __all__ = [
     "BaseReference",
     "Dataset",
     "Evaluation",
+    "ImageForm",
+    "Landing",
     "LoraioError",
     "MergedFile",
     "OutputReport",
     "PretrainConfig",
     "Progress",
     "Report",
+    "RunFiles",
     "Target",
     "TrainConfig",
     "WeightReport",
     "__version__",
+    "adapter_from",
     "attach",
+    "attachment_of",
     "base_state_dict",
     "build_network",
     "evaluate",
     "evaluate_each",
+    "image_form",
+    "landing",
     "load",
     "load_base",
     "load_dataset",
@@ -71,6 +88,7 @@ __all__ = [
     "merge_file",
     "new_adapter",
     "parameter_report",
+    "plan_targets",
     "predict",
     "pretrain",
     "read_base",

@@ -48,6 +48,8 @@ class Target:
         groups: of the convolution; 1 for other layers.
         kind: a name in `loraio.kinds.KINDS`.
         scale_rule: a name in `SCALE_RULES`.
+        sketch: a few numbers from which the distance of another weight can be told, `loraio.identity.sketch`; empty
+            where there is none.
         extra: keys of the file that this version does not know; written back as they were.
 
     Raises:
@@ -64,6 +66,7 @@ class Target:
     groups: int = 1
     kind: str = "lora"
     scale_rule: str = "alpha/r"
+    sketch: tuple[float, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class Target:
             raise AdapterError(f"dtype is {self.dtype!r}, it must be one of {', '.join(FLOAT_DTYPES)}")
         if not isinstance(self.base_sha256, str) or not _SHA256.fullmatch(self.base_sha256):
             raise AdapterError(f"base_sha256 is {self.base_sha256!r}, it must be 64 hexadecimal digits")
+        if not isinstance(self.sketch, tuple) or not all(_is_number(value) for value in self.sketch):
+            raise AdapterError(f"sketch is {self.sketch!r}, it must be a tuple of finite numbers")
         lookup(KINDS, self.kind, what="adapter kind")
         lookup(SCALE_RULES, self.scale_rule, what="scale rule")
         layer = lookup(LAYER_TYPES, self.layer, what="layer type")
@@ -158,7 +163,8 @@ class Target:
 
         matrix = self._layer.to_matrix(weight.to(dtype), self.groups)
         cast = {name: factor.to(dtype) for name, factor in factors.items()}
-        with torch.autocast(weight.device.type, enabled=False):  # would round the base weight itself to bfloat16
+        kind = weight.device.type if torch.amp.is_autocast_available(weight.device.type) else "cpu"
+        with torch.autocast(kind, enabled=False):  # would round the base weight itself to bfloat16
             folded = self._kind.fold(matrix, cast, scale=self.scale, strength=strength)
         return self._layer.from_matrix(folded, weight.shape, self.groups)
 
@@ -169,17 +175,27 @@ class BaseReference:
 
     Attributes:
         sha256: digest of the whole state dict, as `loraio.identity.state_sha256`.
-        network: the network's registered name, None when it has none.
+        network: the network's name, None when it has none.
+        network_args: keyword options that the network is built with, plain JSON values.
+        sha256_without_statistics: the same digest without running statistics of normalisation layers; None where
+            the network has none.
         extra: keys of the file that this version does not know.
     """
 
     sha256: str
     network: str | None = None
+    network_args: Mapping[str, Any] = field(default_factory=dict)
+    sha256_without_statistics: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            raise AdapterError(f"the base's sha256 is {self.sha256!r}, it must be 64 hexadecimal digits")
+        for name in ("sha256", "sha256_without_statistics"):
+            value = getattr(self, name)
+            absent = value is None and name != "sha256"
+            if not absent and (not isinstance(value, str) or not _SHA256.fullmatch(value)):
+                raise AdapterError(f"the base's {name} is {value!r}, it must be 64 hexadecimal digits")
+        if not isinstance(self.network_args, Mapping):
+            raise AdapterError(f"the base's network_args are {self.network_args!r}, they must be an object")
         if self.network is not None and not isinstance(self.network, str):
             raise AdapterError(f"the base's network is {self.network!r}, it must be a name or null")
 

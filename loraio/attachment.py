@@ -1,86 +1,25 @@
 """An adapter on a live model: attach, swap, strength, on and off, detach. Always reversible.
 
-The adapter sits on the model as torch parametrizations: the base weight stays the Parameter that it was and is never
-written to, and ``module.weight`` gives the adapted weight to whoever reads it, the layer's own forward included.
+The adapter sits on the model as torch parametrizations, see `loraio.parametrization`. A deep copy of the model has the
+adapter on it too, with a handle of its own: `attachment_of`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.nn.utils import parametrize
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from loraio.adapter import Adapter, Target, check_strength
+from loraio.adapter import Adapter, check_strength
+from loraio.container import tensor_bytes
 from loraio.errors import BaseMismatchError, StateError
 from loraio.identity import check_base
 from loraio.layers import refuse_shared, refuse_unusable, target_modules
-
-_PARAMETRIZED = re.compile(r"^(.*\.)?parametrizations\.([^.]+)\.([^.]+)(\..*)?$")
-
-
-class FoldedWeight(nn.Module):
-    """The parametrization of one weight: base weight in, adapted weight out.
-
-    Without gradients it gives the bits that `loraio.merge` gives. Where a gradient is asked for, from the factors or
-    from the base weight, it computes the same in float32, differentiably.
-    """
-
-    def __init__(self, target: Target, factors: Mapping[str, Tensor], *, strength: float, trainable: bool) -> None:
-        super().__init__()
-        self.target = target
-        self.strength = strength
-        self.enabled = True
-        for name, factor in factors.items():
-            if trainable:
-                self.register_parameter(name, nn.Parameter(factor))
-            else:
-                self.register_buffer(name, factor)
-
-    def factors(self) -> dict[str, Tensor]:
-        """The factors by short name, as they are now."""
-        return {name: getattr(self, name) for name in self.target.factor_shapes}
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The adapted weight: shape, dtype and device of ``weight``."""
-        if not self.enabled:
-            return weight
-        factors = self.factors()
-        if torch.is_grad_enabled() and (weight.requires_grad or any(f.requires_grad for f in factors.values())):
-            return self.target.fold_for_training(weight, factors, strength=self.strength)
-        # torch.matmul folds its batch, and so sums in another order, where the weight asks for gradients, even under
-        # no_grad: the folded weight asks for what the base weight asks for, as a merged Parameter would
-        return self.target.fold(weight, factors, strength=self.strength).requires_grad_(weight.requires_grad)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """Where a target's adapter sits: the module, its weight, and the order of the module's parameters before."""
-
-    module: nn.Module
-    parameter: str
-    order: tuple[str, ...]
-
-    @property
-    def occupied(self) -> bool:
-        """Whether the weight is still parametrized; someone else may have taken everything off."""
-        return parametrize.is_parametrized(self.module, self.parameter)
-
-    @property
-    def stack(self) -> parametrize.ParametrizationList:
-        """The parametrizations on the weight; ours is the only one."""
-        stacks = cast(nn.ModuleDict, self.module.parametrizations)
-        return cast(parametrize.ParametrizationList, stacks[self.parameter])
-
-    @property
-    def folded(self) -> FoldedWeight:
-        return cast(FoldedWeight, self.stack[0])
+from loraio.parametrization import FoldedWeight, Place
 
 
 class Attachment:
@@ -90,12 +29,15 @@ class Attachment:
         model: the model that the adapter is on.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, *, strength: float, trainable: bool) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, *, strength: float, trainable: bool, allow_base_mismatch: bool
+    ) -> None:
         self.model = model
         self._strength = check_strength(strength)
+        self._allow_base_mismatch = allow_base_mismatch
         self._trainable = trainable
         self._enabled = True
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self._last_factors: dict[str, Tensor] = {}
         refuse_attached(model)
         self._check(adapter)
@@ -126,10 +68,15 @@ class Attachment:
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter that is on the model, or was last; while it is trained, with the factors as they are now."""
-        if not self._trainable:
+        """The adapter that is on the model, or was last, with the factors as they are now.
+
+        They are others than those of the adapter that was attached when they were trained, or came from a state dict.
+        """
+        factors = self._factors()
+        kept = self._adapter.factors
+        if all(tensor_bytes(factor).equal(tensor_bytes(kept[name])) for name, factor in factors.items()):
             return self._adapter
-        return replace(self._adapter, factors=self._trained_factors())
+        return replace(self._adapter, factors=factors)
 
     @property
     def enabled(self) -> bool:
@@ -193,18 +140,19 @@ class Attachment:
         self._require_attached()
         self._places = {name: place for name, place in self._places.items() if place.occupied}
         self._check_untouched()
-        if self._trainable:
-            self._last_factors = self._trained_factors()
+        self._last_factors = self._factors()
         self._take_off(list(self._places))
 
-    def _trained_factors(self) -> dict[str, Tensor]:
+    def _factors(self) -> dict[str, Tensor]:
         """Copies of the factors as they are now, or were at the end; not checked, they may be NaN."""
         if not self.attached:
             return self._last_factors
         return {
             f"{name}.{short}": factor.detach().cpu().clone()
             for name, place in self._places.items()
+            if place.occupied
             for short, factor in place.folded.factors().items()
+            if not factor.is_meta
         }
 
     def _require_attached(self) -> None:
@@ -228,7 +176,7 @@ class Attachment:
                 refuse_unusable(found)
         if problems:
             raise BaseMismatchError("the adapter does not belong to this base", problems=problems)
-        check_base(adapter, base_state_dict(self.model))
+        check_base(adapter, base_state_dict(self.model), allow_mismatch=self._allow_base_mismatch)
         unknown = [name for name in adapter.targets if name not in modules]
         if unknown:
             raise BaseMismatchError(
@@ -261,7 +209,9 @@ class Attachment:
 
     def _folded(self, adapter: Adapter, name: str, weight: Tensor) -> FoldedWeight:
         factors = {short: factor.to(weight.device, copy=True) for short, factor in adapter.factors_of(name).items()}
-        folded = FoldedWeight(adapter.targets[name], factors, strength=self._strength, trainable=self._trainable)
+        folded = FoldedWeight(
+            adapter.targets[name], factors, strength=self._strength, trainable=self._trainable, handle=self
+        )
         folded.enabled = self._enabled
         return folded
 
@@ -272,25 +222,24 @@ class Attachment:
             folded = self._folded(adapter, name, modules[name].weight)
             # a module with several targets has lost the others from its parameters by now
             orders = [place.order for place in self._places.values() if place.module is module]
-            place = _Place(module=module, parameter=parameter, order=orders[0] if orders else tuple(module._parameters))
-            # register_parametrization calls weight.set_(weight), which writes nothing but counts as a write
-            with _unsafe_preserve_version_counter(modules[name].weight):
-                # unsafe: shape and dtype are checked already, and the check would fold every weight once more
-                parametrize.register_parametrization(module, parameter, folded, unsafe=True)
+            place = Place(module=module, parameter=parameter, order=orders[0] if orders else tuple(module._parameters))
+            place.put_on(folded)
             self._places[name] = place
 
     def _take_off(self, names: Iterable[str]) -> None:
         for name in names:
-            place = self._places[name]
-            parametrize.remove_parametrizations(place.module, place.parameter, leave_parametrized=False)
+            self._places[name].take_off()
             del self._places[name]
-            parameters = place.module._parameters  # the weight came back behind the bias
-            order = [key for key in place.order if key in parameters]
-            order += [key for key in parameters if key not in place.order]
-            parameters.update({key: parameters.pop(key) for key in order})
 
 
-def attach(model: nn.Module, adapter: Adapter, strength: float = 1.0, *, trainable: bool = False) -> Attachment:
+def attach(
+    model: nn.Module,
+    adapter: Adapter,
+    strength: float = 1.0,
+    *,
+    trainable: bool = False,
+    allow_base_mismatch: bool = False,
+) -> Attachment:
     """Put an adapter on a live model.
 
     In eval mode without gradients the model then computes, bit for bit, what the merged model computes. The model's
@@ -302,6 +251,8 @@ def attach(model: nn.Module, adapter: Adapter, strength: float = 1.0, *, trainab
         adapter: from `loraio.load` or `loraio.train`.
         strength: multiplies the adapter's scale; 1 is the adapter as trained, 0 the base.
         trainable: make the factors Parameters with gradients, as copies; for training loops.
+        allow_base_mismatch: go on where values or dtypes of the base are others, now and in later swaps; names,
+            shapes and layers must fit.
 
     Returns:
         the handle: disable, enable, strength, swap, detach.
@@ -311,7 +262,7 @@ def attach(model: nn.Module, adapter: Adapter, strength: float = 1.0, *, trainab
         StateError: the model carries an adapter already, or a target is shared or parametrized otherwise.
         ConfigError: the strength is not a finite number.
     """
-    return Attachment(model, adapter, strength=strength, trainable=trainable)
+    return Attachment(model, adapter, strength=strength, trainable=trainable, allow_base_mismatch=allow_base_mismatch)
 
 
 def refuse_attached(model: nn.Module) -> None:
@@ -324,20 +275,89 @@ def refuse_attached(model: nn.Module) -> None:
         raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base under its own names, whether an adapter is attached or not; tensors are shared.
+def attachment_of(model: nn.Module) -> Attachment:
+    """The handle of the adapter that a model carries: the one that `attach` gave, or a deep copy's own.
 
-    Weights that carry an adapter stand at the end of their module's tensors.
+    Args:
+        model: the model itself, one that contains it, or a wrapper around it.
+
+    Raises:
+        StateError: it carries no adapter, or several parts of it carry one each.
     """
-    own: set[str] = set()
+    found = _attachments(model)
+    if len(found) != 1:
+        raise StateError(
+            f"{len(found)} parts of the model carry an adapter each" if found else "the model carries no adapter",
+            hint="name one of the parts" if found else "loraio.attach(model, adapter)",
+        )
+    return found[0]
+
+
+def adapter_from(model: nn.Module) -> Adapter:
+    """The adapter that a model carries, with the factors as they are now; on the CPU, apart from the model.
+
+    Args:
+        model: as `attachment_of`.
+
+    Raises:
+        StateError: as `attachment_of`.
+        AdapterError: a factor is no longer finite.
+    """
+    return attachment_of(model).adapter
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the base under its own names, in its own order, whether an adapter is attached or not.
+
+    Args:
+        model: the model itself, or what ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
+            ``AveragedModel`` made of it; their prefixes and own buffers are left out.
+
+    Returns:
+        the base's own tensors, not copies; without gradients, as in every state dict.
+    """
+    model = _unwrapped(model)
+    places: dict[int, list[Place]] = {}
+    for live in _attachments(model):
+        for place in live._places.values():
+            places.setdefault(id(place.module), []).append(place)
+    state: dict[str, Tensor] = dict(model.state_dict())
     for path, module in model.named_modules():
-        if isinstance(module, FoldedWeight):
-            own.add(path.rpartition(".")[0])
-    state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        match = _PARAMETRIZED.match(name)
-        if match is None or f"{match[1] or ''}parametrizations.{match[2]}" not in own:
-            state[name] = tensor
-        elif match[3] == "original":
-            state[f"{match[1] or ''}{match[2]}"] = tensor
+        if id(module) in places:
+            state = _as_before(state, f"{path}." if path else "", places[id(module)])
     return state
+
+
+def _attachments(model: nn.Module) -> list[Attachment]:
+    found: dict[int, Attachment] = {}
+    for module in model.modules():
+        if isinstance(module, FoldedWeight):
+            found[id(module.handle)] = module.handle
+    return list(found.values())
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif isinstance(model._modules.get("_orig_mod"), nn.Module):  # torch.compile's; its class is slow to import
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _as_before(state: Mapping[str, Tensor], prefix: str, places: list[Place]) -> dict[str, Tensor]:
+    """The state dict with the names of one module as they were before anything was put on it."""
+    stacks = {f"{prefix}parametrizations.{place.parameter}.": f"{prefix}{place.parameter}" for place in places}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        stack = next((stack for stack in stacks if name.startswith(stack)), None)
+        if stack is None:
+            renamed[name] = tensor
+        elif name == f"{stack}original":
+            renamed[stacks[stack]] = tensor
+    names = list(renamed)
+    start = next(place for place, name in enumerate(names) if name.startswith(prefix))
+    first = [prefix + key for key in places[0].order if prefix + key in renamed]
+    order = names[:start] + first + [name for name in names[start:] if name not in first]
+    return {name: renamed[name] for name in order}

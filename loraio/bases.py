@@ -1,22 +1,30 @@
-"""Base models by name, and base checkpoints: reading, building and writing them."""
+"""Base checkpoints: reading, loading and writing them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 
 from loraio import container
-from loraio.errors import BaseMismatchError, FormatError, MissingFileError, StateError, UnknownNameError
+from loraio.container import tensor_bytes
+from loraio.errors import (
+    BaseMismatchError,
+    FormatError,
+    LoraioError,
+    MissingFileError,
+    StateError,
+    UnknownNameError,
+)
 from loraio.identity import state_sha256
-from loraio.registry import known, lookup, nearest
+from loraio.networks import NAME_FORMS, NETWORKS, build_network, network_args_of, network_of, refuse_own_code
+from loraio.registry import known, nearest
 
 FORMAT_VERSION = 1
 """Version of the metadata that loraio writes into base checkpoints."""
@@ -24,46 +32,13 @@ FORMAT_VERSION = 1
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 """Endings of files that are read with ``torch.load(weights_only=True)``."""
 
+INDEX_SUFFIX = ".safetensors.index.json"
+"""Ending of the index of a checkpoint that is parted into several safetensors files."""
 
-class DigitCNN(nn.Module):
-    """Three stride-2 convolutions and one linear layer, for 28x28 grey images and ten classes; 113,162 parameters.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What wrappers put before every name: DDP, torch.compile, and trainers that keep the network in a field."""
 
-    Input (n, 1, 28, 28), output (n, 10) logits. The convolutions alone hold 92,672 parameters, biases included.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, kernel_size=3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(64, 128, kernel_size=3, stride=2, padding=1)
-        self.fc = nn.Linear(128 * 4 * 4, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, 10) of images (n, 1, 28, 28)."""
-        for conv in (self.conv1, self.conv2, self.conv3):
-            x = F.relu(conv(x))
-        logits: Tensor = self.fc(x.flatten(1))
-        return logits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Network:
-    """A network that can be built by name.
-
-    Attributes:
-        build: makes it with fresh weights, drawn from torch's global generator.
-        input_shape: of one sample: (channels, height, width).
-        classes: number of outputs.
-    """
-
-    build: Callable[[], nn.Module]
-    input_shape: tuple[int, ...]
-    classes: int
-
-
-NETWORKS: dict[str, Network] = {
-    "digit-cnn": Network(build=DigitCNN, input_shape=(1, 28, 28), classes=10),
-}
+_WRAPPED_IN = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save the state dict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,58 +46,41 @@ class BaseCheckpoint:
     """What a base checkpoint file holds.
 
     Attributes:
-        path: the file.
+        path: the file; of a parted checkpoint the index.
         state: the state dict, on the CPU.
-        network: the registered name that the file states; None for plain state dicts from elsewhere.
+        network: the network's name that the file states; None for plain state dicts from elsewhere.
+        network_args: the keyword options that the network is built with, as the file states them.
         document: the file's loraio metadata; empty for files from elsewhere.
+        stripped: what stood before every name in the file and was taken off: "module.", "module._orig_mod.".
+        parts: the files of a parted checkpoint; empty for others.
     """
 
     path: Path
     state: Mapping[str, Tensor]
     network: str | None = None
+    network_args: Mapping[str, Any] = field(default_factory=dict)
     document: Mapping[str, Any] = field(default_factory=dict)
-
-
-def build_network(name: str, *, seed: int | None = None) -> nn.Module:
-    """A registered network with fresh weights, in eval mode.
-
-    Args:
-        name: a name in `NETWORKS`.
-        seed: of the start weights; the global generator is left as it was. Without it the global generator draws.
-
-    Raises:
-        UnknownNameError: no such network.
-    """
-    network = lookup(NETWORKS, name, what="network")
-    if seed is None:
-        model = network.build()
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = network.build()
-    model.loraio_network = name  # type: ignore[assignment]  # a plain attribute; nn.Module types them as tensors
-    return model.eval()
-
-
-def network_of(model: nn.Module) -> str | None:
-    """The registered name of the network that `build_network` or `load_base` made; None for other models."""
-    name = getattr(model, "loraio_network", None)
-    return name if isinstance(name, str) else None
+    stripped: str = ""
+    parts: tuple[Path, ...] = ()
 
 
 def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
-    """Read a base checkpoint: ours, or a plain state dict as safetensors or `.pt`.
+    """Read a base checkpoint: ours, or a plain state dict as safetensors, single or parted, or as `.pt`.
 
     Files that end in .pt, .pth or .bin go through ``torch.load(weights_only=True)``; a dict that holds the state
-    dict under ``state_dict`` is unwrapped.
+    dict under ``state_dict``, ``model_state_dict`` or ``model`` is unwrapped. A name that ends in
+    .safetensors.index.json, or a folder that holds exactly one such file, is a parted checkpoint. Where all names of a
+    file from elsewhere have one of `PREFIXES`, it is taken off; `fitted` puts it back where it belongs to the network.
 
     Raises:
-        MissingFileError: no such file.
-        FormatError: it is no checkpoint, or it is an adapter.
+        MissingFileError: no such file, or no such part.
+        FormatError: it is no checkpoint, or it is an adapter, or index and parts contradict each other.
     """
     path = Path(path)
+    if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
+        return _without_prefix(_read_parts(_index_of(path)))
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        return BaseCheckpoint(path=path, state=_read_pickle(path))
+        return _without_prefix(BaseCheckpoint(path=path, state=_read_pickle(path)))
     header = container.read_header(path)
     document = header.document() or {}
     if "targets" in document:
@@ -131,48 +89,85 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
         )
     if not header.tensors:
         raise FormatError(f"{str(path)!r} holds no tensors")
-    version = document.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise FormatError(
-            f"format version {version!r}, this loraio reads version {FORMAT_VERSION}",
-            where=f"{str(path)!r}",
-            hint="a newer loraio",
-        )
-    network = document.get("network")
-    if network is not None and not isinstance(network, str):
-        raise FormatError(f"the network is {network!r}, not a name", where=f"{str(path)!r}")
-    receipts = document.get("merged", [])
-    if not isinstance(receipts, list) or not all(isinstance(receipt, dict) for receipt in receipts):
-        raise FormatError(f"what was merged is {receipts!r}, not a list of objects", where=f"{str(path)!r}")
-    return BaseCheckpoint(path=path, state=container.read_tensors(header), network=network, document=document)
+    stated = _stated(document, where=f"{str(path)!r}")
+    checkpoint = BaseCheckpoint(path=path, state=container.read_tensors(header), document=document, **stated)
+    return checkpoint if document else _without_prefix(checkpoint)  # the names of our own files are as they must be
 
 
-def load_base(path: str | os.PathLike[str], *, model: str | None = None) -> nn.Module:
+def load_base(
+    path: str | os.PathLike[str], *, model: str | None = None, model_args: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Load a base checkpoint into its network, in eval mode, on the CPU.
 
     Args:
-        path: our checkpoint, or a plain state dict as safetensors or `.pt`.
-        model: the network's registered name; needed only where the file does not state it.
+        path: our checkpoint, or a plain state dict; see `read_base`.
+        model: the network's name, see `loraio.networks.find_network`; needed only where the file does not state it.
+        model_args: keyword options of the network, in the place of the file's.
 
     Raises:
         MissingFileError, FormatError: as `read_base`.
         UnknownNameError: the file states no network and none was given, or there is none of that name.
+        ConfigError: the network cannot be built, or only the file names code of the user's own.
         BaseMismatchError: names or shapes of the file are not those of the network; all differences are listed.
     """
-    return model_from(read_base(path), model=model)
+    return model_from(read_base(path), model=model, model_args=model_args)
 
 
-def model_from(checkpoint: BaseCheckpoint, *, model: str | None = None) -> nn.Module:
-    """The network of a checkpoint that was read, with its weights; see `load_base`."""
-    name = model or checkpoint.network
-    if name is None:
-        raise UnknownNameError(
-            f"{str(checkpoint.path)!r} does not say which network it is for",
-            hint=f"--model NAME (model= in Python), one of: {known(NETWORKS)}",
-        )
-    network = build_network(name, seed=0)
+def model_from(
+    checkpoint: BaseCheckpoint, *, model: str | None = None, model_args: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The network of a checkpoint that was read, with its weights; see `load_base`, and `stripped_of`."""
+    network = network_for(checkpoint, model=model, model_args=model_args)
+    checkpoint = fitted(checkpoint, network.state_dict())
     load_state(network, checkpoint.state, where=f"{str(checkpoint.path)!r}")
+    object.__setattr__(network, "loraio_stripped", checkpoint.stripped)
     return network
+
+
+def network_for(
+    checkpoint: BaseCheckpoint, *, model: str | None = None, model_args: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The network of a checkpoint that was read, with the weights of seed 0; arguments and errors as `load_base`.
+
+    The file's own options belong to the network that it names: with another ``model`` they are not used.
+    """
+    where = f"{str(checkpoint.path)!r}"
+    if model is None and checkpoint.network is None:
+        raise UnknownNameError(
+            f"{where} does not say which network it is for",
+            hint=f"--model NAME (model= in Python): {known(NETWORKS)}, or {NAME_FORMS}",
+        )
+    name = model or refuse_own_code(checkpoint.network or "", where=where)
+    if model_args is None and name == checkpoint.network:
+        model_args = checkpoint.network_args
+    return build_network(name, args=model_args, seed=0)
+
+
+def stripped_of(model: nn.Module) -> str:
+    """What `load_base` took off the names of the file; empty for other models."""
+    stripped = getattr(model, "loraio_stripped", "")
+    return stripped if isinstance(stripped, str) else ""
+
+
+def fitted(checkpoint: BaseCheckpoint, names: Iterable[str]) -> BaseCheckpoint:
+    """The checkpoint with as much of its prefix put back as the names ask for.
+
+    A network may itself keep everything in a field named ``model``; what looks like a wrapper's prefix is then its own.
+
+    Args:
+        checkpoint: from `read_base`.
+        names: of a network's state dict, or of an adapter's targets.
+
+    Returns:
+        the checkpoint with the shortest names among which all of ``names`` are; as it was where there are none such.
+    """
+    wanted, rest, kept = set(names), checkpoint.stripped, ""
+    while not wanted <= {kept + name for name in checkpoint.state}:
+        if not rest:
+            return checkpoint
+        last = next(prefix for prefix in PREFIXES if rest.endswith(prefix))
+        rest, kept = rest.removesuffix(last), last + kept
+    return replace(checkpoint, state={kept + name: tensor for name, tensor in checkpoint.state.items()}, stripped=rest)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, where: str | None = None) -> None:
@@ -184,7 +179,17 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, where: str | No
     problems = _differences(model.state_dict(), state)
     if problems:
         raise BaseMismatchError("the checkpoint does not fit the network", problems=problems, where=where)
+    tied = _tied(model)
+    parted = [
+        (name, first) for name, first in tied.items() if not tensor_bytes(state[name]).equal(tensor_bytes(state[first]))
+    ]
+    if parted:
+        lines = [f"{name!r} and {first!r} are one tensor in the network, and two here" for name, first in parted]
+        raise BaseMismatchError("the checkpoint does not fit the network", problems=lines, where=where)
     model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
+    for name, first in tied.items():  # assign gives every name a tensor of its own
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, model.get_parameter(first))
 
 
 def save_base(
@@ -197,7 +202,7 @@ def save_base(
     """Write a model as a base checkpoint that names its network.
 
     Args:
-        model: from `build_network` or `load_base`; other models are written without a network name.
+        model: from `build_network` or `load_base`; other models are written without a network's name and options.
         path: the safetensors file to make.
         training: how it was trained, as plain JSON values.
         overwrite: replace an existing file.
@@ -211,12 +216,12 @@ def save_base(
     parametrized = [name for name, module in model.named_modules() if isinstance(module, ParametrizationList)]
     if parametrized:
         raise StateError(f"{parametrized[0]!r}: a parametrized model is no base model", hint="live.detach() first")
-    network = network_of(model)
+    network, args = network_of(model), network_args_of(model)
     if network is not None:
-        problems = _differences(build_network(network, seed=0).state_dict(), state)
+        problems = _differences(build_network(network, args=args, seed=0).state_dict(), state)
         if problems:
             raise BaseMismatchError(f"the model is no longer a {network!r}", problems=problems)
-    write_base(state, path, network=network, training=training or {}, overwrite=overwrite)
+    write_base(state, path, network=network, network_args=args, training=training or {}, overwrite=overwrite)
 
 
 def write_base(
@@ -224,6 +229,7 @@ def write_base(
     path: str | os.PathLike[str],
     *,
     network: str | None,
+    network_args: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     inputs: tuple[str | os.PathLike[str], ...] = (),
     check: Callable[[Path], None] | None = None,
@@ -234,14 +240,24 @@ def write_base(
     Args:
         state: names and tensors.
         path: the safetensors file to make.
-        network: registered name, or None.
+        network: the network's name, or None.
+        network_args: the keyword options that it is built with, as plain JSON values.
         overwrite, inputs, check: as `loraio.container.write`.
         entries: further keys of the metadata, as plain JSON values.
     """
     document = {"format_version": FORMAT_VERSION, "sha256": state_sha256(state), **entries}
     if network is not None:
         document["network"] = network
+        if network_args:
+            document["network_args"] = dict(network_args)
     container.write(state, path, document=document, overwrite=overwrite, inputs=inputs, check=check)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are the same tensor as an earlier one, and the name of that."""
+    firsts: dict[int, str] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name: first for name, tensor in names if (first := firsts.setdefault(id(tensor), name)) != name}
 
 
 def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -268,11 +284,107 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             where=f"{str(path)!r}",
             hint="torch.save(model.state_dict(), path) makes one",
         ) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
+    for key in _WRAPPED_IN:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+            break
     if not isinstance(loaded, Mapping) or not loaded:
         raise FormatError(f"holds {type(loaded).__name__}, not a state dict", where=f"{str(path)!r}")
     wrong = [str(name) for name, value in loaded.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
     if wrong:
         raise FormatError(f"not a state dict: what is not a tensor is {known(wrong, limit=5)}", where=f"{str(path)!r}")
     return {name: tensor.detach().contiguous() for name, tensor in loaded.items()}
+
+
+def _stated(document: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """What the metadata of a base checkpoint says of its network; everything in it is checked."""
+    version = document.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise FormatError(
+            f"format version {version!r}, this loraio reads version {FORMAT_VERSION}",
+            where=where,
+            hint="a newer loraio",
+        )
+    network = document.get("network")
+    if network is not None and not isinstance(network, str):
+        raise FormatError(f"the network is {network!r}, not a name", where=where)
+    receipts = document.get("merged", [])
+    if not isinstance(receipts, list) or not all(isinstance(receipt, dict) for receipt in receipts):
+        raise FormatError(f"what was merged is {receipts!r}, not a list of objects", where=where)
+    args = document.get("network_args", {})
+    if not isinstance(args, dict):
+        raise FormatError(f"the network's options are {args!r}, not an object", where=where)
+    return {"network": network, "network_args": args}
+
+
+def _without_prefix(checkpoint: BaseCheckpoint) -> BaseCheckpoint:
+    state, stripped = checkpoint.state, ""
+    while True:
+        shared = [prefix for prefix in PREFIXES if all(name.startswith(prefix) and name != prefix for name in state)]
+        if not shared:
+            return replace(checkpoint, state=state, stripped=stripped)
+        state = {name.removeprefix(shared[0]): tensor for name, tensor in state.items()}
+        stripped += shared[0]
+
+
+def _index_of(path: Path) -> Path:
+    """The index itself; of a folder the one index in it."""
+    if not path.is_dir():
+        return path
+    found = sorted(file for file in path.iterdir() if file.name.endswith(INDEX_SUFFIX))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FormatError(f"the folder {str(path)!r} holds {len(found)} indexes", hint=known(map(str, found)))
+    raise MissingFileError(
+        f"the folder {str(path)!r} holds no index of a parted checkpoint, *{INDEX_SUFFIX}", hint="name a file"
+    )
+
+
+def _read_parts(index: Path) -> BaseCheckpoint:
+    """A checkpoint in several safetensors files; every tensor must be where the index says, and nowhere else."""
+    where = f"{str(index)!r}"
+    document = container.read_json(index)
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise FormatError("not an index of a parted checkpoint: it has no 'weight_map' with tensors", where=where)
+    hostile = [f"{name!r} is in {file!r}" for name, file in places.items() if not _is_file_name(file)]
+    if hostile:
+        raise FormatError("parts must be plain names of files in the index's own folder", problems=hostile, where=where)
+    problems: list[str] = []
+    headers: dict[str, container.Header] = {}
+    holders: dict[str, list[str]] = {}
+    for file in sorted(set(places.values())):
+        try:
+            headers[file] = container.read_header(index.parent / file)
+        except LoraioError as error:
+            problems.append(error.message if file in error.message else f"{file!r}: {error.message}")
+            continue
+        for name in headers[file].tensors:
+            holders.setdefault(name, []).append(file)
+    problems += [
+        f"{name!r} is not in {file!r}{f', but in {holders[name][0]!r}' if name in holders else ''}"
+        for name, file in places.items()
+        if file in headers and file not in holders.get(name, [])
+    ]
+    problems += [f"{name!r} is in {len(files)} files: {known(files)}" for name, files in holders.items() if files[1:]]
+    problems += [
+        f"{name!r} in {files[0]!r} is not in the index" for name, files in holders.items() if name not in places
+    ]
+    if problems:
+        lost = [file for file in set(places.values()) if not (index.parent / file).exists()]
+        refusal = MissingFileError if lost else FormatError
+        raise refusal("index and parts do not belong together", problems=problems, where=where)
+    tensors = {file: container.read_tensors(header) for file, header in headers.items()}
+    return BaseCheckpoint(
+        path=index,
+        state={name: tensors[file][name] for name, file in places.items()},
+        parts=tuple(index.parent / file for file in headers),
+    )
+
+
+def _is_file_name(file: Any) -> bool:
+    """Whether it names a safetensors file in the same folder, on any system."""
+    return (
+        isinstance(file, str) and file.endswith(".safetensors") and ".." not in file and not set(file) & set("/\\:\0")
+    )

@@ -84,7 +84,7 @@ class Header:
         text = self.metadata.get(METADATA_KEY)
         if text is None:
             return None
-        document = _parse_json(text, where=f"the metadata of {str(self.path)!r}")
+        document = parse_json(text, where=f"the metadata of {str(self.path)!r}")
         if not isinstance(document, dict):
             raise FormatError("the loraio metadata is not a JSON object", where=f"{str(self.path)!r}")
         return document
@@ -150,7 +150,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise FormatError(f"the header is not UTF-8: {error}", where=where) from error
     if not text.startswith("{"):
         raise FormatError(_not_safetensors(start + raw[:64], length, size), where=where)
-    entries = _parse_json(text, where=f"the header of {where}")
+    entries = parse_json(text, where=f"the header of {where}")
     metadata = _check_metadata(entries.pop("__metadata__", None), where)
     tensors = {name: _check_entry(name, entry, where) for name, entry in entries.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
@@ -182,7 +182,36 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
     return tensors
 
 
-def _parse_json(text: str, *, where: str) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a small JSON file holds, read as strictly as a header: no key twice, no NaN.
+
+    Raises:
+        MissingFileError: there is no such file, or it cannot be read.
+        FormatError: it is not JSON, or longer than `MAX_HEADER_BYTES`.
+    """
+    where = f"{os.fspath(path)!r}"
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_HEADER_BYTES + 1)
+    except FileNotFoundError:
+        raise MissingFileError(f"{where} does not exist") from None
+    except OSError as error:
+        raise MissingFileError(f"{where} cannot be read: {error.strerror or error}") from error
+    if len(raw) > MAX_HEADER_BYTES:
+        raise FormatError(f"longer than {MAX_HEADER_BYTES} bytes", where=where)
+    try:
+        return parse_json(raw.decode("utf-8"), where=where)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"not UTF-8: {error}", where=where) from error
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """What a JSON text says; no key may occur twice, and there is no NaN.
+
+    Raises:
+        FormatError: it is not such a text; ``where`` says whose.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from loraio.adapter import Adapter
+from loraio.adapter import Adapter, BaseReference, Target
 from loraio.container import dtype_code, tensor_bytes
 from loraio.errors import BaseMismatchError, StateError
 from loraio.registry import nearest
+
+PROJECTIONS = 8
+"""Random projections in a `sketch`."""
+
+RESOLUTION = 1e-5
+"""Relative distance below which two sketches are the same: they have six digits."""
+
+SAME = 0.02
+"""Relative distance up to which a cast or rounded weight counts as the same: bfloat16 rounds by 0.002."""
+
+SAME_ORIGIN = 0.5
+"""Relative distance up to which a weight counts as changed, not as another one altogether."""
 
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
 
-    >>> import torch
     >>> tensor_sha256(torch.zeros(2))[:16]
     'af5570f5a1810b7a'
     """
@@ -56,41 +72,138 @@ def state_sha256(state: Mapping[str, Tensor], known: Mapping[str, str] | None = 
     return whole.hexdigest()
 
 
-def check_base(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
+def without_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without the running statistics of its normalisation layers."""
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in _STATISTICS}
+
+
+def base_reference(
+    state: Mapping[str, Tensor], *, network: str | None = None, network_args: Mapping[str, Any] | None = None
+) -> BaseReference:
+    """What an adapter says about the base model that has this state dict."""
+    known = digests(state)
+    parameters = without_statistics(state)
+    return BaseReference(
+        sha256=state_sha256(state, known),
+        network=network,
+        network_args=dict(network_args or {}),
+        sha256_without_statistics=state_sha256(parameters, known) if len(parameters) < len(state) else None,
+    )
+
+
+def sketch(weight: Tensor) -> tuple[float, ...]:
+    """The length of a weight and of `PROJECTIONS` random projections of it, in six significant digits.
+
+    The distance of another weight of the shape can be told from the two sketches. The projections are sums with
+    signs that follow the bits of NumPy's PCG64, seeded with the projection's number, lowest bit first: a stream that
+    does not change between versions and machines.
+
+    Args:
+        weight: any shape, float dtype and device.
+
+    Returns:
+        Euclidean length, then the sums; empty for a weight that holds NaN or infinity.
+
+    >>> len(sketch(torch.ones(4, 3))), sketch(torch.ones(4, 3))[0]
+    (9, 3.4641)
+
+    Johnson and Lindenstrauss 1984, with signs: Achlioptas 2003, Database-friendly random projections.
+    """
+    values = weight.detach().cpu().double().flatten().numpy()
+    if not np.isfinite(values).all():
+        return ()
+    sums = [float(np.linalg.norm(values)), *(float(values @ _signs(k, len(values))) for k in range(PROJECTIONS))]
+    return tuple(float(f"{value:.6g}") for value in sums)
+
+
+def distance(a: Sequence[float], b: Sequence[float]) -> float:
+    """Distance of two weights relative to the length of the first, estimated from their sketches to about a third."""
+    apart = math.sqrt(sum((x - y) ** 2 for x, y in zip(a[1:], b[1:], strict=True)) / PROJECTIONS)
+    return apart / a[0] if a[0] else math.inf if apart else 0.0
+
+
+def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch: bool = False) -> tuple[str, ...]:
     """Refuse a base model that is not the one the adapter was made for.
 
     Every target is looked at before anything is said: present, same shape, same dtype, same bytes. If all targets
     agree, the rest of the network is compared by its digest.
 
+    Args:
+        adapter: the adapter.
+        state: the base model's state dict.
+        allow_mismatch: let values and dtypes differ; names and shapes never may.
+
+    Returns:
+        what differs and was allowed, a line for each; empty when nothing does.
+
     Raises:
-        BaseMismatchError: with a line for each target that differs.
+        BaseMismatchError: with a line for each target that differs, and how.
         StateError: as `digests`.
     """
     found = digests(state)
-    problems = []
+    problems: list[str] = []
+    fits = True
     for name, target in adapter.targets.items():
         weight = state.get(name)
         if weight is None:
+            fits = False
             problems.append(f"{name!r}: the model has no such weight{nearest(name, state)}")
         elif tuple(weight.shape) != target.shape:
+            fits = False
             problems.append(f"{name!r}: the weight is {tuple(weight.shape)}, the adapter was made for {target.shape}")
-        elif dtype_code(weight.dtype) != target.dtype:
+        elif not weight.is_floating_point():
+            fits = False
             problems.append(f"{name!r}: the weight is {weight.dtype}, the adapter was made for {target.dtype}")
-        elif found[name] != target.base_sha256:
-            problems.append(f"{name!r}: other values (sha256 {found[name][:12]}.., not {target.base_sha256[:12]}..)")
+        elif dtype_code(weight.dtype) != target.dtype or found[name] != target.base_sha256:
+            problems.append(f"{name!r}: {_difference(weight, target)}")
     network = f" of network {adapter.base.network!r}" if adapter.base.network else ""
     hint = f"the base{network} with digest {adapter.base.sha256[:12]}.., on which the adapter was trained"
-    if problems:
-        total = len(adapter.targets)
+    if problems and not (fits and allow_mismatch):
         raise BaseMismatchError(
-            f"the adapter does not belong to this base: {len(problems)} of {total} targets differ",
+            f"the adapter does not belong to this base: {len(problems)} of {len(adapter.targets)} targets differ",
             problems=problems,
             hint=hint,
         )
     digest = state_sha256(state, found)
-    if digest != adapter.base.sha256:
-        raise BaseMismatchError(
-            f"the adapter does not belong to this base: its targets are the same, but other tensors of the network "
-            f"differ (digest {digest[:12]}.., not {adapter.base.sha256[:12]}..)",
-            hint=hint,
-        )
+    if problems or digest == adapter.base.sha256:
+        return tuple(problems)
+    rest = f"digest {digest[:12]}.., not {adapter.base.sha256[:12]}.."
+    if state_sha256(without_statistics(state), found) == adapter.base.sha256_without_statistics:
+        line = f"only the running statistics of its normalisation layers differ ({rest})"
+    else:
+        line = f"its targets are the same, but other tensors of the network differ ({rest})"
+    if not allow_mismatch:
+        raise BaseMismatchError(f"the adapter does not belong to this base: {line}", hint=hint)
+    return (line,)
+
+
+def _difference(weight: Tensor, target: Target) -> str:
+    """How a weight of the right shape differs from the one that the adapter was made for."""
+    code = dtype_code(weight.dtype)
+    cast = f"cast to {str(weight.dtype).removeprefix('torch.')}" if code != target.dtype else None
+    if not target.sketch:
+        return f"a weight of dtype {code}, not {target.dtype}" if cast else "other values"
+    found = sketch(weight)
+    if not found:
+        return "other values, with NaN or infinity among them"
+    apart = distance(target.sketch, found)
+    told = f"relative distance {apart:.2g}" if apart >= RESOLUTION else f"relative distance below {RESOLUTION:g}"
+    if cast is None:
+        rounded = [dtype for dtype in _HALF if weight.to(dtype).to(weight.dtype).equal(weight)]
+        cast = f"rounded to {str(rounded[0]).removeprefix('torch.')}" if rounded else None
+    if cast and apart < SAME:
+        return f"same weights {cast} ({told})"
+    if apart < RESOLUTION:
+        return f"other values, though hardly ({told})"
+    other = f"other weights, {cast}" if cast else "other weights" if apart >= SAME_ORIGIN else "changed weights"
+    return f"{other} ({told})"
+
+
+def _signs(number: int, count: int) -> NDArray[np.float64]:
+    words = np.random.PCG64(number).random_raw(-(-count // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
+    return np.asarray(bits * 2.0 - 1.0, dtype=np.float64)
+
+
+_HALF = (torch.bfloat16, torch.float16)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

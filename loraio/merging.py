@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -12,7 +14,13 @@ from loraio.adapter import Adapter, check_strength
 from loraio.identity import check_base
 
 
-def merge(state_dict: Mapping[str, Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, Tensor]:
+def merge(
+    state_dict: Mapping[str, Tensor],
+    adapter: Adapter,
+    strength: float = 1.0,
+    *,
+    allow_base_mismatch: bool = False,
+) -> dict[str, Tensor]:
     """The weights with the adapter folded in for good: W + strength * scale * (B @ A) for every target.
 
     Accumulated in float64 and rounded once to the weight's own dtype: a folded weight is the float nearest to the sum.
@@ -22,6 +30,7 @@ def merge(state_dict: Mapping[str, Tensor], adapter: Adapter, strength: float = 
         state_dict: the base model's, on any device; not changed.
         adapter: from `loraio.load` or `loraio.train`.
         strength: multiplies the adapter's scale.
+        allow_base_mismatch: go on where values or dtypes of the base are others; names and shapes must fit.
 
     Returns:
         a new dict, same names in the same order; targets are new tensors, all others are the tensors passed in.
@@ -32,7 +41,7 @@ def merge(state_dict: Mapping[str, Tensor], adapter: Adapter, strength: float = 
         ConfigError: the strength is not a finite number.
     """
     strength = check_strength(strength)
-    check_base(adapter, state_dict)
+    check_base(adapter, state_dict, allow_mismatch=allow_base_mismatch)
     with torch.no_grad():
         folded = {name: adapter.fold(name, state_dict[name], strength=strength) for name in adapter.targets}
     merged: dict[str, Tensor] = OrderedDict((name, folded.get(name, tensor)) for name, tensor in state_dict.items())
@@ -40,3 +49,54 @@ def merge(state_dict: Mapping[str, Tensor], adapter: Adapter, strength: float = 
     if versions is not None:  # module versions, which load_state_dict looks at
         merged._metadata = versions  # type: ignore[attr-defined]  # as torch does it
     return merged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landing:
+    """What an adapter does to a base model's weights.
+
+    Attributes:
+        targets: how many weights it changes.
+        parameters: how many numbers its factors hold.
+        smallest, median, largest: relative change of a weight, the length of the change over that of the weight, over
+            all targets; infinite where a weight of zeros changes.
+    """
+
+    targets: int
+    parameters: int
+    smallest: float
+    median: float
+    largest: float
+
+    @property
+    def is_noop(self) -> bool:
+        """Whether no weight changes at all: an adapter that learned nothing, or strength 0."""
+        return self.largest == 0
+
+    def __str__(self) -> str:
+        if self.is_noop:
+            return f"landed on {self.targets} targets: a no-op, no weight changes"
+        change = f"{self.smallest:.2g} / {self.median:.2g} / {self.largest:.2g}"
+        return f"landed on {self.targets} targets, {self.parameters:,} parameters; relative change of a weight {change}"
+
+
+def landing(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor], adapter: Adapter) -> Landing:
+    """How much a merge changed the weights of its targets.
+
+    Args:
+        state_dict: the base model's.
+        merged: what `merge` made of it.
+        adapter: the adapter that was merged.
+    """
+    changes = []
+    for name in adapter.targets:
+        base, length = state_dict[name].double(), float(state_dict[name].double().norm())
+        moved = float((merged[name].double() - base).norm())
+        changes.append(moved / length if length else float("inf") if moved else 0.0)
+    return Landing(
+        targets=len(changes),
+        parameters=adapter.parameters,
+        smallest=min(changes),
+        median=median(changes),
+        largest=max(changes),
+    )

@@ -129,6 +129,7 @@ def verify(
     inputs: Tensor | None = None,
     samples: int = 256,
     seed: int = 1,
+    allow_base_mismatch: bool = False,
 ) -> Report:
     """Whether ``merged`` is the base with the adapter folded in, once, at this strength, and nothing else.
 
@@ -141,6 +142,7 @@ def verify(
         inputs: (n, ...) real inputs, float; without them ``samples`` uniform random ones in [0, 1).
         samples: how many random inputs.
         seed: of the random inputs.
+        allow_base_mismatch: as the merge was told.
 
     Returns:
         the report. A merge that is wrong is a report that says so, not an error.
@@ -152,7 +154,7 @@ def verify(
             take the inputs.
         StateError: the model that was given carries an adapter.
     """
-    weights = verify_weights(state_dict, adapter, merged, strength)
+    weights = verify_weights(state_dict, adapter, merged, strength, allow_base_mismatch=allow_base_mismatch)
     network = _network(adapter, model)
     if inputs is None:
         inputs = _random_inputs(network, samples, seed)
@@ -160,12 +162,17 @@ def verify(
         raise ConfigError("no inputs verify nothing")
     outputs = None
     if _fits(state_dict, merged):
-        outputs = _verify_outputs(network, state_dict, adapter, merged, strength, inputs)
+        outputs = _verify_outputs(network, state_dict, adapter, merged, strength, inputs, allow_base_mismatch)
     return Report(weights=weights, outputs=outputs)
 
 
 def verify_weights(
-    state_dict: Mapping[str, Tensor], adapter: Adapter, merged: Mapping[str, Tensor], strength: float = 1.0
+    state_dict: Mapping[str, Tensor],
+    adapter: Adapter,
+    merged: Mapping[str, Tensor],
+    strength: float = 1.0,
+    *,
+    allow_base_mismatch: bool = False,
 ) -> WeightReport:
     """The first half of `verify`, which needs no network.
 
@@ -176,7 +183,7 @@ def verify_weights(
         ConfigError: the strength is not a finite number.
     """
     strength = check_strength(strength)
-    check_base(adapter, state_dict)
+    check_base(adapter, state_dict, allow_mismatch=allow_base_mismatch)
     problems = [f"{name!r} is missing" for name in state_dict if name not in merged]
     problems += [f"{name!r} is not in the base" for name in merged if name not in state_dict]
     worst, wrong, values = 0.0, 0, 0
@@ -264,10 +271,11 @@ def _verify_outputs(
     merged: Mapping[str, Tensor],
     strength: float,
     inputs: Tensor,
+    allow_base_mismatch: bool,
 ) -> OutputReport:
     load_state(network, state_dict)
     base = _forward(network, inputs)
-    with attach(network, adapter, strength):
+    with attach(network, adapter, strength, allow_base_mismatch=allow_base_mismatch):
         attached = _forward(network, inputs)
     load_state(network, merged)
     after = _forward(network, inputs)

@@ -16,7 +16,14 @@ import loraio
 from loraio import container
 from loraio.cli import main
 from loraio.container import METADATA_KEY
-from loraio.formats.native import _BASE_KEYS, _DOCUMENT_KEYS, _TARGET_KEYS, to_document
+from loraio.formats.native import (
+    _BASE_KEYS,
+    _BASE_OPTIONS,
+    _DOCUMENT_KEYS,
+    _TARGET_KEYS,
+    _TARGET_OPTIONS,
+    to_document,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -95,14 +102,16 @@ def test_every_option_of_the_command_line_has_help() -> None:
 
 def test_the_specification_and_the_schema_name_the_keys_of_the_reader() -> None:
     target = SCHEMA["$defs"]["target"]
-    assert set(target["required"]) == set(target["properties"]) == set(_TARGET_KEYS)
+    assert set(target["required"]) == set(_TARGET_KEYS)
+    assert set(target["properties"]) == {*_TARGET_KEYS, *_TARGET_OPTIONS}
+    assert set(SCHEMA["properties"]["base"]["properties"]) == {*_BASE_KEYS, *_BASE_OPTIONS}
     assert set(SCHEMA["required"]) == set(SCHEMA["properties"]) == set(_DOCUMENT_KEYS)
     assert set(SCHEMA["properties"]["base"]["required"]) == set(_BASE_KEYS)
     assert set(target["properties"]["kind"]["enum"]) == set(loraio.kinds.KINDS)
     assert set(target["properties"]["layer"]["enum"]) == set(loraio.layers.LAYER_TYPES)
     assert set(target["properties"]["dtype"]["enum"]) == set(loraio.adapter.FLOAT_DTYPES)
     assert set(target["properties"]["scale_rule"]["enum"]) == set(loraio.adapter.SCALE_RULES)
-    for key in {*_TARGET_KEYS, *_DOCUMENT_KEYS, *_BASE_KEYS, METADATA_KEY}:
+    for key in {*_TARGET_KEYS, *_TARGET_OPTIONS, *_DOCUMENT_KEYS, *_BASE_KEYS, *_BASE_OPTIONS, METADATA_KEY}:
         assert f"`{key}`" in SPEC, key
 
 

@@ -21,7 +21,7 @@ LINES = [
     {"verification"},
     {"attachment", "merging"},
     {"formats", "bases"},
-    {"identity"},
+    {"identity", "networks", "parametrization"},
     {"adapter"},
     {"layers", "kinds"},
     {"lowrank", "container", "registry"},
@@ -34,7 +34,8 @@ ROOMS = {
     "click": {"cli"},
     "rich": {"cli"},
     "safetensors": {"container"},
-    "torchvision": {"bases", "training"},
+    "timm": {"networks"},
+    "torchvision": {"networks", "training"},
     "sklearn": {"training"},
     "PIL": {"training"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
@@ -91,3 +92,21 @@ def test_the_quickstart_runs_from_any_folder_and_a_second_time(tmp_path: Path) -
         assert str(project / "quickstart") in found.stdout
     assert not list(elsewhere.iterdir())
     assert len(list((project / "quickstart/adapters").glob("*.safetensors"))) == 10
+
+
+def test_adapters_go_on_and_off_networks_of_several_families(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["squeezenet1_1", "shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"]
+    words = [word for name in names for word in ("--only", name)]
+    monkeypatch.setattr(sys, "argv", ["torchvision_builders.py", "--json", *words])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "scripts/bench/torchvision_builders.py"), run_name="__main__")
+    found = json.loads(capsys.readouterr().out)
+    assert caught.value.code == 0
+    assert [row["name"] for row in found["networks"]] == names
+    assert found["failed"] == []
+    for row in found["networks"]:
+        assert row["ok"]
+        assert row["max_ulp"] <= 0.5
+        assert row["targets"] > 20

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import loraio
-from loraio.cli import evaluate, inspect, merge, predict, pretrain, train, verify
+from loraio.cli import evaluate, inspect, merge, predict, pretrain, targets, train, verify
 from loraio.errors import LoraioError
 
 INTERRUPTED = 130
@@ -93,6 +93,7 @@ def main(ctx: click.Context, debug: bool) -> None:
 
 for _command in (
     pretrain.pretrain,
+    targets.targets,
     train.train,
     evaluate.evaluate,
     predict.predict,

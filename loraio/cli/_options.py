@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -17,14 +19,25 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 
     Args:
         above: it must be larger than this.
+        least: it must not be smaller than this.
         most: it must not be larger than this.
+        below: it must be smaller than this.
     """
 
     name = "number"
 
-    def __init__(self, *, above: float | None = None, most: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        above: float | None = None,
+        least: float | None = None,
+        most: float | None = None,
+        below: float | None = None,
+    ) -> None:
         self.above = above
+        self.least = least
         self.most = most
+        self.below = below
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
         """An int where the text is one, else a float."""
@@ -33,8 +46,12 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
             self.fail(f"{value!r} is not a finite number", param, ctx)
         if self.above is not None and number <= self.above:
             self.fail(f"{value} is not above {self.above:g}", param, ctx)
+        if self.least is not None and number < self.least:
+            self.fail(f"{value} is below {self.least:g}", param, ctx)
         if self.most is not None and number > self.most:
             self.fail(f"{value} is above {self.most:g}", param, ctx)
+        if self.below is not None and number >= self.below:
+            self.fail(f"{value} is not below {self.below:g}", param, ctx)
         return number
 
     @staticmethod
@@ -78,6 +95,27 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         return words
 
 
+class KeywordOptions(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        """The object; duplicate keys, NaN and infinities are refused."""
+        from loraio.container import parse_json
+        from loraio.errors import FormatError
+
+        if isinstance(value, dict):
+            return value
+        try:
+            parsed = parse_json(str(value), where="the option")
+        except FormatError as error:
+            self.fail(f"{value!r} is not a JSON object: {error.message}", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is not a JSON object such as {json.dumps({'num_classes': 10})}", param, ctx)
+        return parsed
+
+
 def example(line: str) -> str:
     """The end of a command's help: one line that works."""
     return f"\b\nExample:\n  {line}"
@@ -88,6 +126,11 @@ force_option = click.option("--force", is_flag=True, help="Replace an existing o
 strength_option = click.option(
     "--strength", type=Number(), default=1.0, show_default=True, help="Multiplies the adapter's scale."
 )
+mismatch_option = click.option(
+    "--allow-base-mismatch",
+    is_flag=True,
+    help="Go on where the base's values or dtypes are not those the adapter was trained on.",
+)
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), metavar="INTEGER", default=1, show_default=True, help="Random seed."
 )
@@ -97,8 +140,35 @@ batch_size_option = click.option(
 lr_option = click.option(
     "--lr", type=Number(above=0), default=1e-3, show_default=True, help="Adam's learning rate, above 0."
 )
-model_option = click.option(
-    "--model", default=None, metavar="NAME", help="The base's network, where its file does not state it."
+
+
+def _own_code(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Let ``--model package.module:callable`` find modules of the current folder, while the command runs."""
+    here = str(Path.cwd())
+    if value is not None and ":" in value and here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+        ctx.call_on_close(lambda: sys.path.remove(here))
+    return value
+
+
+def network_options(*, default: str | None = None, text: str) -> Callable[[Command], Command]:
+    """``--model`` and ``--model-args``."""
+    model = click.option(
+        "--model", default=default, show_default=default is not None, metavar="NAME", callback=_own_code, help=text
+    )
+    args = click.option(
+        "--model-args",
+        type=KeywordOptions(),
+        default=None,
+        metavar="JSON",
+        help="Keyword options of the network, as a JSON object: '{\"num_classes\": 10}'.",
+    )
+    return lambda command: model(args(command))
+
+
+model_option = network_options(
+    text="The base's network, where its file does not state it: digit-cnn, torchvision:NAME, timm:NAME or "
+    "package.module:callable."
 )
 data_root_option = click.option(
     "--data-root",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from loraio.training.loop import Progress
+    from loraio.training.optimizing import Progress
 
 PIPE_WIDTH = 10_000
 """Columns of a table that does not go to a terminal: no cell of it is ever wrapped."""
@@ -61,6 +61,12 @@ def table(title: str, columns: Sequence[str]) -> Table:
 def note(text: str) -> None:
     """A line on stderr."""
     click.echo(text, err=True)
+
+
+def note_stripped(prefix: str, *, as_json: bool) -> None:
+    """Say what was taken off the names of a base; with ``--json`` the result itself says it."""
+    if prefix and not as_json:
+        note(f"note: names had the prefix {prefix!r}, which was taken off")
 
 
 def size(count: int) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraio.cli import _options, _output
+from loraio.cli import _options, _output, _training
 
 if TYPE_CHECKING:
     from loraio.training.evaluation import Evaluation
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 @click.option(
     "--adapter", "adapters", type=click.Path(), multiple=True, help="An adapter, or a folder of them; may be repeated."
 )
-@_options.dataset_option()
-@_options.data_root_option
+@_training.image_options
 @click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True, help="Which images.")
 @_options.strength_option
 @_options.model_option
@@ -29,26 +28,30 @@ def evaluate(
     base: str,
     adapters: tuple[str, ...],
     dataset: str,
-    data_root: str | None,
     split: str,
     strength: float,
     model: str | None,
+    model_args: dict[str, Any] | None,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Count the wrong answers of BASE and of each adapter on it.
 
     The adapters are swapped on one live model, which is the base again at the end.
     """
     import loraio
+    from loraio.bases import stripped_of
 
     loaded = {name: loraio.load(path) for name, path in _named(_files(adapters)).items()}
-    network = loraio.load_base(base, model=model)
-    images = loraio.load_dataset(dataset, split, root=data_root)
+    network = loraio.load_base(base, model=model, model_args=model_args)
+    stripped = stripped_of(network)
+    _output.note_stripped(stripped, as_json=as_json)
+    images = _training.read_images(network, dataset, split, settings)
     alone, results = loraio.evaluate_each(network, loaded, images, strength=strength)
     own = {name: adapter.training.get("digit") for name, adapter in loaded.items()}
     if as_json:
         rows = {name: result.to_json() for name, result in results.items()}
-        where = {"dataset": dataset, "split": split, "images": len(images)}
+        where = {"dataset": dataset, "split": split, "images": len(images), "stripped": stripped}
         _output.print_json("evaluate", {**where, "base": alone.to_json(), "adapters": rows})
         return
     click.echo(f"{len(images):,} {split} images of {dataset}")

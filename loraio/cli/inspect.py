@@ -60,7 +60,11 @@ def _adapter_facts(header: Header) -> dict[str, Any]:
             }
             for name, target in targets.items()
         },
-        "base": {"network": metadata.base.network, "sha256": metadata.base.sha256},
+        "base": {
+            "network": metadata.base.network,
+            "network_args": dict(metadata.base.network_args),
+            "sha256": metadata.base.sha256,
+        },
         "training": metadata.training,
     }
 
@@ -68,11 +72,12 @@ def _adapter_facts(header: Header) -> dict[str, Any]:
 def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
     import math
 
-    merged, training = document.get("merged"), document.get("training")
+    merged, training, args = (document.get(key) for key in ("merged", "training", "network_args"))
     tensors = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sorted(header.tensors.items())}
     return {
         "type": "base",
         "network": document.get("network"),
+        "network_args": args if isinstance(args, dict) else {},
         "sha256": document.get("sha256"),
         "parameters": sum(math.prod(info.shape) for info in header.tensors.values()),
         "tensors": tensors,

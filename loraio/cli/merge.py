@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import click
 
 from loraio.cli import _options, _output
@@ -12,9 +15,12 @@ from loraio.cli import _options, _output
 @click.argument("adapter", type=click.Path())
 @click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The merged checkpoint to make.")
 @_options.strength_option
+@_options.mismatch_option
 @_options.force_option
 @_options.json_option
-def merge(base: str, adapter: str, output: str, strength: float, force: bool, as_json: bool) -> None:
+def merge(
+    base: str, adapter: str, output: str, strength: float, allow_base_mismatch: bool, force: bool, as_json: bool
+) -> None:
     """Fold ADAPTER into BASE for good.
 
     Each weight becomes W + strength * scale * (B @ A), rounded once. The weights of what was
@@ -22,13 +28,25 @@ def merge(base: str, adapter: str, output: str, strength: float, force: bool, as
     """
     import loraio
 
-    merged = loraio.merge_file(base, adapter, output, strength=strength, overwrite=force)
+    merged = loraio.merge_file(
+        base,
+        adapter,
+        output,
+        strength=strength,
+        overwrite=force,
+        allow_base_mismatch=allow_base_mismatch,
+        allow_noop=force,
+    )
     weights = merged.weights
-    facts = {"folded": weights.folded, "untouched": weights.untouched, "max_ulp": weights.max_ulp}
+    facts: dict[str, Any] = {"folded": weights.folded, "untouched": weights.untouched, "max_ulp": weights.max_ulp}
+    facts |= {"stripped": merged.stripped, "landing": asdict(merged.landing), "base_mismatch": list(merged.mismatch)}
+    _output.note_stripped(merged.stripped, as_json=as_json)
+    for line in () if as_json else merged.mismatch:
+        _output.note(f"note: another base: {line}")
     if as_json:
         _output.print_json("merge", {"file": output, "sha256": merged.sha256, "strength": strength, **facts})
         return
     click.echo(
         f"{output}: {weights.folded} tensors folded, {weights.untouched} left bit-identical;\n"
-        f"the worst weight is {weights.max_ulp:.3g} ulp from the exact sum"
+        f"the worst weight is {weights.max_ulp:.3g} ulp from the exact sum\n{merged.landing}"
     )

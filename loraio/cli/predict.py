@@ -17,7 +17,13 @@ from loraio.cli import _options, _output
 @_options.model_option
 @_options.json_option
 def predict(
-    base: str, images: tuple[str, ...], adapter: str | None, strength: float, model: str | None, as_json: bool
+    base: str,
+    images: tuple[str, ...],
+    adapter: str | None,
+    strength: float,
+    model: str | None,
+    model_args: dict[str, Any] | None,
+    as_json: bool,
 ) -> None:
     """Read the digit in each IMAGE.
 
@@ -26,9 +32,12 @@ def predict(
     import torch
 
     import loraio
+    from loraio.bases import stripped_of
 
     loaded = loraio.load(adapter) if adapter is not None else None
-    network = loraio.load_base(base, model=model)
+    network = loraio.load_base(base, model=model, model_args=model_args)
+    stripped = stripped_of(network)
+    _output.note_stripped(stripped, as_json=as_json)
     pixels = torch.cat([loraio.read_image(image) for image in images])
     if loaded is None:
         outputs = loraio.predict(network, pixels)
@@ -40,7 +49,7 @@ def predict(
         for image, shares in zip(images, outputs.double().softmax(1), strict=True)
     ]
     if as_json:
-        _output.print_json("predict", {"base": base, "adapter": adapter, "predictions": rows})
+        _output.print_json("predict", {"base": base, "stripped": stripped, "adapter": adapter, "predictions": rows})
         return
     for row in rows:
         click.echo(f"{row['image']}: {row['digit']} ({max(row['probabilities']):.1%})")

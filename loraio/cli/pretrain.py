@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from loraio.cli import _options, _output
+from loraio.cli import _options, _output, _training
 
 
 @click.command(epilog=_options.example("loraio pretrain -o base.safetensors --dataset digits --epochs 20"))
 @click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The base checkpoint to make.")
-@click.option("--model", default="digit-cnn", show_default=True, metavar="NAME", help="Network by name.")
-@_options.dataset_option()
-@_options.data_root_option
+@_options.network_options(
+    default="digit-cnn",
+    text="Network by name: digit-cnn, torchvision:NAME, timm:NAME or package.module:callable.",
+)
+@_training.image_options
 @click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Passes over the data set.")
 @_options.batch_size_option
 @_options.lr_option
@@ -23,29 +26,29 @@ from loraio.cli import _options, _output
 def pretrain(
     output: str,
     model: str,
+    model_args: dict[str, Any] | None,
     dataset: str,
-    data_root: str | None,
     epochs: int,
     batch_size: int,
     lr: float,
     seed: int,
     force: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Train a base network with Adam and save it."""
     import loraio
     from loraio import outputs
-    from loraio.bases import NETWORKS
-    from loraio.registry import lookup
-    from loraio.training.loop import base_record
+    from loraio.networks import find_network
+    from loraio.training.records import base_record
 
     outputs.check_output(output, overwrite=force)
-    lookup(NETWORKS, model, what="network")
+    find_network(model, model_args)
     config = loraio.PretrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
-    data = loraio.load_dataset(dataset, "train", root=data_root)
-    held_out = loraio.load_dataset(dataset, "test", root=data_root)
+    fresh = loraio.build_network(model, args=model_args, seed=seed)
+    data, held_out = (_training.read_images(fresh, dataset, split, settings) for split in ("train", "test"))
     with _output.progress(lines=not as_json) as report:
-        network = loraio.pretrain(model, config, data, on_progress=report)
+        network = loraio.pretrain(model, config, data, network_args=model_args, on_progress=report)
     result = loraio.evaluate(network, held_out)
     loraio.save_base(network, output, training=base_record(config, data, held_out, result), overwrite=force)
     parameters, size = sum(parameter.numel() for parameter in network.parameters()), Path(output).stat().st_size

@@ -8,10 +8,16 @@ from typing import Any
 
 import click
 
-from loraio.cli import _options, _output
+from loraio.cli import _options, _output, _training
 
 FILE_NAME = "digit-{}.safetensors"
 """Name of each file that ``--digit all`` makes."""
+
+FILE_OPTIONS = ("log", "tensorboard", "checkpoint", "checkpoint_every", "resume")
+"""What becomes `loraio.RunFiles`."""
+
+IMAGE_OPTIONS = ("data_root", "image_size", "workers", "data_limit")
+"""What `_training.read_images` takes."""
 
 
 @click.command(epilog=_options.example("loraio train base.safetensors --digit 3 -o three.safetensors --dataset digits"))
@@ -20,67 +26,53 @@ FILE_NAME = "digit-{}.safetensors"
     "--digit",
     type=_options.Digit(),
     metavar="N|all",
-    required=True,
-    help="The class to adapt to; all makes one file each.",
+    default=None,
+    help="The class to adapt to, by number; all makes one file each.  [default: fit all classes with one adapter]",
 )
+@click.option("--class", "class_name", metavar="NAME", default=None, help="The class to adapt to, by name.")
 @click.option("-o", "--output", type=click.Path(), required=True, help="The adapter file; with --digit all a folder.")
-@click.option("--rank", type=click.IntRange(min=1), default=4, show_default=True, help="Inner size of the factors, r.")
-@click.option("--alpha", type=_options.Number(above=0), help="Above 0; scale is alpha / r.  [default: the rank]")
-@click.option(
-    "--targets",
-    type=_options.Words(),
-    default="conv",
-    show_default=True,
-    help="Weights to adapt, with commas: conv, linear, all, or globs such as 'conv[12]'.",
-)
-@click.option(
-    "--focus",
-    type=_options.Number(above=0, most=1),
-    default=0.5,
-    show_default=True,
-    help="Share of each batch drawn from the digit, above 0 to 1; 1 teaches to answer it always.",
-)
-@click.option("--steps", type=click.IntRange(min=1), default=None, help="Batches.  [default: one pass over the data]")
-@_options.lr_option
-@click.option(
-    "--schedule",
-    default="constant",
-    show_default=True,
-    metavar="NAME",
-    help="How the learning rate goes down: constant or cosine.",
-)
-@_options.batch_size_option
-@click.option("--init", default="kaiming", show_default=True, metavar="NAME", help="Start of A: kaiming or gaussian.")
-@_options.seed_option
-@_options.dataset_option()
-@_options.data_root_option
+@_training.target_options
+@_training.course_options
+@_training.file_options
+@_training.image_options
 @_options.model_option
 @_options.force_option
 @_options.json_option
 def train(
     base: str,
-    digit: int | str,
+    digit: int | str | None,
+    class_name: str | None,
     output: str,
     dataset: str,
-    data_root: str | None,
     model: str | None,
+    model_args: dict[str, Any] | None,
     force: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Train LoRA factors on a frozen BASE and save them alone."""
     import loraio
+    from loraio.bases import stripped_of
 
-    config = loraio.TrainConfig(**settings)
-    digits = [digit] if isinstance(digit, int) else None
-    _check_outputs(base, output, digits, force=force)
-    network = loraio.load_base(base, model=model)
-    data, held_out = (loraio.load_dataset(dataset, split, root=data_root) for split in ("train", "test"))
-    rows = []
+    if digit is not None and class_name is not None:
+        raise click.UsageError("--digit and --class exclude each other")
+    files = loraio.RunFiles(**{name: settings.pop(name) for name in FILE_OPTIONS}, overwrite=force)
+    images = {name: settings.pop(name) for name in IMAGE_OPTIONS}
+    config = _training.config_of(settings)
+    every = digit == "all"
+    _check_outputs(base, output, every=every, force=force)
+    if not every:
+        files.check(inputs=(base, output))
+    network = loraio.load_base(base, model=model, model_args=model_args)
+    stripped = stripped_of(network)
+    _output.note_stripped(stripped, as_json=as_json)
+    data, held_out = (_training.read_images(network, dataset, split, images) for split in ("train", "test"))
+    chosen = data.class_number(class_name) if class_name is not None else digit if isinstance(digit, int) else None
+    rows: list[dict[str, Any]] = []
 
-    def save(n: int, adapter: loraio.Adapter) -> None:
+    def save(n: int | None, adapter: loraio.Adapter) -> None:
         file = Path(output)
-        if digits is None:
+        if every:
             file.mkdir(exist_ok=True)
             file /= FILE_NAME.format(n)
         loraio.save(adapter, file, overwrite=force)
@@ -89,11 +81,18 @@ def train(
 
     with _output.progress(lines=not as_json) as report:
         adapters = loraio.train_each(
-            network, config, data, digits=digits, held_out=held_out, on_progress=report, on_trained=save
+            network,
+            config,
+            data,
+            digits=None if every else [chosen],
+            held_out=held_out,
+            files=files,
+            on_progress=report,
+            on_trained=save,
         )
     parameters = loraio.parameter_report(network, next(iter(adapters.values())))
     if as_json:
-        _output.print_json("train", {"base": base, "parameters": parameters, "adapters": rows})
+        _output.print_json("train", {"base": base, "stripped": stripped, "parameters": parameters, "adapters": rows})
         return
     _print_rows(rows, f"{len(held_out):,} test images of {dataset}")
     click.echo(
@@ -102,12 +101,12 @@ def train(
     )
 
 
-def _check_outputs(base: str, output: str, digits: list[int] | None, *, force: bool) -> None:
+def _check_outputs(base: str, output: str, *, every: bool, force: bool) -> None:
     """Refuse before the training what could not be written after it."""
     from loraio.errors import OutputError
     from loraio.outputs import check_output
 
-    if digits is not None:
+    if not every:
         check_output(output, overwrite=force, inputs=[base])
     elif Path(output).is_file():
         raise OutputError(f"{output!r} is a file", hint="with --digit all the output is a folder")
@@ -122,10 +121,11 @@ def _check_outputs(base: str, output: str, digits: list[int] | None, *, force: b
 
 def _print_rows(rows: list[dict[str, Any]], images: str) -> None:
     columns = ("", "size", "misread,\nbase", "misread,\nadapter", "accuracy,\nbase", "accuracy,\nadapter")
-    table = _output.table(f"On {images}; misread: those of the adapter's own digit", columns)
+    own = "those of the adapter's own digit" if rows[0]["digit"] is not None else "of all classes"
+    table = _output.table(f"On {images}; misread: {own}", columns)
     for row in rows:
         n, before, after = row["digit"], row["before"], row["after"]
-        wrong = [str(result["wrong"][n]) for result in (before, after)]
+        wrong = [str(sum(result["wrong"]) if n is None else result["wrong"][n]) for result in (before, after)]
         accuracy = [f"{result['accuracy']:.2%}" for result in (before, after)]
         table.add_row(row["file"], _output.size(row["bytes"]), *wrong, *accuracy)
     _output.console().print(table)

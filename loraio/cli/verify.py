@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,7 @@ FAILED = 3
 @click.option("--random", "samples", type=click.IntRange(min=1), default=None, help="Random inputs.  [default: 256]")
 @_options.data_root_option
 @_options.strength_option
+@_options.mismatch_option
 @_options.seed_option
 @_options.model_option
 @_options.json_option
@@ -37,8 +38,10 @@ def verify(
     samples: int | None,
     data_root: str | None,
     strength: float,
+    allow_base_mismatch: bool,
     seed: int,
     model: str | None,
+    model_args: dict[str, Any] | None,
     as_json: bool,
 ) -> None:
     """Check MERGED against BASE and ADAPTER.
@@ -46,25 +49,38 @@ def verify(
     Every weight is checked, and the outputs. Exit code 3 says no.
     """
     import loraio
+    from loraio.bases import fitted, network_for
 
     if dataset is not None and samples is not None:
         raise click.UsageError("--dataset and --random exclude each other")
     before, loaded, after = loraio.read_base(base), loraio.load(adapter), loraio.read_base(merged)
+    before, after = (fitted(checkpoint, loaded.targets) for checkpoint in (before, after))
+    _output.note_stripped(before.stripped, as_json=as_json)
+    if model_args is not None and model is None and before.network is None:
+        raise click.UsageError("--model-args needs --model, since BASE does not name its network")
+    named = model is not None or before.network is not None
     inputs = loraio.load_dataset(dataset, "test", root=data_root).images if dataset is not None else None
     report = loraio.verify(
         before.state,
         loaded,
         after.state,
         strength,
-        model=model or before.network,
+        model=network_for(before, model=model, model_args=model_args) if named else None,
         inputs=inputs,
         samples=samples or 256,
         seed=seed,
+        allow_base_mismatch=allow_base_mismatch,
     )
     if as_json:
         weights = {"ok": report.weights.ok, **asdict(report.weights)}
         outputs = report.outputs and {"ok": report.outputs.ok, **asdict(report.outputs)}
-        facts = {"ok": report.ok, "strength": strength, "weights": weights, "outputs": outputs}
+        facts = {
+            "ok": report.ok,
+            "strength": strength,
+            "stripped": before.stripped,
+            "weights": weights,
+            "outputs": outputs,
+        }
         _output.print_json("verify", facts)
     else:
         _print(report)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from loraio import container
@@ -33,6 +34,9 @@ _TARGET_KEYS: dict[str, type | tuple[type, ...]] = {
     "groups": int,
     "base_sha256": str,
 }
+_TARGET_OPTIONS: dict[str, type | tuple[type, ...]] = {"sketch": list}
+_BASE_OPTIONS: dict[str, type | tuple[type, ...]] = {"network_args": dict, "sha256_without_statistics": str}
+"""Keys that may be missing, and are not written where they would be empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +95,15 @@ def to_document(adapter: Adapter) -> dict[str, Any]:
     targets = {}
     for name, target in adapter.targets.items():
         own = {key: getattr(target, key) for key in _TARGET_KEYS} | {"shape": list(target.shape)}
-        targets[name] = _with_extra(own, target.extra)
+        if target.sketch:
+            own["sketch"] = list(target.sketch)
+        targets[name] = _with_extra(own, target.extra, _TARGET_OPTIONS)
     base = {"network": adapter.base.network, "sha256": adapter.base.sha256}
+    base |= {key: value for key in _BASE_OPTIONS if (value := getattr(adapter.base, key))}
     own = {
         "format_version": FORMAT_VERSION,
         "targets": targets,
-        "base": _with_extra(base, adapter.base.extra),
+        "base": _with_extra(base, adapter.base.extra, _BASE_OPTIONS),
         "training": dict(adapter.training),
     }
     return _with_extra(own, adapter.extra)
@@ -122,17 +129,18 @@ def read_metadata(header: Header) -> NativeMetadata:
             hint="a newer loraio" if isinstance(version, int) and version > FORMAT_VERSION else None,
         )
     _check_keys(document, _DOCUMENT_KEYS, "the metadata", where)
-    _check_keys(document["base"], _BASE_KEYS, "'base'", where)
+    _check_keys(document["base"], _BASE_KEYS, "'base'", where, _BASE_OPTIONS)
     targets: dict[str, Target] = {}
     try:
         for name, entry in sorted(document["targets"].items()):
-            _check_keys(entry, _TARGET_KEYS, f"target {name!r}", where)
+            _check_keys(entry, _TARGET_KEYS, f"target {name!r}", where, _TARGET_OPTIONS)
             known = {key: entry[key] for key in _TARGET_KEYS} | {"shape": tuple(entry["shape"])}
-            targets[name] = Target(**known, extra=_others(entry, _TARGET_KEYS))
+            extra = _others(entry, _TARGET_KEYS | _TARGET_OPTIONS)
+            targets[name] = Target(**known, sketch=tuple(entry.get("sketch", ())), extra=extra)
         check_factors(targets, {name: info.shape for name, info in header.tensors.items()})
-        base = BaseReference(
-            **{key: document["base"][key] for key in _BASE_KEYS}, extra=_others(document["base"], _BASE_KEYS)
-        )
+        found = document["base"]
+        known = {key: found[key] for key in _BASE_KEYS | _BASE_OPTIONS if key in found}
+        base = BaseReference(**known, extra=_others(found, _BASE_KEYS | _BASE_OPTIONS))
     except FormatError:
         raise
     except LoraioError as error:
@@ -145,18 +153,26 @@ def read_metadata(header: Header) -> NativeMetadata:
     )
 
 
-def _check_keys(entry: Any, keys: Mapping[str, type | tuple[type, ...]], what: str, where: str) -> None:
+def _check_keys(
+    entry: Any,
+    keys: dict[str, type | tuple[type, ...]],
+    what: str,
+    where: str,
+    options: Mapping[str, type | tuple[type, ...]] = MappingProxyType({}),
+) -> None:
     if not isinstance(entry, dict):
         raise FormatError(f"{what} is not a JSON object", where=where)
-    for key, types in keys.items():
+    for key, types in (keys | dict(options)).items():
+        if key not in entry and key in options:
+            continue
         if key not in entry:
             raise FormatError(f"{what} has no {key!r}", where=where)
         if not isinstance(entry[key], types) or isinstance(entry[key], bool):
             raise FormatError(f"{what} has {key!r}: {entry[key]!r}, of a wrong type", where=where)
 
 
-def _with_extra(own: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    clash = sorted(own.keys() & extra.keys())
+def _with_extra(own: dict[str, Any], extra: Mapping[str, Any], options: Iterable[str] = ()) -> dict[str, Any]:
+    clash = sorted({*own, *options} & extra.keys())
     if clash:
         raise AdapterError(f"extra holds {', '.join(map(repr, clash))}, which this version knows itself")
     return own | dict(extra)

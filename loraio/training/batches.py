@@ -79,6 +79,30 @@ def focused_batches(
     return rows
 
 
+def stratified_split(labels: Tensor, share: float, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Every class divided in the same proportion, at random.
+
+    Args:
+        labels: (n,), int64.
+        share: of each class that goes to the second part, above 0 to below 1; rounded to whole images, halves up. Of
+            a class with two images or more each part gets one at least; a single image stays in the first.
+        generator: on the CPU.
+
+    Returns:
+        two int64 index tensors in rising order: the larger part and the share.
+
+    >>> kept, held = stratified_split(torch.arange(3).repeat(10), 0.2, generator=torch.Generator())
+    >>> len(kept), torch.arange(3).repeat(10)[held].bincount().tolist()
+    (24, [2, 2, 2])
+    """
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        pool = torch.nonzero(labels == label).flatten()
+        count = min(max(1, int(len(pool) * share + 0.5)), len(pool) - 1)
+        held[pool[torch.randperm(len(pool), generator=generator)[:count]]] = True
+    return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
+
+
 def _in_turn(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` members of the pool: whole random orders of it, one after another, the last one cut."""
     rounds = -(-count // len(pool))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from loraio.adapter import SCALE_RULES
@@ -25,64 +26,141 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 Hutter 2017, SGDR, arXiv:1608.03983, without restarts)."""
 
 
+AMP = ("bf16", "fp16")
+"""Number formats of mixed precision."""
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """How an adapter is trained.
 
     Attributes:
-        digit: the class to adapt to; None draws all classes as they come.
+        digit: the class to adapt to, by number; None draws all classes as they come.
         rank: r of every target, at least 1.
         alpha: scale is alpha / r; None takes the rank, so that the scale is 1.
-        targets: words (conv, linear, all) and globs that select weights.
+        rank_pattern: other ranks for some targets: a pattern as in ``targets`` to a rank. The last that matches wins.
+        alpha_pattern: other alphas for some targets, likewise.
+        clamp_rank: use the largest rank that a weight allows where ``rank`` is more; alpha stays as it is given.
+        targets: words (conv, linear, all), class names, globs and ``re:`` expressions that select weights.
+        exclude: patterns of the same kind; what they match is left as it is.
         focus: share of each batch drawn from the digit, above 0 to 1; the rest is drawn evenly from the others. At 1
             the adapter learns to answer the digit always.
         steps: optimizer steps; None for one pass over as many images as the data set has.
         lr: Adam's learning rate, at its highest.
         schedule: how it goes down over the run, a name in `SCHEDULES`.
+        warmup: steps at the start in which the learning rate rises from nearly 0; the schedule goes over the rest.
+        weight_decay: AdamW's, decoupled, on all factors with two dimensions or more; 0 is plain Adam.
+        lora_plus: learning rate of lora_B as a multiple of that of the rest (Hayou et al. 2024, LoRA+,
+            arXiv:2402.12354).
+        clip_norm: largest norm of all gradients together; larger ones are scaled down to it. None leaves them.
         batch_size: images in a batch.
+        accumulate: batches for one optimizer step; their gradients are averaged.
+        val_share: share of the images of each class that is held out from the batches for validation, 0 to below 1.
+        val_every: steps between two validations; there is one after the last step too.
+        patience: validations in a row without a smaller loss after which the run stops; the factors of the smallest
+            loss are kept, whenever the run ends. None goes to the end and keeps what is there then.
+        amp: mixed precision, a name in `AMP`; fp16 is for CUDA only. None computes in the model's own dtype.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one; None trains where the model is.
+        compile: train through torch.compile.
         init: start distribution of lora_A, a name in `loraio.kinds.lora.INITS`.
-        seed: of the factors and of the batches.
+        seed: of the factors, the batches and the validation images.
         kind: adapter kind, a name in `loraio.kinds.KINDS`.
         scale_rule: "alpha/r", or "alpha/sqrt(r)" for rank-stabilised LoRA.
 
     Raises:
-        ConfigError: a value is out of range.
-        UnknownNameError: no such init, kind or scale rule.
+        ConfigError: a value is out of range, or two exclude each other.
+        UnknownNameError: no such init, kind, schedule or scale rule.
     """
 
     digit: int | None = None
     rank: int = 4
     alpha: int | float | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, int | float] = field(default_factory=dict, hash=False)
+    clamp_rank: bool = False
     targets: tuple[str, ...] = ("conv",)
+    exclude: tuple[str, ...] = ()
     focus: float = 0.5
     steps: int | None = None
     lr: float = 1e-3
     schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: int | float = 0
+    lora_plus: int | float = 1
+    clip_norm: int | float | None = None
     batch_size: int = 64
+    accumulate: int = 1
+    val_share: int | float = 0
+    val_every: int = 100
+    patience: int | None = None
+    amp: str | None = None
+    device: str | None = None
+    compile: bool = False
     init: str = "kaiming"
     seed: int = 1
     kind: str = "lora"
     scale_rule: str = "alpha/r"
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, str) or not self.targets:  # a string would fall apart into its letters
-            raise ConfigError(f"targets is {self.targets!r}, it must be a tuple of words and globs")
-        object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("targets", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, str) or (name == "targets" and not value):  # a string would fall apart into letters
+                raise ConfigError(f"{name} is {value!r}, it must be a tuple of words and globs")
+            object.__setattr__(self, name, tuple(value))
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", check_positive)):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+            for pattern, value in getattr(self, name).items():
+                check(**{f"{name}[{pattern!r}]": value})
         if self.digit is not None:
             check_at_least(0, digit=self.digit)
         check_at_least(1, rank=self.rank, batch_size=self.batch_size)
+        check_at_least(1, accumulate=self.accumulate, val_every=self.val_every)
+        check_at_least(0, warmup=self.warmup)
         check_seed(self.seed)
-        if self.steps is not None:
-            check_at_least(1, steps=self.steps)
-        if self.alpha is not None:
-            check_positive(alpha=self.alpha)
-        check_positive(focus=self.focus, lr=self.lr)
+        for name in ("steps", "patience"):
+            if getattr(self, name) is not None:
+                check_at_least(1, **{name: getattr(self, name)})
+        for name in ("alpha", "clip_norm"):
+            if getattr(self, name) is not None:
+                check_positive(**{name: getattr(self, name)})
+        check_positive(focus=self.focus, lr=self.lr, lora_plus=self.lora_plus)
         if self.focus > 1:
             raise ConfigError(f"focus is {self.focus!r}, it must be above 0 and at most 1")
+        for name in ("weight_decay", "val_share"):
+            if getattr(self, name) != 0 or isinstance(getattr(self, name), bool):
+                check_positive(**{name: getattr(self, name)})
+        if self.val_share >= 1:
+            raise ConfigError(f"val_share is {self.val_share!r}, it must be at least 0 and below 1")
+        if self.patience is not None and not self.val_share:
+            raise ConfigError("patience needs validation images", hint="--val-share 0.1, for example")
+        for name in ("clamp_rank", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, it must be True or False")
+        if self.device is not None and not (isinstance(self.device, str) and _DEVICE.fullmatch(self.device)):
+            raise ConfigError(f"device is {self.device!r}, it must be cpu, cuda, cuda:N or auto")
+        if self.amp is not None:
+            lookup(dict.fromkeys(AMP), self.amp, what="mixed precision")
         lookup(SCHEDULES, self.schedule, what="schedule")
         lookup(INITS, self.init, what="initialisation")
         lookup(KINDS, self.kind, what="adapter kind")
         lookup(SCALE_RULES, self.scale_rule, what="scale rule")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What a file records beside digit, steps, seed, and what stands with each target; plain JSON values.
+
+        What came later is left out where it is at its default, so that files stay small and as they were.
+        """
+        always = ("init", "focus", "lr", "schedule", "batch_size", "targets")
+        elsewhere = ("digit", "steps", "seed", "rank", "alpha", "kind", "scale_rule")
+        default = TrainConfig()
+        found: dict[str, Any] = {"optimizer": "adamw" if self.weight_decay else "adam"}
+        for name in (entry.name for entry in fields(self) if entry.name not in elsewhere):
+            value = getattr(self, name)
+            if name in always or value != getattr(default, name):
+                found[name] = list(value) if isinstance(value, tuple) else value
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +197,10 @@ def check_at_least(least: int, **settings: Any) -> None:
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} is {value!r}, it must be a whole number of at least {least}")
+
+
+def _check_rank(**settings: Any) -> None:
+    check_at_least(1, **settings)
 
 
 def check_positive(**settings: Any) -> None:

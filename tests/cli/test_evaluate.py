@@ -31,7 +31,7 @@ def test_json_is_the_contract(
 ) -> None:
     adapters = ("--adapter", files / "three.safetensors", "--adapter", files / "seven.safetensors")
     found = run_json("evaluate", files / "base.safetensors", *adapters, *DIGITS)
-    assert found.keys() == {"schema", "dataset", "split", "images", "base", "adapters"}
+    assert found.keys() == {"schema", "dataset", "split", "images", "stripped", "base", "adapters"}
     assert (found["dataset"], found["split"], found["images"]) == ("digits", "test", 899)
     assert list(found["adapters"]) == ["three", "seven"]
     for result in (found["base"], *found["adapters"].values()):

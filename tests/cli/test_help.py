@@ -21,12 +21,12 @@ from click.testing import Result
 import loraio
 from loraio.cli import INTERRUPTED, _options, _output, inspect, main
 from loraio.training import config
-from loraio.training.loop import Progress
+from loraio.training.optimizing import Progress
 
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
 
-COMMANDS = ["evaluate", "inspect", "merge", "predict", "pretrain", "train", "verify"]
+COMMANDS = ["evaluate", "inspect", "merge", "predict", "pretrain", "targets", "train", "verify"]
 
 PROBE = """
 import sys

@@ -40,7 +40,7 @@ def test_json_holds_the_probabilities_of_the_network(
 ) -> None:
     pixels = torch.cat([loraio.read_image(image) for image in images])
     alone = run_json("predict", files / "base.safetensors", *images)
-    assert alone.keys() == {"schema", "base", "adapter", "predictions"}
+    assert alone.keys() == {"schema", "base", "stripped", "adapter", "predictions"}
     assert alone["adapter"] is None
     words = ("predict", files / "base.safetensors", *images, "--adapter", files / "three.safetensors")
     adapted, half = run_json(*words), run_json(*words, "--strength", 0.5)

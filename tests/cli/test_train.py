@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from PIL import Image
 from torch import nn
 
 import loraio
@@ -48,7 +49,7 @@ def test_the_adapter_is_written_and_its_results_are_printed(run: Run, files: Pat
 def test_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: Path) -> None:
     path = tmp_path / "five.safetensors"
     found = run_json("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, "--rank", 1)
-    assert found.keys() == {"schema", "base", "parameters", "adapters"}
+    assert found.keys() == {"schema", "base", "stripped", "parameters", "adapters"}
     assert found["parameters"] == {"adapted": 92_672, "added": 1_097, "percent": pytest.approx(1.1837, abs=1e-4)}
     (row,) = found["adapters"]
     assert row.keys() == {"file", "digit", "bytes", "before", "after"}
@@ -222,3 +223,100 @@ def test_a_run_that_learned_nothing_writes_nothing(run_json: RunJson, files: Pat
 def test_an_adapter_where_the_base_belongs_is_refused(run: Run, files: Path, tmp_path: Path) -> None:
     words = ("train", files / "three.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", *BASICS)
     assert "is an adapter, not a base model" in run(*words, code=1).stderr
+
+
+def test_every_option_of_the_course_arrives_in_the_file(run: Run, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "five.safetensors"
+    options: dict[str, object] = {
+        "exclude": "conv1", "kind": "dora", "scale-rule": "alpha/sqrt(r)", "warmup": 1, "weight-decay": 0.01,
+        "lora-plus": 4, "clip-norm": 1.5, "accumulate": 2, "val-share": 0.1, "val-every": 2, "patience": 5,
+        "amp": "bf16", "device": "cpu",
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in options.items()]
+    ranks = ("--rank", 3, "--rank", "conv2=2", "--alpha", 6, "--alpha", "conv3=1.5", "--clamp-rank")
+    run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, *words, *ranks)
+    adapter = loraio.load(path)
+    found = {
+        name: (target.rank, target.alpha, target.kind, target.scale_rule) for name, target in adapter.targets.items()
+    }
+    assert found == {
+        "conv2.weight": (2, 6, "dora", "alpha/sqrt(r)"), "conv3.weight": (3, 1.5, "dora", "alpha/sqrt(r)"),
+    }  # fmt: skip
+    expected = {name.replace("-", "_"): value for name, value in options.items() if name not in ("kind", "scale-rule")}
+    expected |= {"exclude": ["conv1"], "rank_pattern": {"conv2": 2}, "alpha_pattern": {"conv3": 1.5}}
+    expected |= {"clamp_rank": True, "optimizer": "adamw"}
+    assert {key: adapter.training["hyperparameters"][key] for key in expected} == expected
+    assert adapter.training["validation"]["images"] == 90
+
+
+def test_without_a_digit_all_classes_are_fitted(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "all.safetensors"
+    found = run_json("train", files / "base.safetensors", "-o", path, *BASICS)
+    (row,) = found["adapters"]
+    assert row["digit"] is None
+    assert loraio.load(path).training["digit"] is None
+    out = run("train", files / "base.safetensors", "-o", path, *BASICS, "--force").stdout
+    assert "misread: of all classes" in out
+    assert f" {sum(row['after']['wrong'])} " in out
+
+
+def test_a_class_can_be_named(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    words = ("train", files / "base.safetensors", *BASICS, "-o")
+    run(*words, tmp_path / "number.safetensors", "--digit", 5)
+    run(*words, tmp_path / "name.safetensors", "--class", "5")
+    assert (tmp_path / "number.safetensors").read_bytes() == (tmp_path / "name.safetensors").read_bytes()
+    assert "no class 'five'" in run(*words, tmp_path / "x.safetensors", "--class", "five", code=1).stderr
+    both = run_json(*words, tmp_path / "x.safetensors", "--digit", 5, "--class", "5", code=2)
+    assert "exclude each other" in both["message"]
+
+
+def test_an_image_folder_trains_and_is_evaluated(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    digits = loraio.load_dataset("digits", "train")
+    for n, (image, label) in enumerate(zip(digits.images[:120], digits.labels[:120].tolist(), strict=True)):
+        folder = tmp_path / "images" / f"number {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (image[0] * 255).round().byte().numpy()
+        Image.fromarray(pixels).resize((56, 56)).save(folder / f"{n}.png")
+    data = ("--dataset", f"imagefolder:{tmp_path / 'images'}")
+    path = tmp_path / "three.safetensors"
+    words = (*data, "--class", "number 3", "--steps", 20, "--batch-size", 16, "-o", path)
+    (row,) = run_json("train", files / "base.safetensors", *words)["adapters"]
+    adapter = loraio.load(path)
+    assert (adapter.training["digit"], adapter.training["class"]) == (3, "number 3")
+    assert row["after"]["wrong"][3] <= row["before"]["wrong"][3]
+    found = run_json("evaluate", files / "base.safetensors", "--adapter", path, *data)
+    assert found["adapters"]["three"] == row["after"]
+    assert (
+        "bytes of memory"
+        in run("train", files / "base.safetensors", *words, "--force", "--data-limit", 1e-6, code=1).stderr
+    )
+
+
+def test_log_and_side_file_are_written_and_a_finished_run_resumes(run: Run, files: Path, tmp_path: Path) -> None:
+    path, side, log = (tmp_path / name for name in ("a.safetensors", "side.pt", "log.csv"))
+    words = ("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, "--checkpoint", side, "--log", log)
+    run(*words)
+    whole = path.read_bytes()
+    assert len(log.read_text().splitlines()) == 4
+    path.unlink()
+    assert "side.pt" in run(*words, code=1).stderr or "log.csv" in run(*words, code=1).stderr
+    run(*words, "--resume")
+    assert path.read_bytes() == whole
+    path.unlink()
+    error = run(*words, "--resume", "--lr", 0.5, code=1).stderr
+    assert "lr is 0.5, there it was 0.001" in error
+    side.unlink()
+    assert "does not exist" in run(*words, "--resume", code=1).stderr
+    assert "nothing to resume from" in run(*words[:-4], "--resume", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--warmup=-1", "--weight-decay=-1", "--lora-plus=0", "--clip-norm=0", "--accumulate=0", "--val-share=1",
+     "--val-every=0", "--patience=0", "--amp=fp8", "--checkpoint-every=0", "--workers=-1", "--data-limit=0"],
+)  # fmt: skip
+def test_a_setting_of_the_course_out_of_range_is_a_usage_error(
+    run_json: RunJson, files: Path, tmp_path: Path, option: str
+) -> None:
+    words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", option)
+    assert option.partition("=")[0] in run_json(*words, code=2)["message"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,16 @@ from torch import nn
 
 import loraio
 from loraio import container
-from loraio.bases import NETWORKS
-from loraio.errors import BaseMismatchError, FormatError, MissingFileError, OutputExistsError, UnknownNameError
+from loraio.bases import INDEX_SUFFIX, fitted, stripped_of
+from loraio.errors import (
+    BaseMismatchError,
+    ConfigError,
+    FormatError,
+    MissingFileError,
+    OutputExistsError,
+    UnknownNameError,
+)
+from loraio.networks import NETWORKS, network_args_of
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -196,3 +207,286 @@ def test_metadata_that_is_not_json_is_refused(base: nn.Module, tmp_path: Path) -
     with pytest.raises(FormatError, match="not plain JSON"):
         loraio.save_base(base, tmp_path / "base.safetensors", training={"loss": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_remembers_the_options_of_its_network(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    args = {"num_classes": 5}
+    loraio.save_base(loraio.build_network("torchvision:squeezenet1_1", args=args, seed=3), path)
+    checkpoint = loraio.read_base(path)
+    assert (checkpoint.network, checkpoint.network_args) == ("torchvision:squeezenet1_1", args)
+    model = loraio.load_base(path)
+    assert network_args_of(model) == args
+    assert model.state_dict()["classifier.1.bias"].shape == (5,)
+    with pytest.raises(BaseMismatchError, match="the network has \\(6"):
+        loraio.load_base(path, model_args={"num_classes": 6})
+    with pytest.raises(BaseMismatchError):  # the file's options are those of the file's network
+        loraio.load_base(path, model="digit-cnn")
+
+
+def test_a_base_without_options_has_no_key_for_them(trained_base: nn.Module, tmp_path: Path) -> None:
+    loraio.save_base(trained_base, tmp_path / "base.safetensors")
+    assert "network_args" not in loraio.read_base(tmp_path / "base.safetensors").document
+    path = tmp_path / "wrong.safetensors"
+    container.write({"a": torch.zeros(1)}, path, document={"format_version": 1, "network_args": [1]})
+    with pytest.raises(FormatError, match=r"the network's options are \[1\]"):
+        loraio.read_base(path)
+
+
+def test_a_file_alone_never_makes_code_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_trap.py").write_text(
+        "from torch import nn\n\nran = []\n\n\n"
+        "def make(bias=True):\n    ran.append(1)\n    return nn.Linear(2, 2, bias=bias)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_trap", raising=False)
+    path = tmp_path / "base.safetensors"
+    document = {"format_version": 1, "network": "own_trap:make", "network_args": {"bias": False}}
+    container.write({"weight": torch.ones(2, 2)}, path, document=document)
+    with pytest.raises(ConfigError, match="does not get to run") as caught:
+        loraio.load_base(path)
+    assert "--model own_trap:make" in str(caught.value)
+    assert "own_trap" not in sys.modules
+    model = loraio.load_base(path, model="own_trap:make")
+    assert network_args_of(model) == {"bias": False}
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=1, targets=("all",)))
+    state, ran = model.state_dict(), len(sys.modules["own_trap"].ran)
+    with pytest.raises(ConfigError, match="does not get to run"):
+        loraio.verify(state, adapter, state, inputs=torch.ones(1, 2))
+    assert len(sys.modules["own_trap"].ran) == ran
+    assert loraio.verify(state, adapter, state, model="own_trap:make", inputs=torch.ones(1, 2)).ok
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module._orig_mod."])
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_prefix_of_all_names_is_taken_off(base: nn.Module, tmp_path: Path, prefix: str, ending: str) -> None:
+    path = tmp_path / f"base.{ending}"
+    state = base.state_dict()
+    write_state({prefix + name: tensor for name, tensor in state.items()}, path)
+    checkpoint = loraio.read_base(path)
+    assert checkpoint.stripped == prefix
+    assert checkpoint.state.keys() == state.keys()
+    model = loraio.load_base(path, model="digit-cnn")
+    assert stripped_of(model) == prefix
+    assert all(model.state_dict()[name].equal(state[name]) for name in state)
+
+
+def test_a_prefix_of_some_names_stays(tmp_path: Path) -> None:
+    path = tmp_path / "base.pt"
+    write_state({"module.a": torch.zeros(1), "b": torch.zeros(1)}, path)
+    checkpoint = loraio.read_base(path)
+    assert (checkpoint.stripped, list(checkpoint.state)) == ("", ["module.a", "b"])
+    write_state({"module.": torch.zeros(1)}, path)
+    assert list(loraio.read_base(path).state) == ["module."]
+
+
+def test_names_of_our_own_files_are_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    loraio.bases.write_base({"model.a": torch.zeros(1)}, path, network=None)
+    assert loraio.read_base(path).stripped == ""
+
+
+WRAPPER = """
+from torch import nn
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(1, 2, 3))
+
+    def forward(self, x):
+        return self.model(x)
+"""
+
+
+def test_what_looks_like_a_prefix_stays_where_the_network_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_wrapper.py").write_text(WRAPPER)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "base.pt"
+    network = loraio.build_network("own_wrapper:Wrapper", seed=1)
+    write_state({f"module.{name}": tensor for name, tensor in network.state_dict().items()}, path)
+    assert loraio.read_base(path).stripped == "module.model."
+    model = loraio.load_base(path, model="own_wrapper:Wrapper")
+    assert stripped_of(model) == "module."
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=1))
+    noisy = {name: torch.ones_like(tensor) for name, tensor in adapter.factors.items()}
+    adapter = loraio.Adapter(targets=adapter.targets, factors=noisy, base=adapter.base)
+    loraio.save(adapter, tmp_path / "adapter.safetensors")
+    merged = loraio.merge_file(path, tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors")
+    assert merged.stripped == "module."
+    assert loraio.read_base(merged.path).state.keys() == model.state_dict().keys()
+    checkpoint = loraio.read_base(path)
+    assert fitted(checkpoint, ["nowhere"]) is checkpoint
+
+
+def test_merging_onto_a_prefixed_base_writes_the_names_without_it(
+    files: Path, trained_base: nn.Module, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "base.pt", tmp_path / "merged.safetensors"
+    write_state({f"module.{name}": tensor for name, tensor in trained_base.state_dict().items()}, path)
+    merged = loraio.merge_file(path, files / "three.safetensors", output)
+    assert merged.stripped == "module."
+    found, expected = loraio.read_base(output), loraio.read_base(files / "merged.safetensors")
+    assert found.network == "digit-cnn"
+    assert found.document["sha256"] == expected.document["sha256"]
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_the_state_dict_is_found_inside_a_training_checkpoint(base: nn.Module, tmp_path: Path, key: str) -> None:
+    path = tmp_path / "checkpoint.pth"
+    torch.save({key: base.state_dict(), "epoch": 3, "optimizer": {"state": {}}}, path)
+    assert loraio.read_base(path).state.keys() == base.state_dict().keys()
+
+
+def write_state(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A plain state dict from elsewhere."""
+    if path.suffix == ".pt":
+        torch.save(dict(state), path)
+    else:
+        save_file(dict(state), path)
+
+
+def write_parts(state: Mapping[str, torch.Tensor], folder: Path, **places: Any) -> Path:
+    """A checkpoint in two files; ``places`` replaces entries of the index."""
+    names = list(state)
+    parts = {"a-1-of-2.safetensors": names[:3], "a-2-of-2.safetensors": names[3:]}
+    folder.mkdir(exist_ok=True)
+    for file, inside in parts.items():
+        save_file({name: state[name] for name in inside}, folder / file)
+    index = folder / f"a{INDEX_SUFFIX}"
+    mapping = {name: file for file, inside in parts.items() for name in inside} | places
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": mapping}))
+    return index
+
+
+def test_a_parted_checkpoint_is_read_by_its_index_or_its_folder(
+    files: Path, trained_base: nn.Module, tmp_path: Path
+) -> None:
+    state = trained_base.state_dict()
+    index = write_parts({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "parts")
+    for path in (index, index.parent):
+        checkpoint = loraio.read_base(path)
+        assert checkpoint.path == index
+        assert [part.name for part in checkpoint.parts] == ["a-1-of-2.safetensors", "a-2-of-2.safetensors"]
+        assert list(checkpoint.state) == list(state)
+        model = loraio.load_base(path, model="digit-cnn")
+        assert stripped_of(model) == "module."
+        assert all(model.state_dict()[name].equal(state[name]) for name in state)
+        merged = loraio.merge_file(path, files / "three.safetensors", tmp_path / "merged.safetensors", overwrite=True)
+        expected = loraio.read_base(files / "merged.safetensors")
+        assert merged.sha256 == expected.document["sha256"]
+    with pytest.raises(OutputExistsError, match="is also an input"):
+        loraio.merge_file(index, files / "three.safetensors", index.parent / "a-1-of-2.safetensors", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../a.safetensors", "..", "sub/a.safetensors", "sub\\a.safetensors", "/etc/a.safetensors", "C:a.safetensors",
+        "a.bin", "", ".", None, 3, ["a.safetensors"], "a\0.safetensors",
+    ],
+)  # fmt: skip
+def test_a_part_outside_of_the_folder_is_refused(base: nn.Module, tmp_path: Path, file: Any) -> None:
+    index = write_parts(base.state_dict(), tmp_path / "parts", **{"fc.bias": file})
+    with pytest.raises(FormatError, match="parts must be plain names") as caught:
+        loraio.read_base(index)
+    assert caught.value.problems == (f"'fc.bias' is in {file!r}",)
+    assert str(index) in str(caught.value)
+
+
+def test_index_and_parts_that_contradict_each_other_are_refused_with_every_line(
+    base: nn.Module, tmp_path: Path
+) -> None:
+    state = base.state_dict()
+    places = {"fc.bias": "a-1-of-2.safetensors", "nowhere": "a-2-of-2.safetensors"}
+    index = write_parts(state, tmp_path / "parts", **places)
+    with pytest.raises(FormatError, match="do not belong together") as caught:
+        loraio.read_base(index)
+    assert set(caught.value.problems) == {
+        "'fc.bias' is not in 'a-1-of-2.safetensors', but in 'a-2-of-2.safetensors'",
+        "'nowhere' is not in 'a-2-of-2.safetensors'",
+    }
+    index = write_parts(state, tmp_path / "twice")
+    part = index.parent / "a-2-of-2.safetensors"
+    names = ["conv1.weight", *list(state)[3:]]
+    save_file({name: state[name] for name in names} | {"stray": torch.zeros(1)}, part)
+    with pytest.raises(FormatError) as caught:
+        loraio.read_base(index)
+    assert set(caught.value.problems) == {
+        "'conv1.weight' is in 2 files: a-1-of-2.safetensors, a-2-of-2.safetensors",
+        "'stray' in 'a-2-of-2.safetensors' is not in the index",
+    }
+    part.unlink()
+    with pytest.raises(MissingFileError, match=r"a-2-of-2\.safetensors' does not exist"):
+        loraio.read_base(index)
+    part.write_bytes(b"junk")
+    with pytest.raises(FormatError, match=r"'a-2-of-2\.safetensors': 4 bytes are too few"):
+        loraio.read_base(index)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "has no 'weight_map'"),
+        ('{"weight_map": {}}', "has no 'weight_map'"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' occurs twice"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    index = tmp_path / f"a{INDEX_SUFFIX}"
+    index.write_text(text)
+    with pytest.raises(FormatError, match=message):
+        loraio.read_base(index)
+    index.write_bytes(b"\xff")
+    with pytest.raises(FormatError, match="not UTF-8"):
+        loraio.read_base(index)
+
+
+def test_a_folder_needs_exactly_one_index(base: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="holds no index"):
+        loraio.read_base(tmp_path)
+    with pytest.raises(MissingFileError, match="does not exist"):
+        loraio.read_base(tmp_path / f"a{INDEX_SUFFIX}")
+    index = write_parts(base.state_dict(), tmp_path)
+    (tmp_path / f"b{INDEX_SUFFIX}").write_bytes(index.read_bytes())
+    with pytest.raises(FormatError, match="holds 2 indexes"):
+        loraio.read_base(tmp_path)
+
+
+def test_random_inputs_have_the_shape_that_the_network_takes() -> None:
+    model = loraio.build_network("torchvision:squeezenet1_1", args={"num_classes": 3}, seed=0)
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=1, targets=("features.0",)))
+    state = model.state_dict()
+    report = loraio.verify(state, adapter, loraio.merge(state, adapter), samples=2)
+    assert report.ok
+    assert report.outputs is not None
+    assert report.outputs.samples == 2
+    other = loraio.build_network("torchvision:lraspp_mobilenet_v3_large", seed=0)
+    adapter = loraio.new_adapter(other, loraio.TrainConfig(rank=1, targets=("backbone.0.0",)))
+    with pytest.raises(ConfigError, match="which inputs 'torchvision:lraspp_mobilenet_v3_large' takes is not known"):
+        loraio.verify(other.state_dict(), adapter, other.state_dict(), samples=2)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        self.b.weight = self.a.weight
+
+
+def test_weights_that_are_one_stay_one_when_a_checkpoint_is_loaded() -> None:
+    model, state = Tied(), Tied().state_dict()
+    loraio.bases.load_state(model, state)
+    assert model.a.weight is model.b.weight
+    assert model.a.weight.equal(state["a.weight"])
+    assert [name for name, _ in model.named_parameters()] == ["a.weight", "a.bias"]
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(BaseMismatchError, match=r"'b\.weight' and 'a\.weight' are one tensor in the network, and two"):
+        loraio.bases.load_state(model, {**state, "b.weight": state["b.weight"] + 1})
+    assert all(model.state_dict()[name].equal(kept[name]) for name in kept)

@@ -72,6 +72,24 @@ def test_a_setting_out_of_range_is_refused_by_name(config: type, setting: dict[s
         {"steps": 1.5},
         {"targets": "conv"},
         {"targets": ()},
+        {"exclude": "conv1"},
+        {"warmup": -1},
+        {"warmup": 1.5},
+        {"weight_decay": -0.1},
+        {"weight_decay": True},
+        {"weight_decay": float("inf")},
+        {"lora_plus": 0},
+        {"clip_norm": 0},
+        {"accumulate": 0},
+        {"val_share": -0.1},
+        {"val_share": 1},
+        {"val_every": 0},
+        {"patience": 0},
+        {"compile": 1},
+        {"clamp_rank": "yes"},
+        {"device": "gpu"},
+        {"device": "cuda:x"},
+        {"device": 0},
     ],
 )
 def test_a_setting_of_an_adapter_out_of_range_is_refused_by_name(setting: dict[str, Any]) -> None:
@@ -88,7 +106,12 @@ def test_epochs_are_a_whole_number_of_at_least_one(epochs: Any) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "near"),
-    [({"init": "kaimin"}, "kaiming"), ({"kind": "lorra"}, "lora"), ({"scale_rule": "alpha/R"}, "alpha/r")],
+    [
+        ({"init": "kaimin"}, "kaiming"),
+        ({"kind": "lorra"}, "lora"),
+        ({"scale_rule": "alpha/R"}, "alpha/r"),
+        ({"amp": "bf61"}, "bf16"),
+    ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(setting: dict[str, Any], near: str) -> None:
     with pytest.raises(UnknownNameError, match=f"did you mean '{near}'"):
@@ -110,3 +133,23 @@ def test_a_config_does_not_change(config: type) -> None:
         config().seed = 2
     assert config() == config()
     assert config(seed=2) != config()
+
+
+def test_a_rank_or_alpha_of_a_pattern_is_checked_and_named() -> None:
+    with pytest.raises(ConfigError, match=r"rank_pattern\['conv1'\] is 0"):
+        loraio.TrainConfig(rank_pattern={"conv1": 0})
+    with pytest.raises(ConfigError, match=r"alpha_pattern\['fc'\] is nan"):
+        loraio.TrainConfig(alpha_pattern={"fc": float("nan")})
+    assert hash(loraio.TrainConfig(rank_pattern={"conv1": 2})) == hash(loraio.TrainConfig())
+
+
+def test_what_came_later_is_recorded_only_where_it_differs() -> None:
+    plain = loraio.TrainConfig().hyperparameters()
+    assert plain.keys() == {"init", "focus", "lr", "schedule", "batch_size", "targets", "optimizer"}
+    changed = loraio.TrainConfig(
+        weight_decay=0.1, warmup=3, exclude=("fc",), rank_pattern={"conv1": 2}, val_share=0.1, patience=4
+    ).hyperparameters()
+    assert changed == plain | {
+        "optimizer": "adamw", "weight_decay": 0.1, "warmup": 3, "exclude": ["fc"], "rank_pattern": {"conv1": 2},
+        "val_share": 0.1, "patience": 4,
+    }  # fmt: skip

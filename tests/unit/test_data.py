@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,8 +64,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return tried
 
 
-def test_the_registry_has_the_five_data_sets() -> None:
-    assert set(data.DATASETS) == {"mnist", "fashion-mnist", "kmnist", "emnist-digits", "digits"}
+def test_the_registry_has_the_data_sets() -> None:
+    assert set(data.DATASETS) == {*FOLDERS, "digits", "cifar10", "cifar100"}
 
 
 def test_the_embedded_digits_are_split_in_halves(digits: loraio.Dataset, digits_test: loraio.Dataset) -> None:
@@ -215,6 +218,80 @@ def test_unknown_names_and_splits_are_answered() -> None:
         loraio.load_dataset("minst")
     with pytest.raises(ConfigError, match="'tset'"):
         loraio.load_dataset("digits", "tset")
+
+
+def fake_cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, list[int]]]:
+    """Pickles as torchvision looks for them, with checksums of their own; images and labels of each split."""
+    cls, key, classes = {
+        "cifar10": (datasets.CIFAR10, "labels", 10),
+        "cifar100": (datasets.CIFAR100, "fine_labels", 100),
+    }[name]
+    folder = root / cls.base_folder
+    folder.mkdir(parents=True)
+    made = {}
+    for split, attribute in (("train", "train_list"), ("test", "test_list")):
+        entries, pixels, labels = [], [], []
+        for n, (file, _) in enumerate(getattr(cls, attribute)):
+            values = torch.randint(256, (6, 3072), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+            numbers = [(n + row) % classes for row in range(6)]
+            (folder / file).write_bytes(pickle.dumps({"data": values.numpy(), key: numbers}))
+            entries.append([file, hashlib.md5((folder / file).read_bytes()).hexdigest()])
+            pixels.append(values)
+            labels += numbers
+        monkeypatch.setattr(cls, attribute, entries)
+        made[split] = (torch.cat(pixels).view(-1, 3, 32, 32), labels)
+    meta = {**cls.meta}
+    (folder / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: [f"class {n}" for n in range(classes)]}))
+    meta["md5"] = hashlib.md5((folder / meta["filename"]).read_bytes()).hexdigest()
+    monkeypatch.setattr(cls, "meta", meta)
+    return made
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_is_read_in_colour_with_its_class_names(
+    tmp_path: Path, no_network: list[str], monkeypatch: pytest.MonkeyPatch, name: str, classes: int
+) -> None:
+    for split, (pixels, labels) in fake_cifar(tmp_path, name, monkeypatch).items():
+        found = loraio.load_dataset(name, split, root=tmp_path)
+        assert found.images.equal(pixels.float().div_(255))
+        assert found.labels.tolist() == labels
+        assert (found.classes, found.class_names[2]) == (classes, "class 2")
+    assert no_network == []
+    damaged_file = next(tmp_path / folder for folder in ("cifar-10-batches-py", "cifar-100-python")
+                         if (tmp_path / folder).is_dir())  # fmt: skip
+    next(damaged_file.glob("*test*")).write_bytes(b"other")
+    with pytest.raises(DataError, match="is damaged"):
+        loraio.load_dataset(name, "test", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_without_files_and_network_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no network here")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
+    with pytest.raises(DataError, match="is not there and cannot be downloaded") as caught:
+        loraio.load_dataset(name, root=tmp_path)
+    assert "no network here" in str(caught.value)
+    assert "looked for" in str(caught.value)
+
+
+def test_classes_have_names(digits: loraio.Dataset) -> None:
+    assert digits.class_names == tuple("0123456789")
+    assert digits.class_number("7") == 7
+    assert data.GARMENTS[9] == "Ankle boot"
+    labels = torch.zeros(2, dtype=torch.int64)
+    own = loraio.Dataset(
+        name="x", split="test", images=torch.zeros(2, 1, 2, 2), labels=labels, classes=2, class_names=("cat", "dog")
+    )
+    assert own.class_number("dog") == 1
+    with pytest.raises(UnknownNameError, match="no class 'dgo'; did you mean 'dog'"):
+        own.class_number("dgo")
+    for wrong in (("cat",), ("cat", "cat"), ("a", "b", "c")):
+        with pytest.raises(DataError, match="class names"):
+            replace(own, class_names=wrong)
 
 
 WRONG: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {

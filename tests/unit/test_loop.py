@@ -13,7 +13,7 @@ from torch import nn
 
 import loraio
 from loraio.errors import ConfigError, DataError, StateError, TrainingError, UnknownNameError
-from loraio.training import loop
+from loraio.training import records
 
 
 def test_training_moves_every_factor_and_nothing_of_the_base(base: nn.Module, digits: loraio.Dataset) -> None:
@@ -224,7 +224,7 @@ def test_pretraining_learns_and_is_reproducible(digits: loraio.Dataset, digits_t
 
 def test_the_base_record_has_its_results(digits: loraio.Dataset, trained_base: nn.Module) -> None:
     result = loraio.evaluate(trained_base, digits)
-    record = loop.base_record(loraio.PretrainConfig(), digits, digits, result)
+    record = records.base_record(loraio.PretrainConfig(), digits, digits, result)
     assert record["results"]["after"] == result.to_json()
     assert record["seed"] == 1
 

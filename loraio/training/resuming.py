@@ -1,0 +1,141 @@
+"""Resuming: a side file with everything that a run needs to go on after a kill and to end in the same bytes.
+
+The adapter file stays clean: the optimizer's state, the generators' and the best factors so far stand in the side file
+alone. It is of use until the run has ended, and may then be removed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraio.errors import BaseMismatchError, ConfigError, DataError, FormatError, LoraioError, MissingFileError
+from loraio.identity import tensor_sha256
+from loraio.outputs import staged
+from loraio.training.config import TrainConfig
+from loraio.training.data import Dataset
+from loraio.training.optimizing import Moment, Optimization
+from loraio.training.validation import Validation
+
+VERSION = 1
+"""Version of the side file."""
+
+WHERE_NOT_WHAT = ("device", "compile")
+"""Settings in which a run may go on differently; its last bits then differ too."""
+
+
+def identity_of(config: TrainConfig, dataset: Dataset, *, steps: int, base_sha256: str) -> dict[str, Any]:
+    """What must be the same in both parts of a run, as plain values.
+
+    Args:
+        config: all of its settings but `WHERE_NOT_WHAT`.
+        dataset: its name, split and the digests of images and labels.
+        steps: in all, also where the configuration leaves them open.
+        base_sha256: digest of the base model's state dict.
+    """
+    settings = {name: value for name, value in asdict(config).items() if name not in WHERE_NOT_WHAT}
+    data = {
+        "name": dataset.name,
+        "split": dataset.split,
+        "images": tensor_sha256(dataset.images),
+        "labels": tensor_sha256(dataset.labels),
+    }
+    return {"base": base_sha256, "data": data, "settings": {**settings, "steps": steps}}
+
+
+class SideFile:
+    """An observer that writes the run's state every so many steps, and at its end.
+
+    Args:
+        path: the file; it is replaced whole each time.
+        every: steps between two writes.
+        identity: as `identity_of`.
+        validation: whose state belongs to the run's.
+    """
+
+    def __init__(self, path: Path, *, every: int, identity: Mapping[str, Any], validation: Validation | None) -> None:
+        self.path = path
+        self._every = every
+        self._identity = dict(identity)
+        self._validation = validation
+
+    def __call__(self, run: Optimization, moment: Moment) -> bool:
+        """Write when it is time.
+
+        Raises:
+            OutputError: the system refuses.
+        """
+        ended = moment.last or (self._validation is not None and self._validation.stopped is not None)
+        if moment.step % self._every == 0 or ended:
+            state: dict[str, Any] = {"loraio_run": VERSION, "identity": self._identity, "run": run.state_dict()}
+            if self._validation is not None:
+                state["validation"] = self._validation.state_dict()
+            with staged(self.path, overwrite=True) as temporary:
+                torch.save(state, temporary)
+        return False
+
+    def load(self, run: Optimization) -> None:
+        """Bring the run, and its validation, to where the side file was written.
+
+        Raises:
+            MissingFileError: there is no such file.
+            FormatError: it is no side file, or not one of this version.
+            ConfigError, DataError, BaseMismatchError: it is of a run with other settings, data or base.
+        """
+        state = _read(self.path)
+        self._check(state["identity"])
+        try:
+            run.load_state_dict(state["run"])
+            if self._validation is not None:
+                self._validation.load_state_dict(state["validation"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise FormatError(f"a run's state is not whole: {error}", where=f"{str(self.path)!r}") from error
+
+    def _check(self, found: Any) -> None:
+        where, own = f"{str(self.path)!r}", self._identity
+        if not isinstance(found, dict) or found.keys() != own.keys() or not isinstance(found["settings"], dict):
+            raise FormatError("it does not say of which run it is", where=where)
+        wrong: list[tuple[type[LoraioError], str, list[str]]] = []
+        settings = [
+            f"{name} is {own['settings'].get(name)!r}, there it was {found['settings'].get(name)!r}"
+            for name in {**own["settings"], **found["settings"]}
+            if own["settings"].get(name) != found["settings"].get(name)
+        ]
+        if settings:
+            wrong.append((ConfigError, "settings", settings))
+        if found["data"] != own["data"]:
+            mine, other = (f"{data['name']!r}, {data['split']}" for data in (own["data"], found["data"]))
+            detail = "other images or labels" if mine == other else f"{mine}; there it was {other}"
+            wrong.append((DataError, "data", [f"the data set is {detail}"]))
+        if found["base"] != own["base"]:
+            digests = f"{own['base'][:12]}.., there it was {str(found['base'])[:12]}.."
+            wrong.append((BaseMismatchError, "base", [f"the base model's digest is {digests}"]))
+        if wrong:
+            what = " and ".join(name for _, name, _ in wrong)
+            raise wrong[0][0](
+                f"the side file belongs to a run with other {what}",
+                problems=[line for _, _, lines in wrong for line in lines],
+                where=where,
+                hint="the options of that run, or another --checkpoint without --resume",
+            )
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    where = f"{os.fspath(path)!r}"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise MissingFileError(f"{where} does not exist", hint="without --resume the run starts anew") from None
+    except Exception as error:  # torch raises pickle, zip, runtime and OS errors here
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FormatError(f"not a side file of a training: {line}", where=where) from error
+    if not isinstance(state, dict) or "loraio_run" not in state:
+        raise FormatError("not a side file of a training", where=where, hint="--checkpoint FILE writes one")
+    if state["loraio_run"] != VERSION or not {"identity", "run"} <= state.keys():
+        raise FormatError(f"a side file of version {state['loraio_run']!r}, this loraio reads {VERSION}", where=where)
+    return state

@@ -1,0 +1,117 @@
+"""Where an adapter starts: which weights it gets, at which rank and alpha, and factors that change nothing yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from loraio.adapter import Adapter, Target
+from loraio.attachment import base_state_dict, refuse_attached
+from loraio.container import dtype_code
+from loraio.errors import ConfigError, UnknownNameError
+from loraio.identity import base_reference, sketch, tensor_sha256
+from loraio.kinds import KINDS
+from loraio.layers import TargetModule, matches, select_targets
+from loraio.networks import network_args_of, network_of
+from loraio.registry import known
+from loraio.training.config import TrainConfig
+
+Value = TypeVar("Value")
+
+
+def plan_targets(model: nn.Module, config: TrainConfig) -> dict[str, Target]:
+    """What an adapter with these settings would adapt: the metadata of each target, in the model's order.
+
+    Args:
+        model: the base model; only read.
+        config: targets, exclude, kind, ranks and alphas count.
+
+    Raises:
+        UnknownNameError: a pattern for targets, ranks or alphas matches nothing.
+        ConfigError: a rank is larger than a weight matrix allows, and ``clamp_rank`` is not set; all are listed.
+        StateError: a target is shared or parametrized, by an attached adapter for example.
+    """
+    refuse_attached(model)
+    modules = select_targets(model, config.targets, exclude=config.exclude)
+    for what, patterns in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(matches(module, pattern) for module in modules.values()):
+                raise UnknownNameError(f"the {what} pattern {pattern!r} matches no target", hint=known(modules))
+    targets, problems = {}, []
+    for name, module in modules.items():
+        rank = _last_match(module, config.rank_pattern, config.rank)
+        limit = min(module.layer.matrix_shape(module.weight.shape, module.groups))
+        if rank > limit and not config.clamp_rank:
+            matrix = module.layer.matrix_shape(module.weight.shape, module.groups)
+            problems.append((f"rank {rank} is more than {name!r} can use: as a matrix it is {matrix}", limit))
+        else:
+            rank = min(rank, limit)
+            alpha = _last_match(module, config.alpha_pattern, config.alpha)
+            targets[name] = _target(module, config, rank, rank if alpha is None else alpha)
+    if problems:
+        least = min(limit for _, limit in problems)
+        (first, _), *others = problems
+        raise ConfigError(
+            first,
+            problems=[line for line, _ in others],
+            hint=f"--rank {least} or less, --clamp-rank for the largest that each allows, or other --targets",
+        )
+    return targets
+
+
+def _last_match(module: TargetModule, patterns: Mapping[str, Value], otherwise: Value) -> Value:
+    found = [value for pattern, value in patterns.items() if matches(module, pattern)]
+    return found[-1] if found else otherwise
+
+
+def _target(module: TargetModule, config: TrainConfig, rank: int, alpha: int | float) -> Target:
+    weight = module.weight
+    return Target(
+        kind=config.kind,
+        rank=rank,
+        alpha=alpha,
+        scale_rule=config.scale_rule,
+        shape=tuple(weight.shape),
+        dtype=dtype_code(weight.dtype),
+        layer=module.layer.name,
+        groups=module.groups,
+        base_sha256=tensor_sha256(weight),
+        sketch=sketch(weight),
+    )
+
+
+def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
+    """An adapter with start values, which changes nothing yet.
+
+    Raises:
+        UnknownNameError, ConfigError, StateError: as `plan_targets`.
+    """
+    targets = plan_targets(model, config)
+    modules = select_targets(model, config.targets, exclude=config.exclude)
+    kind = KINDS[config.kind]
+    generator = torch.Generator().manual_seed(config.seed)
+    factors: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        module = modules[name]
+        matrix = module.layer.to_matrix(module.weight.detach(), module.groups)
+        start = kind.init(matrix, target.rank, method=config.init, generator=generator)
+        factors |= {f"{name}.{short}": factor for short, factor in start.items()}
+    base = base_reference(model.state_dict(), network=network_of(model), network_args=network_args_of(model))
+    return Adapter(targets=targets, factors=factors, base=base)
+
+
+def parameter_report(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """How many numbers the adapted layers hold, biases included, and how many the adapter adds.
+
+    The adapter may be attached to the model.
+
+    Returns:
+        ``adapted`` and ``added`` as counts, ``percent`` as 100 * added / adapted.
+    """
+    owners = {name.rpartition(".")[0] for name in adapter.targets}
+    state = base_state_dict(model)
+    adapted = sum(tensor.numel() for name, tensor in state.items() if name.rpartition(".")[0] in owners)
+    return {"adapted": adapted, "added": adapter.parameters, "percent": 100 * adapter.parameters / adapted}

@@ -1,0 +1,123 @@
+"""``--model`` and ``--model-args``: networks of the user's own, and bases from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from torch import nn
+
+import loraio
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+OWN = """
+from torch import nn
+
+
+def small(width=4):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(width * 64, 10)
+    )
+"""
+
+NOTE = "note: names had the prefix 'module.', which was taken off\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a network of one's own."""
+    (tmp_path / "own_small.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_small", raising=False)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    return tmp_path
+
+
+@pytest.fixture
+def prefixed(trained_base: nn.Module, tmp_path: Path) -> Path:
+    """The trained base as DDP would have saved it."""
+    path = tmp_path / "ddp.pt"
+    torch.save({f"module.{name}": tensor for name, tensor in trained_base.state_dict().items()}, path)
+    return path
+
+
+def test_a_network_of_ones_own_goes_the_whole_way(run: Run, run_json: RunJson, here: Path) -> None:
+    path = list(sys.path)
+    options = ("--model", "own_small:small", "--model-args", '{"width": 3}')
+    found = run_json("pretrain", "-o", "base.safetensors", "--dataset", "digits", *options)
+    assert found["network"] == "own_small:small"
+    assert sys.path == path
+    checkpoint = loraio.read_base("base.safetensors")
+    assert (checkpoint.network, checkpoint.network_args) == ("own_small:small", {"width": 3})
+    train = ("train", "base.safetensors", "--digit", 3, "-o", "three.safetensors", "--dataset", "digits", "--steps", 5)
+    refused = run(*train, code=1).stderr
+    assert "which a file alone does not get to run" in refused
+    assert "--model own_small:small" in refused
+    run(*train, "--rank", 2, "--model", "own_small:small")
+    adapter = loraio.load("three.safetensors")
+    assert (adapter.base.network, dict(adapter.base.network_args)) == ("own_small:small", {"width": 3})
+    run("merge", "base.safetensors", "three.safetensors", "-o", "merged.safetensors")
+    assert loraio.read_base("merged.safetensors").network_args == {"width": 3}
+    verify = ("verify", "base.safetensors", "three.safetensors", "merged.safetensors", "--model", "own_small:small")
+    assert run_json(*verify, "--dataset", "digits")["ok"]
+    assert "which inputs 'own_small:small' takes is not known" in run(*verify, code=1).stderr
+
+
+def test_the_program_finds_modules_of_the_current_folder(here: Path) -> None:
+    program = Path(sys.executable).with_name("loraio")
+    if not program.exists():
+        pytest.skip("the program is not installed beside this Python")
+    words = [program, "pretrain", "-o", "b.safetensors", "--dataset", "digits", "--model", "own_small:small"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("b.safetensors: own_small:small, ")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"a": 1, "a": 2}', '{"a": NaN}', "num_classes=10"])
+def test_model_args_that_are_no_object_are_a_wrong_command_line(run: Run, text: str) -> None:
+    for words in (("pretrain", "-o", "x"), ("evaluate", "x"), ("predict", "x", "y"), ("verify", "x", "y", "z")):
+        result = run(*words, "--model-args", text, code=2)
+        assert "is not a JSON object" in result.stderr
+        assert "--model-args" in result.stderr
+
+
+def test_options_that_the_network_lacks_are_refused_before_any_work(run: Run, tmp_path: Path) -> None:
+    words = ("pretrain", "-o", tmp_path / "b.safetensors", "--dataset", "digits", "--model")
+    assert "did you mean 'torchvision:resnet18'" in run(*words, "resnet18", code=1).stderr
+    result = run(*words, "torchvision:resnet18", "--model-args", '{"weights": "DEFAULT"}', code=1)
+    assert "networks are built without weights" in result.stderr
+    result = run(*words, "torchvision:squeezenet1_1", "--model-args", '{"num_classes": 10}', code=1)
+    assert result.stderr.startswith("DataError: the network does not take images of shape (1, 28, 28)")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prefix_that_was_taken_off_is_said(run: Run, run_json: RunJson, files: Path, prefixed: Path) -> None:
+    three, merged = files / "three.safetensors", prefixed.with_name("merged.safetensors")
+    model = ("--model", "digit-cnn")
+    result = run("merge", prefixed, three, "-o", merged)
+    assert result.stderr == NOTE
+    assert run("verify", prefixed, three, merged, *model).stderr == NOTE
+    assert run("evaluate", prefixed, "--dataset", "digits", *model).stderr == NOTE
+    assert NOTE in run(
+        "train", prefixed, "--digit", 3, "-o", prefixed.with_name("3.safetensors"), "--dataset", "digits",
+        "--steps", 5, *model,
+    ).stderr  # fmt: skip
+    assert run_json("evaluate", prefixed, "--dataset", "digits", *model)["stripped"] == "module."
+    assert run_json("verify", prefixed, three, merged)["stripped"] == "module."
+    assert run_json("merge", prefixed, three, "-o", merged, "--force")["stripped"] == "module."
+    assert run_json("evaluate", files / "base.safetensors", "--dataset", "digits")["stripped"] == ""
+
+
+def test_model_args_without_a_model_that_is_known_are_refused(run: Run, files: Path, prefixed: Path) -> None:
+    words = ("verify", prefixed, files / "three.safetensors", files / "merged.safetensors", "--model-args", "{}")
+    assert "--model-args needs --model" in run(*words, code=2).stderr

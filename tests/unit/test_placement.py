@@ -1,0 +1,69 @@
+"""Another device for the time of a training. ``meta`` stands for a GPU: it takes a model and gives no bits back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import loraio
+from loraio.errors import ConfigError
+from loraio.training import placement
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A machine that says it has so many GPUs."""
+
+    def have(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return have
+
+
+def test_names_of_devices(gpus: Callable[[int], None]) -> None:
+    gpus(0)
+    assert placement.device_of("cpu") == torch.device("cpu")
+    assert placement.device_of("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="no CUDA device 'cuda': torch sees no GPU"):
+        placement.device_of("cuda")
+    gpus(2)
+    assert placement.device_of("auto") == torch.device("cuda", 0)
+    assert placement.device_of("cuda") == torch.device("cuda", 0)
+    assert placement.device_of("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="no CUDA device 'cuda:2': there are 2 of them"):
+        placement.device_of("cuda:2")
+
+
+def test_the_model_has_its_own_tensors_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "device_of", torch.device)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False))
+    model[0].bias = None
+    kept = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    parameters = list(model.parameters())
+    with placement.placed(model, "meta") as device:
+        assert device == torch.device("meta")
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    for name, tensor in model.state_dict().items():
+        assert (tensor.data_ptr(), tensor.device.type) == (kept[name][0], "cpu")
+        assert tensor.equal(kept[name][1])
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_training_where_the_model_is_changes_no_bit(base: nn.Module, digits: loraio.Dataset) -> None:
+    adapters = [loraio.train(base, loraio.TrainConfig(digit=3, steps=3, device=name), digits) for name in (None, "cpu")]
+    assert all(adapters[1].factors[name].equal(factor) for name, factor in adapters[0].factors.items())
+    assert "device" not in adapters[0].training["hyperparameters"]
+    assert adapters[1].training["hyperparameters"]["device"] == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
+def test_training_on_a_gpu(base: nn.Module, digits: loraio.Dataset, amp: str | None) -> None:
+    kept = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    adapter = loraio.train(base, loraio.TrainConfig(digit=3, steps=20, device="cuda", amp=amp), digits)
+    assert all(base.state_dict()[name].equal(tensor) for name, tensor in kept.items())
+    assert {factor.device.type for factor in adapter.factors.values()} == {"cpu"}
