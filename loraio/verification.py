@@ -40,7 +40,7 @@ attached networks run the same kernels on the same bits and differ by none; anot
 MAX_SHARE_OF_EFFECT = 0.05
 """But never by more than this share of what the adapter does to them, or the comparison would prove nothing."""
 
-BATCH = 500
+BATCH = 64
 """Samples in one forward pass."""
 
 
