@@ -14,7 +14,9 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from torch import nn
 
+    from loraio.adapter import Adapter
     from loraio.training.optimizing import Progress
 
 PIPE_WIDTH = 10_000
@@ -67,6 +69,23 @@ def note_stripped(prefix: str, *, as_json: bool) -> None:
     """Say what was taken off the names of a base; with ``--json`` the result itself says it."""
     if prefix and not as_json:
         note(f"note: names had the prefix {prefix!r}, which was taken off")
+
+
+def note_landings(
+    network: nn.Module, adapters: Mapping[str, Adapter], strength: float, *, allow_base_mismatch: bool, as_json: bool
+) -> None:
+    """A line for each adapter on what it does to the network's weights, and how the base differs if that is allowed."""
+    if as_json:
+        return
+    from loraio.identity import check_base
+    from loraio.merging import landing, merge
+
+    state = network.state_dict()
+    for name, adapter in adapters.items():
+        for line in check_base(adapter, state, allow_mismatch=allow_base_mismatch):
+            note(f"note: {name}: another base: {line}")
+        merged = merge(state, adapter, strength, allow_base_mismatch=allow_base_mismatch)
+        note(f"note: {name} {landing(state, merged, adapter)}")
 
 
 def size(count: int) -> str:

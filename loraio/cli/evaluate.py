@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @_training.image_options
 @click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True, help="Which images.")
 @_options.strength_option
+@_options.mismatch_option
 @_options.model_option
 @_options.json_option
 def evaluate(
@@ -30,6 +31,7 @@ def evaluate(
     dataset: str,
     split: str,
     strength: float,
+    allow_base_mismatch: bool,
     model: str | None,
     model_args: dict[str, Any] | None,
     as_json: bool,
@@ -47,7 +49,10 @@ def evaluate(
     stripped = stripped_of(network)
     _output.note_stripped(stripped, as_json=as_json)
     images = _training.read_images(network, dataset, split, settings)
-    alone, results = loraio.evaluate_each(network, loaded, images, strength=strength)
+    alone, results = loraio.evaluate_each(
+        network, loaded, images, strength=strength, allow_base_mismatch=allow_base_mismatch
+    )
+    _output.note_landings(network, loaded, strength, allow_base_mismatch=allow_base_mismatch, as_json=as_json)
     own = {name: adapter.training.get("digit") for name, adapter in loaded.items()}
     if as_json:
         rows = {name: result.to_json() for name, result in results.items()}

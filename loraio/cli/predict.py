@@ -14,6 +14,7 @@ from loraio.cli import _options, _output
 @click.argument("images", type=click.Path(), nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--adapter", type=click.Path(), default=None, help="An adapter to attach.")
 @_options.strength_option
+@_options.mismatch_option
 @_options.model_option
 @_options.json_option
 def predict(
@@ -21,6 +22,7 @@ def predict(
     images: tuple[str, ...],
     adapter: str | None,
     strength: float,
+    allow_base_mismatch: bool,
     model: str | None,
     model_args: dict[str, Any] | None,
     as_json: bool,
@@ -42,7 +44,10 @@ def predict(
     if loaded is None:
         outputs = loraio.predict(network, pixels)
     else:
-        with loraio.attach(network, loaded, strength):
+        _output.note_landings(
+            network, {str(adapter): loaded}, strength, allow_base_mismatch=allow_base_mismatch, as_json=as_json
+        )
+        with loraio.attach(network, loaded, strength, allow_base_mismatch=allow_base_mismatch):
             outputs = loraio.predict(network, pixels)
     rows: list[dict[str, Any]] = [
         {"image": image, "digit": int(shares.argmax()), "probabilities": shares.tolist()}

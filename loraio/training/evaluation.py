@@ -102,7 +102,12 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate_each(
-    model: nn.Module, adapters: Mapping[str, Adapter], dataset: Dataset, *, strength: float = 1.0
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    dataset: Dataset,
+    *,
+    strength: float = 1.0,
+    allow_base_mismatch: bool = False,
 ) -> tuple[Evaluation, dict[str, Evaluation]]:
     """The base alone, and with each adapter in its turn: attached once, then swapped on the live model.
 
@@ -111,6 +116,7 @@ def evaluate_each(
         adapters: by any name.
         dataset: what is shown.
         strength: of every adapter.
+        allow_base_mismatch: go on where values or dtypes of the base are others.
 
     Returns:
         the base's own result, and those with the adapters, by their names.
@@ -126,7 +132,7 @@ def evaluate_each(
         for name, adapter in adapters.items():
             try:
                 if live is None:
-                    live = attach(model, adapter, strength)
+                    live = attach(model, adapter, strength, allow_base_mismatch=allow_base_mismatch)
                 else:
                     live.swap(adapter)
             except BaseMismatchError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +181,15 @@ def test_without_files_and_network_the_error_says_what_to_do(
     assert "--dataset digits" in found["hint"]
     monkeypatch.setenv("LORAIO_DATA", str(tmp_path))
     assert str(tmp_path) in run(*words[:2], code=1).stderr
+
+
+def test_a_mismatch_that_is_allowed_is_said_for_each_adapter(
+    run: Run, files: Path, trained_base: nn.Module, tmp_path: Path
+) -> None:
+    half = copy.deepcopy(trained_base).bfloat16()
+    loraio.save_base(half, tmp_path / "half.safetensors")
+    words = ("evaluate", tmp_path / "half.safetensors", "--adapter", files / "three.safetensors", "--dataset", "digits")
+    assert "same weights cast to bfloat16" in run(*words, code=1).stderr
+    found = run(*words, "--allow-base-mismatch")
+    assert found.stderr.count("note: three: another base: ") == 3
+    assert "note: three landed on 3 targets" in found.stderr
