@@ -235,7 +235,6 @@ def test_timm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.filterwarnings("ignore")  # timm's own
 def test_networks_of_timm_are_built_where_it_is_installed() -> None:
-    pytest.importorskip("timm")
     model = loraio.build_network("timm:resnet18", args={"num_classes": 4, "in_chans": 1}, seed=0)
     assert model(torch.rand(2, 1, 32, 32)).shape == (2, 4)
     found = networks.find_network("timm:resnet18", {"num_classes": 4, "in_chans": 1})
