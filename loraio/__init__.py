@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from loraio.adapter import Adapter, BaseReference, Target
+    from loraio.adapter import Adapter, BaseReference, Target, WholeTensor
     from loraio.attachment import Attachment, adapter_from, attach, attachment_of, base_state_dict
     from loraio.bases import BaseCheckpoint, load_base, read_base, save_base
     from loraio.errors import LoraioError
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from loraio.training.loop import pretrain, train, train_each
     from loraio.training.optimizing import Progress
     from loraio.training.recording import RunFiles
-    from loraio.training.starting import new_adapter, parameter_report, plan_targets
+    from loraio.training.starting import new_adapter, parameter_report, plan_targets, plan_whole
     from loraio.verification import OutputReport, Report, WeightReport, verify, verify_weights
 
 _PLACES = {
-    "adapter": ("Adapter", "BaseReference", "Target"),
+    "adapter": ("Adapter", "BaseReference", "Target", "WholeTensor"),
     "attachment": ("Attachment", "adapter_from", "attach", "attachment_of", "base_state_dict"),
     "bases": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
     "errors": ("LoraioError",),
@@ -47,7 +47,7 @@ _PLACES = {
     "training.loop": ("pretrain", "train", "train_each"),
     "training.optimizing": ("Progress",),
     "training.recording": ("RunFiles",),
-    "training.starting": ("new_adapter", "parameter_report", "plan_targets"),
+    "training.starting": ("new_adapter", "parameter_report", "plan_targets", "plan_whole"),
     "verification": ("OutputReport", "Report", "WeightReport", "verify", "verify_weights"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
@@ -71,6 +71,7 @@ __all__ = [
     "Target",
     "TrainConfig",
     "WeightReport",
+    "WholeTensor",
     "__version__",
     "adapter_from",
     "attach",
@@ -89,6 +90,7 @@ __all__ = [
     "new_adapter",
     "parameter_report",
     "plan_targets",
+    "plan_whole",
     "predict",
     "pretrain",
     "read_base",

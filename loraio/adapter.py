@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,12 @@ SCALE_RULES: dict[str, Callable[[float, int], float]] = {
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes that base weights and factors may have."""
+
+WHOLE_DTYPES = (*FLOAT_DTYPES, "I64")
+"""Dtypes that whole tensors may have; the integers count batches."""
+
+ROLES = ("head", "norm")
+"""What whole tensors are for: a head of the adapter's own, or normalisation layers."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -170,6 +176,53 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WholeTensor:
+    """One tensor of the base that the adapter replaces: everything about it but its name and its values.
+
+    Attributes:
+        role: "head" or "norm".
+        shape: of the adapter's own tensor.
+        dtype: of it and of the base's, as a safetensors code.
+        base_sha256: of the bytes of the base's tensor, as in `Target`.
+        base_shape: of the base's tensor. A head may have another number of outputs, which is its first size.
+        extra: keys of the file that this version does not know.
+
+    Raises:
+        AdapterError: a value is out of range, or the shapes do not go together.
+    """
+
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    base_sha256: str
+    base_shape: tuple[int, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise AdapterError(f"role is {self.role!r}, it must be one of {', '.join(ROLES)}")
+        for name in ("shape", "base_shape"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(_is_size(size) for size in value):
+                raise AdapterError(f"{name} is {value!r}, it must be a tuple of whole numbers from 1 to 2**63 - 1")
+        if self.dtype not in WHOLE_DTYPES:
+            raise AdapterError(f"dtype is {self.dtype!r}, it must be one of {', '.join(WHOLE_DTYPES)}")
+        if not isinstance(self.base_sha256, str) or not _SHA256.fullmatch(self.base_sha256):
+            raise AdapterError(f"base_sha256 is {self.base_sha256!r}, it must be 64 hexadecimal digits")
+        same = self.shape == self.base_shape
+        resized = len(self.shape) == len(self.base_shape) >= 1 and self.shape[1:] == self.base_shape[1:]
+        if not same and not (self.role == "head" and resized):
+            raise AdapterError(
+                f"shape is {self.shape}, the base has {self.base_shape}: only a head's number of outputs may differ"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseReference:
     """Which base model an adapter was trained on.
 
@@ -177,6 +230,7 @@ class BaseReference:
         sha256: digest of the whole state dict, as `loraio.identity.state_sha256`.
         network: the network's name, None when it has none.
         network_args: keyword options that the network is built with, plain JSON values.
+        heads: layers of the network with another number of outputs than it is built with, and that number.
         sha256_without_statistics: the same digest without running statistics of normalisation layers; None where
             the network has none.
         extra: keys of the file that this version does not know.
@@ -185,6 +239,7 @@ class BaseReference:
     sha256: str
     network: str | None = None
     network_args: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
     sha256_without_statistics: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -196,68 +251,96 @@ class BaseReference:
                 raise AdapterError(f"the base's {name} is {value!r}, it must be 64 hexadecimal digits")
         if not isinstance(self.network_args, Mapping):
             raise AdapterError(f"the base's network_args are {self.network_args!r}, they must be an object")
+        check_heads(self.heads, what="the base's heads")
         if self.network is not None and not isinstance(self.network, str):
             raise AdapterError(f"the base's network is {self.network!r}, it must be a name or null")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
-    """All factors of one training run, for all targets, and what is needed to use them.
+    """All that one training run made, and what is needed to use it.
 
     Attributes:
         targets: by the weight's state-dict name, in the model's order when trained, in name order when read.
         factors: by the weight's name and the factor's: ``"conv1.weight.lora_A"``. Any device; do not write to them.
         base: the base model that it belongs to.
+        whole: tensors of the base that it replaces altogether, by their state-dict names: a new head, statistics of
+            normalisation layers. Strength does not enter: they are replaced, or they are not.
+        tensors: what they are replaced by, under the same names.
         training: how it came to be: data set, class, hyperparameters, results; plain JSON values.
         extra: top-level keys of the file that this version does not know.
 
     Raises:
-        AdapterError: no targets, a factor missing, left over or not finite, or a dtype that is not a float.
-        ShapeError: a factor's shape is not what rank and weight shape ask for.
+        AdapterError: no targets, a tensor missing, left over or not finite, or of a dtype that it cannot have.
+        ShapeError: a tensor's shape is not what its metadata ask for.
     """
 
     targets: Mapping[str, Target]
     factors: Mapping[str, Tensor]
     base: BaseReference
+    whole: Mapping[str, WholeTensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", MappingProxyType(dict(self.targets)))
-        object.__setattr__(self, "factors", MappingProxyType(dict(self.factors)))
-        object.__setattr__(self, "training", MappingProxyType(dict(self.training)))
-        check_factors(self.targets, {name: tuple(tensor.shape) for name, tensor in self.factors.items()})
+        for part in ("targets", "factors", "whole", "tensors", "training"):
+            object.__setattr__(self, part, MappingProxyType(dict(getattr(self, part))))
+        clash = sorted(self.factors.keys() & self.tensors.keys())
+        if clash:
+            raise AdapterError(f"{clash[0]!r} is a factor and a whole tensor")
+        own = self.all_tensors
+        check_tensors(self.targets, self.whole, {name: tuple(tensor.shape) for name, tensor in own.items()})
         problems = []
-        for name, tensor in self.factors.items():
-            if str(tensor.dtype) not in _FLOAT_NAMES:
+        for name, tensor in own.items():
+            code = _CODES.get(str(tensor.dtype))
+            if name in self.whole and code != self.whole[name].dtype:
+                problems.append(f"{name!r} has dtype {tensor.dtype}, it was to have {self.whole[name].dtype}")
+            elif name not in self.whole and code not in FLOAT_DTYPES:
                 problems.append(f"{name!r} has dtype {tensor.dtype}, not a float that adapters use")
             elif not bool(tensor.isfinite().all()):
                 bad = int((~tensor.isfinite()).sum())
                 problems.append(f"{name!r} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
         if problems:
-            raise AdapterError("factors that cannot be used", problems=problems)
+            raise AdapterError("tensors that cannot be used", problems=problems)
 
     def __eq__(self, other: object) -> bool:
-        """Same metadata and bit-identical factors of the same dtypes."""
+        """Same metadata and bit-identical tensors of the same dtypes."""
         if not isinstance(other, Adapter):
             return NotImplemented
-        parts = ("targets", "base", "training", "extra")
+        parts = ("targets", "base", "whole", "training", "extra")
+        own, others = self.all_tensors, other.all_tensors
         return (
             all(_plain(getattr(self, part)) == _plain(getattr(other, part)) for part in parts)
-            and self.factors.keys() == other.factors.keys()
-            and all(_same_bits(tensor, other.factors[name]) for name, tensor in self.factors.items())
+            and own.keys() == others.keys()
+            and all(_same_bits(tensor, others[name]) for name, tensor in own.items())
         )
 
     __hash__ = None  # type: ignore[assignment]  # tensors have no value hash
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copy and pickle, which the read-only mappings would refuse."""
-        return _rebuilt, (dict(self.targets), dict(self.factors), self.base, dict(self.training), self.extra)
+        parts = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return _rebuilt, ({name: _plain(part) for name, part in parts.items()},)
 
     @property
     def parameters(self) -> int:
         """How many numbers the factors hold, over all targets."""
         return sum(target.parameters for target in self.targets.values())
+
+    @property
+    def all_tensors(self) -> dict[str, Tensor]:
+        """Factors and whole tensors, as they lie in a file."""
+        return {**self.factors, **self.tensors}
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Layers to which the adapter gives another number of outputs, by their names in the model, and that number."""
+        return {
+            name.rpartition(".")[0]: whole.shape[0]
+            for name, whole in self.whole.items()
+            if whole.shape != whole.base_shape
+        }
 
     def factors_of(self, name: str) -> dict[str, Tensor]:
         """The factors of one target by their short names: ``{"lora_A": ..., "lora_B": ...}``.
@@ -285,9 +368,18 @@ class Adapter:
             raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
         return folded
 
+    def replace(self, name: str, base: Tensor) -> Tensor:
+        """A copy of a whole tensor, for use in the place of the base's: on its device, in its dtype.
 
-def _rebuilt(targets: Any, factors: Any, base: Any, training: Any, extra: Any) -> Adapter:
-    return Adapter(targets=targets, factors=factors, base=base, training=training, extra=extra)
+        Raises:
+            UnknownNameError: no such whole tensor.
+        """
+        lookup(self.whole, name, what="whole tensor")
+        return self.tensors[name].detach().to(base.device, base.dtype, copy=True)
+
+
+def _rebuilt(parts: dict[str, Any]) -> Adapter:
+    return Adapter(**parts)
 
 
 def check_strength(strength: float) -> float:
@@ -301,34 +393,52 @@ def check_strength(strength: float) -> float:
     return float(strength)
 
 
-def check_factors(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse targets and factors that do not belong together; needs names and shapes only.
+def check_heads(heads: Any, *, what: str) -> None:
+    """Refuse what is not an object of layer names and numbers of outputs.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    if not isinstance(heads, Mapping) or not all(isinstance(name, str) and _is_size(n) for name, n in heads.items()):
+        raise AdapterError(f"{what} are {heads!r}, they must be an object of names and numbers of outputs")
+
+
+def check_tensors(
+    targets: Mapping[str, Target], whole: Mapping[str, WholeTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse metadata and tensors that do not belong together; needs names and shapes only.
 
     Args:
         targets: by weight name.
-        shapes: of the factors, by full name: ``"conv1.weight.lora_A"``.
+        whole: by tensor name.
+        shapes: of factors and whole tensors, by full name: ``"conv1.weight.lora_A"``, ``"fc.weight"``.
 
     Raises:
-        AdapterError: no targets, or factors missing or left over; all of them are listed.
-        ShapeError: shapes that rank and weight shape do not give; all of them are listed.
+        AdapterError: no targets, a target that is replaced too, or tensors missing or left over; all are listed.
+        ShapeError: shapes that the metadata do not give; all of them are listed.
     """
     if not targets:
         raise AdapterError("an adapter needs at least one target")
+    both = sorted(targets.keys() & whole.keys())
+    if both:
+        raise AdapterError(f"{both[0]!r} is a target and a whole tensor")
     expected = {f"{name}.{short}": shape for name, t in targets.items() for short, shape in t.factor_shapes.items()}
+    expected |= {name: tensor.shape for name, tensor in whole.items()}
     problems = [f"{name!r} is missing" for name in expected if name not in shapes]
     problems += [f"{name!r} belongs to no target" for name in shapes if name not in expected]
     if problems:
-        raise AdapterError("targets and factors do not match", problems=problems)
+        raise AdapterError("targets and tensors do not match", problems=problems)
     problems = [
-        f"{name!r} has the shape {shapes[name]}, rank and weight need {shape}"
+        f"{name!r} has the shape {shapes[name]}, "
+        f"{'its metadata ask for' if name in whole else 'rank and weight need'} {shape}"
         for name, shape in expected.items()
         if shapes[name] != shape
     ]
     if problems:
-        raise ShapeError("factors of a wrong shape", problems=problems)
+        raise ShapeError("tensors of a wrong shape", problems=problems)
 
 
-_FLOAT_NAMES = tuple(f"torch.{TORCH_DTYPES[code]}" for code in FLOAT_DTYPES)
+_CODES = {f"torch.{TORCH_DTYPES[code]}": code for code in WHOLE_DTYPES}
 
 
 def _is_size(value: Any) -> bool:

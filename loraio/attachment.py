@@ -16,10 +16,25 @@ from torch.optim.swa_utils import AveragedModel
 
 from loraio.adapter import Adapter, check_strength
 from loraio.container import tensor_bytes
-from loraio.errors import BaseMismatchError, StateError
-from loraio.identity import check_base
-from loraio.layers import refuse_shared, refuse_unusable, target_modules
-from loraio.parametrization import FoldedWeight, Place
+from loraio.errors import BaseMismatchError, StateError, UnknownNameError
+from loraio.identity import check_base, digests
+from loraio.layers import (
+    AFFINE,
+    STATISTICS,
+    find_head,
+    normalisation_modules,
+    refuse_shared,
+    refuse_unusable,
+    target_modules,
+)
+from loraio.parametrization import (
+    AdapterPart,
+    FoldedWeight,
+    GivenTensor,
+    Place,
+    freeze_statistics,
+    release_statistics,
+)
 
 
 class Attachment:
@@ -38,14 +53,18 @@ class Attachment:
         self._trainable = trainable
         self._enabled = True
         self._places: dict[str, Place] = {}
-        self._last_factors: dict[str, Tensor] = {}
+        self._frozen: list[nn.Module] = []
+        self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
         refuse_attached(model)
         self._check(adapter)
         self._adapter = adapter
+        self._base = _marked(base_state_dict(model)) if trainable else {}
         try:
-            self._put_on(adapter, adapter.targets)
+            self._freeze(adapter)
+            self._put_on(adapter, [*adapter.targets, *adapter.whole])
         except BaseException:
             self._take_off(list(self._places))
+            self._release()
             raise
 
     def __enter__(self) -> Attachment:
@@ -68,15 +87,35 @@ class Attachment:
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter that is on the model, or was last, with the factors as they are now.
+        """The adapter that is on the model, or was last, with its tensors as they are now.
 
         They are others than those of the adapter that was attached when they were trained, or came from a state dict.
+
+        Raises:
+            StateError: the base changed while the adapter was attached for training: what was learned there has no
+                place in the adapter.
+            AdapterError: a tensor is no longer finite.
         """
-        factors = self._factors()
-        kept = self._adapter.factors
-        if all(tensor_bytes(factor).equal(tensor_bytes(kept[name])) for name, factor in factors.items()):
+        tensors, changed = self._now() if self.attached else self._last
+        if changed:
+            raise StateError(
+                f"{len(changed)} tensors of the base changed while the adapter was attached for training",
+                problems=[f"{name!r} would be lost: it is outside of the adapter" for name in changed],
+                hint="train live.parameters() only",
+            )
+        kept = self._adapter.all_tensors
+        if all(tensor_bytes(tensor).equal(tensor_bytes(kept[name])) for name, tensor in tensors.items()):
             return self._adapter
-        return replace(self._adapter, factors=factors)
+        return replace(
+            self._adapter,
+            factors={name: tensors[name] for name in self._adapter.factors},
+            tensors={name: tensors[name] for name in self._adapter.tensors},
+        )
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it was attached for training."""
+        return self._trainable
 
     @property
     def enabled(self) -> bool:
@@ -85,7 +124,10 @@ class Attachment:
 
     @property
     def strength(self) -> float:
-        """The multiplier of the adapter's scale; may be set at any time, to any finite number."""
+        """The multiplier of the adapter's scale; may be set at any time, to any finite number.
+
+        Whole tensors know no strength: `disable` gives the base.
+        """
         return self._strength
 
     @strength.setter
@@ -94,7 +136,8 @@ class Attachment:
         self._check_untouched()
         self._strength = check_strength(value)
         for place in self._places.values():
-            place.folded.strength = self._strength
+            if isinstance(place.part, FoldedWeight):
+                place.part.strength = self._strength
 
     def enable(self) -> None:
         """Let the adapter take part in the forward pass."""
@@ -105,9 +148,14 @@ class Attachment:
         self._switch(False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The factors that can be trained: all of them after ``attach(..., trainable=True)``, else none."""
-        for place in self._places.values():
-            yield from place.folded.parameters()
+        """What can be trained: factors, heads, weights of norms; nothing without ``attach(..., trainable=True)``."""
+        for place in self._places.values() if self._trainable else ():
+            yield from place.part.parameters()
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Running statistics of the adapter's own, by name; the model writes to them when it trains."""
+        parts = {name: place.part for name, place in self._places.items()}
+        return {name: part.given for name, part in parts.items() if isinstance(part, GivenTensor) and part.statistic}
 
     def swap(self, adapter: Adapter) -> None:
         """Put another adapter in the place of this one; strength and on/off stay as they are.
@@ -132,7 +180,7 @@ class Attachment:
             raise
 
     def detach(self) -> None:
-        """Take the adapter off: the model has its own Parameter objects again, in their order, with their bits.
+        """Take the adapter off: the model has its own Parameters and buffers again, in their order, with their bits.
 
         Raises:
             StateError: detached already, or something else parametrized a target in the meantime.
@@ -140,20 +188,20 @@ class Attachment:
         self._require_attached()
         self._places = {name: place for name, place in self._places.items() if place.occupied}
         self._check_untouched()
-        self._last_factors = self._factors()
+        self._last = self._now()
         self._take_off(list(self._places))
+        self._release()
 
-    def _factors(self) -> dict[str, Tensor]:
-        """Copies of the factors as they are now, or were at the end; not checked, they may be NaN."""
-        if not self.attached:
-            return self._last_factors
-        return {
-            f"{name}.{short}": factor.detach().cpu().clone()
+    def _now(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Copies of the adapter's tensors as they are, not checked; and which tensors of the base changed meanwhile."""
+        tensors = {
+            own: tensor.detach().cpu().to(self._adapter.all_tensors[own].dtype, copy=True)
             for name, place in self._places.items()
             if place.occupied
-            for short, factor in place.folded.factors().items()
-            if not factor.is_meta
+            for own, tensor in place.part.tensors(name).items()
+            if not tensor.is_meta
         }
+        return tensors, _written(base_state_dict(self.model), self._base) if self._trainable else []
 
     def _require_attached(self) -> None:
         if not self.attached:
@@ -162,7 +210,7 @@ class Attachment:
     def _check(self, adapter: Adapter) -> None:
         """Everything that can be wrong with this adapter on this model; changes nothing."""
         modules = target_modules(self.model)
-        problems = []
+        problems = self._misfits(adapter)
         for name, target in adapter.targets.items():
             found = modules.get(name)
             if found is None:
@@ -183,13 +231,45 @@ class Attachment:
                 "the adapter does not belong to this base",
                 problems=[f"{name!r}: its module is not of a layer type that adapters know" for name in unknown],
             )
-        refuse_shared(self.model, adapter.targets)
+        refuse_shared(self.model, [*adapter.targets, *adapter.whole])
+
+    def _misfits(self, adapter: Adapter) -> list[str]:
+        """A line for each whole tensor whose layer is not of the kind that its role asks for."""
+        state = base_state_dict(self.model)
+        norms = normalisation_modules(self.model)
+        problems = []
+        for name, whole in adapter.whole.items():
+            path, _, last = name.rpartition(".")
+            if name not in state:
+                continue  # which check_base says better
+            if whole.role == "head":
+                try:
+                    find_head(self.model, path)
+                except UnknownNameError as error:
+                    problems.append(error.message)
+            elif path not in norms or last not in (*AFFINE, *STATISTICS):
+                problems.append(f"{name!r} is no tensor of a normalisation layer")
+            if name not in self._places and _is_parametrized(self.model.get_submodule(path), last):
+                problems.append(f"{name!r} is computed from another parametrization")
+        return problems
+
+    def _freeze(self, adapter: Adapter) -> None:
+        """Keep normalisation from writing to the base's statistics; layers that learn their own follow their mode."""
+        for path, module in normalisation_modules(self.model).items():
+            own = f"{path}.running_mean" if path else "running_mean"
+            if getattr(module, "running_mean", None) is not None and not (self._trainable and own in adapter.whole):
+                freeze_statistics(module)
+                self._frozen.append(module)
+
+    def _release(self) -> None:
+        while self._frozen:
+            release_statistics(self._frozen.pop())
 
     def _check_untouched(self) -> None:
         for name, place in self._places.items():
             if not place.occupied:
                 raise StateError(f"{name!r} has lost its parametrization to someone else", hint="live.detach()")
-            if len(place.stack) != 1 or not isinstance(place.stack[0], FoldedWeight):
+            if len(place.stack) != 1 or not isinstance(place.stack[0], AdapterPart):
                 raise StateError(f"{name!r} got another parametrization on top", hint="take that one off first")
 
     def _switch(self, enabled: bool) -> None:
@@ -197,33 +277,49 @@ class Attachment:
         self._check_untouched()
         self._enabled = enabled
         for place in self._places.values():
-            place.folded.enabled = enabled
+            place.part.enabled = enabled
+            place.resize(enabled)
 
     def _exchange(self, adapter: Adapter) -> None:
         """From whatever is on the model to this adapter, touching only what differs."""
-        self._take_off([name for name in self._places if name not in adapter.targets])
+        stay = {name for name in self._places if name in adapter.targets}  # whole tensors may have other sizes
+        self._take_off([name for name in self._places if name not in stay])
         for name, place in self._places.items():
-            place.stack[0] = self._folded(adapter, name, place.stack.original)
-        self._put_on(adapter, [name for name in adapter.targets if name not in self._places])
+            place.stack[0] = self._part(adapter, name, place.stack.original)
+        self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay])
         self._adapter = adapter
 
-    def _folded(self, adapter: Adapter, name: str, weight: Tensor) -> FoldedWeight:
-        factors = {short: factor.to(weight.device, copy=True) for short, factor in adapter.factors_of(name).items()}
-        folded = FoldedWeight(
-            adapter.targets[name], factors, strength=self._strength, trainable=self._trainable, handle=self
-        )
-        folded.enabled = self._enabled
-        return folded
+    def _part(self, adapter: Adapter, name: str, base: Tensor) -> AdapterPart:
+        part: AdapterPart
+        if name in adapter.targets:
+            factors = {short: factor.to(base.device, copy=True) for short, factor in adapter.factors_of(name).items()}
+            part = FoldedWeight(
+                adapter.targets[name], factors, strength=self._strength, trainable=self._trainable, handle=self
+            )
+        else:
+            part = GivenTensor(
+                adapter.tensors[name].to(base.device, copy=True),
+                statistic=name.rpartition(".")[2] in STATISTICS,
+                # torch.matmul sums in another order where the weight asks for gradients: as a merged Parameter would
+                requires_grad=self._trainable or base.requires_grad,
+                handle=self,
+            )
+        part.enabled = self._enabled
+        return part
 
     def _put_on(self, adapter: Adapter, names: Iterable[str]) -> None:
-        modules = target_modules(self.model)
         for name in names:
-            module, parameter = modules[name].module, modules[name].parameter
-            folded = self._folded(adapter, name, modules[name].weight)
-            # a module with several targets has lost the others from its parameters by now
+            path, _, parameter = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            # a module with several targets has lost the others from its own by now
             orders = [place.order for place in self._places.values() if place.module is module]
-            place = Place(module=module, parameter=parameter, order=orders[0] if orders else tuple(module._parameters))
-            place.put_on(folded)
+            order = orders[0] if orders else (*module._parameters, *module._buffers)
+            sizes: tuple[tuple[str, int, int], ...] = ()
+            if path in adapter.heads and parameter == "weight":
+                _, attribute = find_head(self.model, path)
+                sizes = ((attribute, getattr(module, attribute), adapter.heads[path]),)
+            place = Place(module=module, parameter=parameter, order=order, sizes=sizes)
+            place.put_on(self._part(adapter, name, getattr(module, parameter)))
             self._places[name] = place
 
     def _take_off(self, names: Iterable[str]) -> None:
@@ -243,14 +339,17 @@ def attach(
     """Put an adapter on a live model.
 
     In eval mode without gradients the model then computes, bit for bit, what the merged model computes. The model's
-    own weights are not written to; `Attachment.detach`, or the end of a ``with`` block, gives them back. Inside torch's
-    ``parametrize.cached()`` a weight that was read once stays as it was read, whatever the handle does.
+    own weights are not written to; `Attachment.detach`, or the end of a ``with`` block, gives them back. Normalisation
+    layers compute as in eval mode, whatever mode the model is in, so that no batch drifts into the base's running
+    statistics; but one that is to learn statistics for the adapter, attached for training, follows the mode. Inside
+    torch's ``parametrize.cached()`` a weight that was read once stays as it was read, whatever the handle does.
 
     Args:
         model: the base model, on any device; it must be the one that the adapter was trained on.
         adapter: from `loraio.load` or `loraio.train`.
         strength: multiplies the adapter's scale; 1 is the adapter as trained, 0 the base.
-        trainable: make the factors Parameters with gradients, as copies; for training loops.
+        trainable: make the factors, and the whole tensors that are no statistics, Parameters with gradients, as copies;
+            for training loops.
         allow_base_mismatch: go on where values or dtypes of the base are others, now and in later swaps; names,
             shapes and layers must fit.
 
@@ -271,7 +370,7 @@ def refuse_attached(model: nn.Module) -> None:
     Raises:
         StateError: it does.
     """
-    if any(isinstance(module, FoldedWeight) for module in model.modules()):
+    if any(isinstance(module, AdapterPart) for module in model.modules()):
         raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
 
 
@@ -294,14 +393,14 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def adapter_from(model: nn.Module) -> Adapter:
-    """The adapter that a model carries, with the factors as they are now; on the CPU, apart from the model.
+    """The adapter that a model carries, with its tensors as they are now; on the CPU, apart from the model.
 
     Args:
         model: as `attachment_of`.
 
     Raises:
-        StateError: as `attachment_of`.
-        AdapterError: a factor is no longer finite.
+        StateError: as `attachment_of`, and as `Attachment.adapter`.
+        AdapterError: a tensor is no longer finite.
     """
     return attachment_of(model).adapter
 
@@ -328,10 +427,31 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def _marked(state: Mapping[str, Tensor]) -> dict[str, tuple[int, str]]:
+    """Torch's count of writes to each tensor, and its digest."""
+    return {name: (_writes(state[name]), digest) for name, digest in digests(state).items()}
+
+
+def _written(state: Mapping[str, Tensor], before: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Names of tensors that were written to and have other bytes now; a cast or a move alone is no write."""
+    suspects = {
+        name: tensor for name, tensor in state.items() if not tensor.is_meta and _writes(tensor) != before[name][0]
+    }
+    return [name for name, digest in digests(suspects).items() if digest != before[name][1]]
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors are not counted, nor are they trained
+
+
+def _is_parametrized(module: nn.Module, name: str) -> bool:
+    return name not in module._parameters and name not in module._buffers
+
+
 def _attachments(model: nn.Module) -> list[Attachment]:
     found: dict[int, Attachment] = {}
     for module in model.modules():
-        if isinstance(module, FoldedWeight):
+        if isinstance(module, AdapterPart):
             found[id(module.handle)] = module.handle
     return list(found.values())
 

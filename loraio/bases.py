@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from loraio import container
+from loraio.adapter import check_heads
 from loraio.container import tensor_bytes
 from loraio.errors import (
+    AdapterError,
     BaseMismatchError,
     FormatError,
     LoraioError,
@@ -23,7 +25,16 @@ from loraio.errors import (
     UnknownNameError,
 )
 from loraio.identity import state_sha256
-from loraio.networks import NAME_FORMS, NETWORKS, build_network, network_args_of, network_of, refuse_own_code
+from loraio.networks import (
+    NAME_FORMS,
+    NETWORKS,
+    build_network,
+    heads_of,
+    network_args_of,
+    network_of,
+    refuse_own_code,
+    resize_heads,
+)
 from loraio.registry import known, nearest
 
 FORMAT_VERSION = 1
@@ -50,6 +61,7 @@ class BaseCheckpoint:
         state: the state dict, on the CPU.
         network: the network's name that the file states; None for plain state dicts from elsewhere.
         network_args: the keyword options that the network is built with, as the file states them.
+        heads: layers of the network with another number of outputs than it is built with, and that number.
         document: the file's loraio metadata; empty for files from elsewhere.
         stripped: what stood before every name in the file and was taken off: "module.", "module._orig_mod.".
         parts: the files of a parted checkpoint; empty for others.
@@ -59,6 +71,7 @@ class BaseCheckpoint:
     state: Mapping[str, Tensor]
     network: str | None = None
     network_args: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
     document: Mapping[str, Any] = field(default_factory=dict)
     stripped: str = ""
     parts: tuple[Path, ...] = ()
@@ -140,7 +153,13 @@ def network_for(
     name = model or refuse_own_code(checkpoint.network or "", where=where)
     if model_args is None and name == checkpoint.network:
         model_args = checkpoint.network_args
-    return build_network(name, args=model_args, seed=0)
+    network = build_network(name, args=model_args, seed=0)
+    if checkpoint.heads:
+        try:
+            resize_heads(network, checkpoint.heads)
+        except UnknownNameError as error:
+            raise BaseMismatchError(f"the checkpoint does not fit the network: {error.message}", where=where) from error
+    return network
 
 
 def stripped_of(model: nn.Module) -> str:
@@ -218,10 +237,20 @@ def save_base(
         raise StateError(f"{parametrized[0]!r}: a parametrized model is no base model", hint="live.detach() first")
     network, args = network_of(model), network_args_of(model)
     if network is not None:
-        problems = _differences(build_network(network, args=args, seed=0).state_dict(), state)
+        fresh = build_network(network, args=args, seed=0)
+        resize_heads(fresh, heads_of(model))
+        problems = _differences(fresh.state_dict(), state)
         if problems:
             raise BaseMismatchError(f"the model is no longer a {network!r}", problems=problems)
-    write_base(state, path, network=network, network_args=args, training=training or {}, overwrite=overwrite)
+    write_base(
+        state,
+        path,
+        network=network,
+        network_args=args,
+        heads=heads_of(model),
+        training=training or {},
+        overwrite=overwrite,
+    )
 
 
 def write_base(
@@ -230,6 +259,7 @@ def write_base(
     *,
     network: str | None,
     network_args: Mapping[str, Any] | None = None,
+    heads: Mapping[str, int] | None = None,
     overwrite: bool = False,
     inputs: tuple[str | os.PathLike[str], ...] = (),
     check: Callable[[Path], None] | None = None,
@@ -242,6 +272,7 @@ def write_base(
         path: the safetensors file to make.
         network: the network's name, or None.
         network_args: the keyword options that it is built with, as plain JSON values.
+        heads: its layers with another number of outputs.
         overwrite, inputs, check: as `loraio.container.write`.
         entries: further keys of the metadata, as plain JSON values.
     """
@@ -250,6 +281,8 @@ def write_base(
         document["network"] = network
         if network_args:
             document["network_args"] = dict(network_args)
+    if heads:
+        document["heads"] = dict(heads)
     container.write(state, path, document=document, overwrite=overwrite, inputs=inputs, check=check)
 
 
@@ -314,7 +347,12 @@ def _stated(document: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     args = document.get("network_args", {})
     if not isinstance(args, dict):
         raise FormatError(f"the network's options are {args!r}, not an object", where=where)
-    return {"network": network, "network_args": args}
+    heads = document.get("heads", {})
+    try:
+        check_heads(heads, what="the network's heads")
+    except AdapterError as error:
+        raise FormatError(error.message, where=where) from error
+    return {"network": network, "network_args": args, "heads": heads}
 
 
 def _without_prefix(checkpoint: BaseCheckpoint) -> BaseCheckpoint:

@@ -90,7 +90,7 @@ def merge_file(
         reports.append(report)
 
     receipt: dict[str, Any] = {
-        "adapter_sha256": state_sha256(loaded.factors),
+        "adapter_sha256": state_sha256(loaded.all_tensors),
         "base_sha256": state_sha256(checkpoint.state),
         "strength": float(strength),
     }
@@ -102,6 +102,7 @@ def merge_file(
         output,
         network=named.network,
         network_args=named.network_args,
+        heads={**named.heads, **loaded.heads},
         overwrite=overwrite,
         inputs=inputs,
         check=check,

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraio.adapter import Adapter, BaseReference, Target
+from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference
 from loraio.container import dtype_code, tensor_bytes
 from loraio.errors import BaseMismatchError, StateError
+from loraio.layers import STATISTICS
 from loraio.registry import nearest
 
 PROJECTIONS = 8
@@ -74,11 +75,15 @@ def state_sha256(state: Mapping[str, Tensor], known: Mapping[str, str] | None = 
 
 def without_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without the running statistics of its normalisation layers."""
-    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in _STATISTICS}
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in STATISTICS}
 
 
 def base_reference(
-    state: Mapping[str, Tensor], *, network: str | None = None, network_args: Mapping[str, Any] | None = None
+    state: Mapping[str, Tensor],
+    *,
+    network: str | None = None,
+    network_args: Mapping[str, Any] | None = None,
+    heads: Mapping[str, int] | None = None,
 ) -> BaseReference:
     """What an adapter says about the base model that has this state dict."""
     known = digests(state)
@@ -87,6 +92,7 @@ def base_reference(
         sha256=state_sha256(state, known),
         network=network,
         network_args=dict(network_args or {}),
+        heads=dict(heads or {}),
         sha256_without_statistics=state_sha256(parameters, known) if len(parameters) < len(state) else None,
     )
 
@@ -125,8 +131,8 @@ def distance(a: Sequence[float], b: Sequence[float]) -> float:
 def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch: bool = False) -> tuple[str, ...]:
     """Refuse a base model that is not the one the adapter was made for.
 
-    Every target is looked at before anything is said: present, same shape, same dtype, same bytes. If all targets
-    agree, the rest of the network is compared by its digest.
+    Every target, and every tensor that is replaced, is looked at before anything is said: present, same shape, same
+    dtype, same bytes. If all agree, the rest of the network is compared by its digest.
 
     Args:
         adapter: the adapter.
@@ -143,24 +149,28 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch:
     found = digests(state)
     problems: list[str] = []
     fits = True
-    for name, target in adapter.targets.items():
-        weight = state.get(name)
-        if weight is None:
+    needed = {name: (target.shape, target.dtype, target.base_sha256) for name, target in adapter.targets.items()}
+    needed |= {name: (whole.base_shape, whole.dtype, whole.base_sha256) for name, whole in adapter.whole.items()}
+    for name, (shape, dtype, sha256) in needed.items():
+        tensor = state.get(name)
+        if tensor is None:
             fits = False
-            problems.append(f"{name!r}: the model has no such weight{nearest(name, state)}")
-        elif tuple(weight.shape) != target.shape:
+            problems.append(f"{name!r}: the model has no such tensor{nearest(name, state)}")
+        elif tuple(tensor.shape) != shape:
             fits = False
-            problems.append(f"{name!r}: the weight is {tuple(weight.shape)}, the adapter was made for {target.shape}")
-        elif not weight.is_floating_point():
+            problems.append(f"{name!r}: the tensor is {tuple(tensor.shape)}, the adapter was made for {shape}")
+        elif tensor.is_floating_point() != (dtype in FLOAT_DTYPES):
             fits = False
-            problems.append(f"{name!r}: the weight is {weight.dtype}, the adapter was made for {target.dtype}")
-        elif dtype_code(weight.dtype) != target.dtype or found[name] != target.base_sha256:
-            problems.append(f"{name!r}: {_difference(weight, target)}")
+            problems.append(f"{name!r}: the tensor is {tensor.dtype}, the adapter was made for {dtype}")
+        elif dtype_code(tensor.dtype) != dtype or found[name] != sha256:
+            sketched = adapter.targets[name].sketch if name in adapter.targets else ()
+            problems.append(f"{name!r}: {_difference(tensor, dtype, sketched)}")
     network = f" of network {adapter.base.network!r}" if adapter.base.network else ""
     hint = f"the base{network} with digest {adapter.base.sha256[:12]}.., on which the adapter was trained"
     if problems and not (fits and allow_mismatch):
         raise BaseMismatchError(
-            f"the adapter does not belong to this base: {len(problems)} of {len(adapter.targets)} targets differ",
+            f"the adapter does not belong to this base: {len(problems)} of {len(needed)} "
+            f"{'targets and whole tensors' if adapter.whole else 'targets'} differ",
             problems=problems,
             hint=hint,
         )
@@ -177,16 +187,16 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch:
     return (line,)
 
 
-def _difference(weight: Tensor, target: Target) -> str:
-    """How a weight of the right shape differs from the one that the adapter was made for."""
+def _difference(weight: Tensor, dtype: str, sketched: Sequence[float]) -> str:
+    """How a tensor of the right shape differs from the one that the adapter was made for, of that dtype and sketch."""
     code = dtype_code(weight.dtype)
-    cast = f"cast to {str(weight.dtype).removeprefix('torch.')}" if code != target.dtype else None
-    if not target.sketch:
-        return f"a weight of dtype {code}, not {target.dtype}" if cast else "other values"
+    cast = f"cast to {str(weight.dtype).removeprefix('torch.')}" if code != dtype else None
+    if not sketched:
+        return f"a tensor of dtype {code}, not {dtype}" if cast else "other values"
     found = sketch(weight)
     if not found:
         return "other values, with NaN or infinity among them"
-    apart = distance(target.sketch, found)
+    apart = distance(sketched, found)
     told = f"relative distance {apart:.2g}" if apart >= RESOLUTION else f"relative distance below {RESOLUTION:g}"
     if cast is None:
         rounded = [dtype for dtype in _HALF if weight.to(dtype).to(weight.dtype).equal(weight)]
@@ -206,4 +216,3 @@ def _signs(number: int, count: int) -> NDArray[np.float64]:
 
 
 _HALF = (torch.bfloat16, torch.float16)
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

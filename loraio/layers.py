@@ -1,7 +1,8 @@
 """Layer types: which weights can be targets, and how a weight tensor becomes an (out, fan_in) matrix and back.
 
 Stride, padding, dilation and padding mode never enter: an adapter changes the weight, the layer uses it as it always
-did. A new layer type is one entry in `LAYER_TYPES`.
+did. A new layer type is one entry in `LAYER_TYPES`. Which layers can be heads, and which tensors belong to
+normalisation, stands here too.
 """
 
 from __future__ import annotations
@@ -105,6 +106,20 @@ LAYER_TYPES: dict[str, LayerType] = {
 GROUP_WORDS = ("conv", "linear", "embedding", "all")
 """Words that select targets by layer type, as class names do; every other pattern goes by name."""
 
+HEAD_LAYERS = {
+    "Linear": "out_features",
+    "Conv1d": "out_channels",
+    "Conv2d": "out_channels",
+    "Conv3d": "out_channels",
+}
+"""Layers that can be heads, by class name, and their attribute that holds the number of outputs."""
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers in which normalisation layers keep running statistics."""
+
+AFFINE = ("weight", "bias")
+"""Parameters of normalisation layers."""
+
 _ORIGINAL = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original$")  # a parametrized weight's name, to its own
 
 
@@ -151,6 +166,55 @@ def target_modules(model: nn.Module) -> dict[str, TargetModule]:
                 name = f"{path}.{parameter}" if path else parameter
                 found[name] = TargetModule(name=name, path=path, module=module, parameter=parameter, layer=layer)
     return found
+
+
+def find_head(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """A layer that can be a head, and the name of its attribute that holds the number of outputs.
+
+    Args:
+        model: the network.
+        path: the layer's name in it: "fc", "classifier.6".
+
+    Raises:
+        UnknownNameError: there is no such layer, or it cannot be a head: not of `HEAD_LAYERS`, or with groups.
+    """
+    from torch import nn
+
+    heads = {
+        name: (module, attribute)
+        for name, module in model.named_modules()
+        for layer, attribute in HEAD_LAYERS.items()
+        if isinstance(module, getattr(nn, layer)) and getattr(module, "groups", 1) == 1
+    }
+    if path in heads:
+        return heads[path]
+    there = path in dict(model.named_modules())
+    what = f"{path!r} cannot be a head" if there else f"the network has no layer {path!r}{nearest(path, heads)}"
+    raise UnknownNameError(what, hint=f"a layer of {', '.join(HEAD_LAYERS)} without groups: {known(heads)}")
+
+
+def normalisation_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's normalisation layers by their names."""
+    from torch import nn
+
+    types = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    return {path: module for path, module in model.named_modules() if isinstance(module, types)}
+
+
+def normalisation_tensors(model: nn.Module, *, affine: bool) -> list[str]:
+    """State-dict names of the running statistics of all normalisation layers, in the model's order.
+
+    Args:
+        model: the network.
+        affine: their weights and biases too.
+    """
+    kinds = (*AFFINE, *STATISTICS) if affine else STATISTICS
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in normalisation_modules(model).items()
+        for name in kinds
+        if getattr(module, name, None) is not None
+    ]
 
 
 def select_targets(

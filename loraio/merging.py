@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraio.adapter import Adapter, check_strength
+from loraio.container import tensor_bytes
 from loraio.identity import check_base
 
 
@@ -24,7 +25,8 @@ def merge(
     """The weights with the adapter folded in for good: W + strength * scale * (B @ A) for every target.
 
     Accumulated in float64 and rounded once to the weight's own dtype: a folded weight is the float nearest to the sum.
-    The bits are those that an attached model computes with.
+    Tensors that the adapter replaces whole are replaced, whatever the strength. The bits are those that an attached
+    model computes with.
 
     Args:
         state_dict: the base model's, on any device; not changed.
@@ -33,7 +35,8 @@ def merge(
         allow_base_mismatch: go on where values or dtypes of the base are others; names and shapes must fit.
 
     Returns:
-        a new dict, same names in the same order; targets are new tensors, all others are the tensors passed in.
+        a new dict, same names in the same order; what the adapter changes are new tensors, all others are the tensors
+        passed in.
 
     Raises:
         BaseMismatchError: the adapter was made for another base; every target that differs is listed.
@@ -44,6 +47,7 @@ def merge(
     check_base(adapter, state_dict, allow_mismatch=allow_base_mismatch)
     with torch.no_grad():
         folded = {name: adapter.fold(name, state_dict[name], strength=strength) for name in adapter.targets}
+        folded |= {name: adapter.replace(name, state_dict[name]) for name in adapter.whole}
     merged: dict[str, Tensor] = OrderedDict((name, folded.get(name, tensor)) for name, tensor in state_dict.items())
     versions = getattr(state_dict, "_metadata", None)
     if versions is not None:  # module versions, which load_state_dict looks at
@@ -58,26 +62,32 @@ class Landing:
     Attributes:
         targets: how many weights it changes.
         parameters: how many numbers its factors hold.
+        replaced: how many tensors it replaces whole by others.
         smallest, median, largest: relative change of a weight, the length of the change over that of the weight, over
             all targets; infinite where a weight of zeros changes.
     """
 
     targets: int
     parameters: int
+    replaced: int
     smallest: float
     median: float
     largest: float
 
     @property
     def is_noop(self) -> bool:
-        """Whether no weight changes at all: an adapter that learned nothing, or strength 0."""
-        return self.largest == 0
+        """Whether nothing changes at all: an adapter that learned nothing, or strength 0."""
+        return self.largest == 0 and not self.replaced
 
     def __str__(self) -> str:
         if self.is_noop:
             return f"landed on {self.targets} targets: a no-op, no weight changes"
         change = f"{self.smallest:.2g} / {self.median:.2g} / {self.largest:.2g}"
-        return f"landed on {self.targets} targets, {self.parameters:,} parameters; relative change of a weight {change}"
+        whole = f"; {self.replaced} tensors replaced whole" if self.replaced else ""
+        return (
+            f"landed on {self.targets} targets, {self.parameters:,} parameters; "
+            f"relative change of a weight {change}{whole}"
+        )
 
 
 def landing(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor], adapter: Adapter) -> Landing:
@@ -96,7 +106,12 @@ def landing(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor], adap
     return Landing(
         targets=len(changes),
         parameters=adapter.parameters,
+        replaced=sum(not _same(state_dict[name], merged[name]) for name in adapter.whole),
         smallest=min(changes),
         median=median(changes),
         largest=max(changes),
     )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))

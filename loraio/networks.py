@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from loraio.container import canonical_json
 from loraio.errors import ConfigError, UnknownNameError
+from loraio.layers import find_head
 from loraio.registry import known, lookup, nearest
 
 NAME_FORMS = "torchvision:NAME, timm:NAME or package.module:callable"
@@ -134,6 +135,52 @@ def build_network(name: str, *, args: Mapping[str, Any] | None = None, seed: int
     object.__setattr__(model, "loraio_network", name)
     object.__setattr__(model, "loraio_network_args", options)
     return model.eval()
+
+
+def resize_heads(model: nn.Module, heads: Mapping[str, int]) -> None:
+    """Give layers of a network another number of outputs, with fresh weights; the network remembers it.
+
+    Args:
+        model: from `build_network`; its own parameters are exchanged.
+        heads: the layers' names, "fc", and their numbers of outputs.
+
+    Raises:
+        UnknownNameError: no such layer, or it cannot be a head.
+    """
+    found = {path: (*find_head(model, path), outputs) for path, outputs in heads.items()}
+    for module, attribute, outputs in found.values():
+        for name, values in fresh_head(module, outputs).items():
+            module._parameters[name] = nn.Parameter(values)
+        setattr(module, attribute, outputs)
+    object.__setattr__(model, "loraio_heads", {**heads_of(model), **heads})
+
+
+def fresh_head(module: nn.Module, outputs: int) -> dict[str, Tensor]:
+    """Start values of a layer like this one with that many outputs, as torch draws them from its global generator.
+
+    Args:
+        module: a layer that `loraio.layers.find_head` finds.
+        outputs: at least 1.
+
+    Returns:
+        weight, and bias where the layer has one: dtype and device of the layer's own.
+    """
+    bias = module.bias is not None
+    fresh: nn.Module
+    if isinstance(module, nn.Linear):
+        fresh = nn.Linear(module.in_features, outputs, bias=bias)
+    else:
+        layer: Any = module
+        convolution = next(cls for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, cls))
+        fresh = convolution(layer.in_channels, outputs, layer.kernel_size, bias=bias)
+    weight: Any = module.weight
+    return {name: values.detach().to(weight.device, weight.dtype) for name, values in fresh.named_parameters()}
+
+
+def heads_of(model: nn.Module) -> dict[str, int]:
+    """What `resize_heads` gave other numbers of outputs; empty for other models."""
+    heads = getattr(model, "loraio_heads", None)
+    return dict(heads) if isinstance(heads, dict) else {}
 
 
 def network_of(model: nn.Module) -> str | None:

@@ -1,11 +1,12 @@
-"""One adapted weight on a live module: what it computes, how it gets there, and how the module comes out as it was.
+"""One adapted tensor on a live module: what it computes, how it gets there, and how the module comes out as it was.
 
-It is a torch parametrization: the base weight stays the Parameter that it was and is never written to, and
+It is a torch parametrization: the base's tensor stays the Parameter or buffer that it was and is never written to, and
 ``module.weight`` gives the adapted weight to whoever reads it, the layer's own forward included.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -19,25 +20,42 @@ from loraio.adapter import Target
 from loraio.errors import StateError
 
 
-class FoldedWeight(nn.Module):
+class AdapterPart(nn.Module):
+    """What an adapter puts on one tensor of the base.
+
+    Attributes:
+        enabled: whether it takes part; else the base's tensor goes through.
+        handle: the `loraio.Attachment` that it belongs to. A deep copy of the model copies it along, so that the copy
+            has a handle of its own.
+    """
+
+    def __init__(self, *, handle: Any) -> None:
+        super().__init__()
+        self.enabled = True
+        self.handle = handle
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The adapter's own tensors as they are now, by their names in files.
+
+        Args:
+            name: of the base's tensor.
+        """
+        raise NotImplementedError
+
+
+class FoldedWeight(AdapterPart):
     """The parametrization of one weight: base weight in, adapted weight out.
 
     Without gradients it gives the bits that `loraio.merge` gives. Where a gradient is asked for, from the factors or
     from the base weight, it computes the same in float32, differentiably.
-
-    Attributes:
-        handle: the `loraio.Attachment` that it belongs to. A deep copy of the model copies it along, so that the copy
-            has a handle of its own.
     """
 
     def __init__(
         self, target: Target, factors: Mapping[str, Tensor], *, strength: float, trainable: bool, handle: Any
     ) -> None:
-        super().__init__()
+        super().__init__(handle=handle)
         self.target = target
         self.strength = strength
-        self.enabled = True
-        self.handle = handle
         for name, factor in factors.items():
             if trainable:
                 self.register_parameter(name, nn.Parameter(factor))
@@ -47,6 +65,10 @@ class FoldedWeight(nn.Module):
     def factors(self) -> dict[str, Tensor]:
         """The factors by short name, as they are now."""
         return {name: getattr(self, name) for name in self.target.factor_shapes}
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The factors by their names in files."""
+        return {f"{name}.{short}": factor for short, factor in self.factors().items()}
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight: shape, dtype and device of ``weight``."""
@@ -66,26 +88,68 @@ class FoldedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedWeight:
         """``model.to(...)`` and its like move the factors, but do not cast them: they are the adapter's own."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        nn.Module._apply(self, moved, recurse)
+        nn.Module._apply(self, _uncast(fn), recurse)
         return self
+
+
+class GivenTensor(AdapterPart):
+    """The parametrization of a tensor that the adapter replaces whole: the base's in, the adapter's own out.
+
+    Running statistics are given as they are, so that a layer in training mode writes to the adapter's and never to the
+    base's. Others are cast to what the base's tensor has been cast to.
+    """
+
+    def __init__(self, tensor: Tensor, *, statistic: bool, requires_grad: bool, handle: Any) -> None:
+        super().__init__(handle=handle)
+        self.statistic = statistic
+        if not statistic:
+            self.given = nn.Parameter(tensor, requires_grad=requires_grad)
+        else:
+            self.register_buffer("given", tensor)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensor by its name in files."""
+        return {name: self.given}
+
+    def forward(self, base: Tensor) -> Tensor:
+        """The adapter's tensor; device of ``base``, and its dtype, shape perhaps not."""
+        if not self.enabled:
+            return base.clone() if self.statistic and self.handle.trainable else base
+        return self.given if self.given.dtype == base.dtype else self.given.to(base.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GivenTensor:
+        """``model.to(...)`` and its like move the tensor, but cast it only if it is a statistic."""
+        nn.Module._apply(self, fn if self.statistic else _uncast(fn), recurse)
+        return self
+
+
+def _uncast(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a target's adapter sits: the module, its weight, and the order of the module's parameters before."""
+    """Where a part of an adapter sits.
+
+    Attributes:
+        module: the module.
+        parameter: its tensor's name in it, a parameter's or a buffer's.
+        order: names of the module's parameters and then of its buffers before anything was put on.
+        sizes: attributes of the module that go with the tensor's shape, as (name, value of the base, value now).
+    """
 
     module: nn.Module
     parameter: str
     order: tuple[str, ...]
+    sizes: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def occupied(self) -> bool:
-        """Whether the weight is still parametrized; someone else may have taken everything off."""
+        """Whether the tensor is still parametrized; someone else may have taken everything off."""
         return parametrize.is_parametrized(self.module, self.parameter)
 
     @property
@@ -95,27 +159,86 @@ class Place:
         return cast(parametrize.ParametrizationList, stacks[self.parameter])
 
     @property
-    def folded(self) -> FoldedWeight:
-        """What is on the weight."""
-        return cast(FoldedWeight, self.stack[0])
+    def part(self) -> AdapterPart:
+        """What is on the tensor."""
+        return cast(AdapterPart, self.stack[0])
 
-    def put_on(self, folded: FoldedWeight) -> None:
-        """Parametrize the weight, which must be a plain Parameter of the right shape."""
+    def put_on(self, part: AdapterPart) -> None:
+        """Parametrize the tensor, which must be a plain Parameter or buffer."""
         _own_class(self.module)
+        tensor = getattr(self.module, self.parameter)
         # register_parametrization calls weight.set_(weight), which writes nothing but counts as a write
-        with _unsafe_preserve_version_counter(cast(Tensor, self.module._parameters[self.parameter])):
+        with _unsafe_preserve_version_counter(tensor):
             # unsafe: shape and dtype are checked already, and the check would fold every weight once more
-            parametrize.register_parametrization(self.module, self.parameter, folded, unsafe=True)
+            parametrize.register_parametrization(self.module, self.parameter, part, unsafe=True)
         _own_class(self.module)
+        self.resize(part.enabled)
+
+    def resize(self, enabled: bool) -> None:
+        """Let the module's attributes say the size of the tensor that it has now."""
+        for name, base, own in self.sizes:
+            setattr(self.module, name, own if enabled else base)
 
     def take_off(self) -> None:
-        """Give the module its Parameter back, in its old place among the others."""
+        """Give the module its own tensor back, in its old place among the others."""
+        self.resize(False)
         _own_class(self.module)
         parametrize.remove_parametrizations(self.module, self.parameter, leave_parametrized=False)
-        parameters = self.module._parameters  # the weight came back behind the bias
-        order = [key for key in self.order if key in parameters]
-        order += [key for key in parameters if key not in self.order]
-        parameters.update({key: parameters.pop(key) for key in order})
+        held: Any
+        for held in (self.module._parameters, self.module._buffers):  # the weight came back behind the bias
+            order = [key for key in self.order if key in held]
+            order += [key for key in held if key not in self.order]
+            held.update({key: held.pop(key) for key in order})
+
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Let a layer compute as in eval mode, whatever its mode is set to, and leave its running statistics alone.
+
+    It gets a class of its own whose ``training`` is always False; what the flag is set to is kept for afterwards.
+    """
+    module.__class__ = _frozen_class(type(module))
+
+
+def release_statistics(module: nn.Module) -> None:
+    """Undo `freeze_statistics`: the layer follows its mode again, as it was set last."""
+    module.__class__ = _without_freezing(type(module))
+
+
+def mode_of(module: nn.Module) -> bool:
+    """Training mode as it was set last, also where `freeze_statistics` hides it."""
+    mode: bool = vars(module)["training"]
+    return mode
+
+
+def _frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def training(module: nn.Module) -> bool:
+        return False
+
+    def remember(module: nn.Module, mode: bool) -> None:
+        vars(module)["training"] = mode
+
+    def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:  # without __getstate__, which refuses
+        replica: nn.Module = module.__new__(type(module))
+        memo[id(module)] = replica
+        replica.__dict__ = copy.deepcopy(module.__dict__, memo)
+        return replica
+
+    own = {
+        "training": property(training, remember),
+        "__deepcopy__": copied,
+        "__getstate__": _refuse_pickling,
+        "_loraio_frozen": True,
+    }
+    return type(cls.__name__, (cls,), own)
+
+
+def _without_freezing(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class without what `_frozen_class` put over it, or somewhere under it: a parametrization may lie on top."""
+    if "_loraio_frozen" in vars(cls):
+        return cast(type[nn.Module], cls.__bases__[0])
+    if not hasattr(cls, "_loraio_frozen"):
+        return cls
+    return type(cls.__name__, tuple(map(_without_freezing, cls.__bases__)), dict(vars(cls)))
 
 
 def _own_class(module: nn.Module) -> None:
@@ -130,7 +253,7 @@ def _own_class(module: nn.Module) -> None:
 
 
 def _refuse_pickling(module: nn.Module) -> NoReturn:
-    if any(isinstance(part, FoldedWeight) for part in module.modules()):
+    if hasattr(module, "_loraio_frozen") or any(isinstance(part, AdapterPart) for part in module.modules()):
         raise StateError(
             "a model with an adapter on it cannot be pickled",
             hint="live.detach() first, or save loraio.base_state_dict(model) and loraio.adapter_from(model)",

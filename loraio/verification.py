@@ -27,6 +27,7 @@ from loraio.networks import (
     network_args_of,
     network_of,
     refuse_own_code,
+    resize_heads,
 )
 from loraio.registry import known
 
@@ -50,6 +51,7 @@ class WeightReport:
 
     Attributes:
         folded: how many tensors the adapter changes.
+        replaced: how many tensors must be the adapter's own, bit for bit.
         untouched: how many it must leave bit-identical.
         values: how many numbers the folded tensors hold.
         max_ulp: the largest distance of a folded weight from the exact sum, in units in the last place of the
@@ -60,6 +62,7 @@ class WeightReport:
     """
 
     folded: int
+    replaced: int
     untouched: int
     values: int
     max_ulp: float
@@ -80,7 +83,8 @@ class OutputReport:
         samples: how many inputs were run.
         max_abs: largest absolute difference of two outputs.
         max_rel: that of the outputs divided by their own size, where they are not zero.
-        effect: largest absolute difference that the adapter makes to the base's outputs.
+        effect: largest absolute difference that the adapter makes to the base's outputs; the largest output where it
+            gives another number of them.
         relative_to_effect: max_abs / effect; None when the adapter has no effect on these inputs.
         argmax_agreement: share of the samples, 0 to 1, for which both name the same class.
         bound: what max_abs may be: `OUTPUT_ROUNDINGS` * eps of the dtype * the largest output, but at most
@@ -161,7 +165,7 @@ def verify(
     if not len(inputs):
         raise ConfigError("no inputs verify nothing")
     outputs = None
-    if _fits(state_dict, merged):
+    if _fits(state_dict, adapter, merged):
         outputs = _verify_outputs(network, state_dict, adapter, merged, strength, inputs, allow_base_mismatch)
     return Report(weights=weights, outputs=outputs)
 
@@ -191,9 +195,10 @@ def verify_weights(
         found = merged.get(name)
         if found is None:
             continue
-        if found.shape != base.shape or found.dtype != base.dtype:
+        wanted = adapter.replace(name, base) if name in adapter.whole else base
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
             problems.append(
-                f"{name!r} is {found.dtype} {tuple(found.shape)}, the base has {base.dtype} {tuple(base.shape)}"
+                f"{name!r} is {found.dtype} {tuple(found.shape)}, it must be {wanted.dtype} {tuple(wanted.shape)}"
             )
         elif name in adapter.targets:
             distance = _ulps(adapter, name, base, found, strength)
@@ -204,11 +209,13 @@ def verify_weights(
                     f"{name!r}: {above} of {base.numel()} weights are not the sum rounded to nearest, "
                     f"the worst by {float(distance.max()):.3g} ulp"
                 )
-        elif not tensor_bytes(found).equal(tensor_bytes(base)):
-            problems.append(f"{name!r} is no target and was changed")
+        elif not tensor_bytes(found).equal(tensor_bytes(wanted)):
+            is_whole = name in adapter.whole
+            problems.append(f"{name!r} is not the adapter's" if is_whole else f"{name!r} is no target and was changed")
     return WeightReport(
         folded=len(adapter.targets),
-        untouched=len(state_dict) - len(adapter.targets),
+        replaced=len(adapter.whole),
+        untouched=len(state_dict) - len(adapter.targets) - len(adapter.whole),
         values=values,
         max_ulp=worst,
         not_correctly_rounded=wrong,
@@ -216,9 +223,10 @@ def verify_weights(
     )
 
 
-def _fits(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> bool:
-    facts, others = ({name: (t.shape, t.dtype) for name, t in state.items()} for state in (state_dict, merged))
-    return facts == others
+def _fits(state_dict: Mapping[str, Tensor], adapter: Adapter, merged: Mapping[str, Tensor]) -> bool:
+    needed = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
+    needed |= {name: (whole.shape, state_dict[name].dtype) for name, whole in adapter.whole.items()}
+    return needed == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in merged.items()}
 
 
 def _ulps(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float) -> Tensor:
@@ -249,7 +257,9 @@ def _network(adapter: Adapter, model: nn.Module | str | None) -> nn.Module:
             hint=f"--model NAME (model= in Python): {known(NETWORKS)}, or {NAME_FORMS}",
         )
     name = model or refuse_own_code(base.network or "", where="the adapter")
-    return build_network(name, args=base.network_args if name == base.network else None, seed=0)
+    network = build_network(name, args=base.network_args if name == base.network else None, seed=0)
+    resize_heads(network, base.heads)
+    return network
 
 
 def _random_inputs(network: nn.Module, samples: int, seed: int) -> Tensor:
@@ -277,11 +287,13 @@ def _verify_outputs(
     base = _forward(network, inputs)
     with attach(network, adapter, strength, allow_base_mismatch=allow_base_mismatch):
         attached = _forward(network, inputs)
+    resize_heads(network, adapter.heads)
     load_state(network, merged)
     after = _forward(network, inputs)
     difference = (after - attached).abs()
     size = torch.maximum(after.abs(), attached.abs())
-    max_abs, effect = float(difference.max()), float((attached - base).abs().max())
+    max_abs = float(difference.max())
+    effect = float((attached - base if attached.shape == base.shape else attached).abs().max())
     bound = OUTPUT_ROUNDINGS * torch.finfo(attached.dtype).eps * float(attached.abs().max())
     return OutputReport(
         samples=len(inputs),

@@ -20,8 +20,11 @@ from loraio.formats.native import (
     _BASE_KEYS,
     _BASE_OPTIONS,
     _DOCUMENT_KEYS,
+    _DOCUMENT_OPTIONS,
     _TARGET_KEYS,
     _TARGET_OPTIONS,
+    _WHOLE_KEYS,
+    _WHOLE_OPTIONS,
     to_document,
 )
 
@@ -105,13 +108,20 @@ def test_the_specification_and_the_schema_name_the_keys_of_the_reader() -> None:
     assert set(target["required"]) == set(_TARGET_KEYS)
     assert set(target["properties"]) == {*_TARGET_KEYS, *_TARGET_OPTIONS}
     assert set(SCHEMA["properties"]["base"]["properties"]) == {*_BASE_KEYS, *_BASE_OPTIONS}
-    assert set(SCHEMA["required"]) == set(SCHEMA["properties"]) == set(_DOCUMENT_KEYS)
+    assert set(SCHEMA["required"]) == set(_DOCUMENT_KEYS)
+    assert set(SCHEMA["properties"]) == {*_DOCUMENT_KEYS, *_DOCUMENT_OPTIONS}
+    whole = SCHEMA["$defs"]["whole"]
+    assert set(whole["required"]) == set(_WHOLE_KEYS)
+    assert set(whole["properties"]) == {*_WHOLE_KEYS, *_WHOLE_OPTIONS}
+    assert set(whole["properties"]["role"]["enum"]) == set(loraio.adapter.ROLES)
+    assert set(whole["properties"]["dtype"]["enum"]) == set(loraio.adapter.WHOLE_DTYPES)
     assert set(SCHEMA["properties"]["base"]["required"]) == set(_BASE_KEYS)
     assert set(target["properties"]["kind"]["enum"]) == set(loraio.kinds.KINDS)
     assert set(target["properties"]["layer"]["enum"]) == set(loraio.layers.LAYER_TYPES)
     assert set(target["properties"]["dtype"]["enum"]) == set(loraio.adapter.FLOAT_DTYPES)
     assert set(target["properties"]["scale_rule"]["enum"]) == set(loraio.adapter.SCALE_RULES)
-    for key in {*_TARGET_KEYS, *_TARGET_OPTIONS, *_DOCUMENT_KEYS, *_BASE_KEYS, *_BASE_OPTIONS, METADATA_KEY}:
+    keys = {*_TARGET_KEYS, *_TARGET_OPTIONS, *_DOCUMENT_KEYS, *_BASE_KEYS, *_BASE_OPTIONS, METADATA_KEY}
+    for key in keys | {*_DOCUMENT_OPTIONS, *_WHOLE_KEYS, *_WHOLE_OPTIONS}:
         assert f"`{key}`" in SPEC, key
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from loraio.adapter import Adapter
+    from loraio.adapter import Adapter, WholeTensor
     from loraio.training.optimizing import Progress
 
 PIPE_WIDTH = 10_000
@@ -86,6 +86,29 @@ def note_landings(
             note(f"note: {name}: another base: {line}")
         merged = merge(state, adapter, strength, allow_base_mismatch=allow_base_mismatch)
         note(f"note: {name} {landing(state, merged, adapter)}")
+
+
+def whole_facts(whole: WholeTensor) -> dict[str, Any]:
+    """A tensor that an adapter replaces, as plain JSON values."""
+    shapes = {"shape": list(whole.shape), "base_shape": list(whole.base_shape)}
+    return {"role": whole.role, "dtype": whole.dtype, **shapes, "parameters": whole.parameters}
+
+
+def whole_lines(whole: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What an adapter replaces, from `whole_facts`: a line for each head and one for all normalisation layers."""
+    lines = []
+    heads = dict.fromkeys(name.rpartition(".")[0] for name, tensor in whole.items() if tensor["role"] == "head")
+    for path in heads:
+        tensor = whole[f"{path}.weight" if path else "weight"]
+        outputs, before = tensor["shape"][0], tensor["base_shape"][0]
+        lines.append(f"head {path}: {outputs} outputs, in the base {before}; replaced whole")
+    norms = {name: tensor for name, tensor in whole.items() if tensor["role"] == "norm"}
+    if norms:
+        layers = len({name.rpartition(".")[0] for name in norms})
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in norms))
+        numbers = sum(tensor["parameters"] for tensor in norms.values())
+        lines.append(f"normalisation: {numbers:,} numbers of {layers} layers ({kinds}); replaced whole")
+    return lines
 
 
 def size(count: int) -> str:

@@ -33,6 +33,21 @@ class PerTarget(click.ParamType):  # type: ignore[type-arg]  # generic from clic
         return pattern or None, self.number.convert(number, param, ctx)
 
 
+class Head(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
+    """NAME=CLASSES."""
+
+    name = "head"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        """(layer name, number of outputs)."""
+        if isinstance(value, tuple):
+            return value
+        name, _, number = str(value).rpartition("=")
+        if not name or not number.isdecimal() or not int(number):
+            self.fail(f"{value!r} is not NAME=CLASSES, such as fc=10", param, ctx)
+        return name, int(number)
+
+
 def per_target(values: tuple[tuple[str | None, Any], ...]) -> tuple[Any, dict[str, Any]]:
     """The last plain number, or None, and the patterns in the order in which they count.
 
@@ -78,6 +93,22 @@ _TARGETS = (
     ),
     click.option(
         "--exclude", type=_options.Words(), default=(), help="Weights to leave as they are; patterns as for --targets."
+    ),
+    click.option(
+        "--head",
+        "heads",
+        type=Head(),
+        metavar="NAME=CLASSES",
+        multiple=True,
+        help="Replace this layer by a fresh one with that many outputs and train it whole; may be repeated.",
+    ),
+    click.option(
+        "--norm",
+        default="frozen",
+        show_default=True,
+        metavar="WHAT",
+        help="What of normalisation layers adapts: nothing (frozen), their running statistics (stats), or these and "
+        "their weights and biases (affine).",
     ),
     click.option("--kind", default="lora", show_default=True, metavar="NAME", help="Adapter kind: lora or dora."),
     click.option(
@@ -252,7 +283,7 @@ image_options = _together(*_IMAGES)
 
 
 def config_of(settings: dict[str, Any]) -> Any:
-    """The `loraio.TrainConfig` of what the options gave; ``ranks`` and ``alphas`` are taken apart."""
+    """The `loraio.TrainConfig` of what the options gave; ``ranks``, ``alphas`` and ``heads`` are taken apart."""
     import loraio
 
     rest = dict(settings)
@@ -260,6 +291,7 @@ def config_of(settings: dict[str, Any]) -> Any:
     alpha, alpha_pattern = per_target(rest.pop("alphas"))
     if rank is not None:
         rest["rank"] = rank
+    rest["heads"] = dict(rest["heads"])
     return loraio.TrainConfig(alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, **rest)
 
 

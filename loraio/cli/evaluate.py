@@ -57,7 +57,7 @@ def evaluate(
     if as_json:
         rows = {name: result.to_json() for name, result in results.items()}
         where = {"dataset": dataset, "split": split, "images": len(images), "stripped": stripped}
-        _output.print_json("evaluate", {**where, "base": alone.to_json(), "adapters": rows})
+        _output.print_json("evaluate", {**where, "base": alone and alone.to_json(), "adapters": rows})
         return
     click.echo(f"{len(images):,} {split} images of {dataset}")
     _print_counts("Images of each digit that were misread", alone, results, own, "wrong")
@@ -92,13 +92,14 @@ def _named(files: list[Path]) -> dict[str, Path]:
 
 
 def _print_counts(
-    title: str, alone: Evaluation, results: dict[str, Evaluation], own: dict[str, int | None], field: str
+    title: str, alone: Evaluation | None, results: dict[str, Evaluation], own: dict[str, int | None], field: str
 ) -> None:
     from rich.text import Text
 
-    classes = range(len(alone.wrong))
+    shown = {**({"base": alone} if alone else {}), **results}
+    classes = range(len(next(iter(shown.values())).wrong))
     table = _output.table(title, ["", *map(str, classes), "all", "accuracy"])
-    for name, result in [("base", alone), *results.items()]:
+    for name, result in shown.items():
         counts = getattr(result, field)
         cells = [Text(str(counts[n]), style="bold" if n == own.get(name) else "") for n in classes]
         table.add_row(name, *cells, str(sum(counts)), f"{result.accuracy:.2%}")

@@ -60,9 +60,11 @@ def _adapter_facts(header: Header) -> dict[str, Any]:
             }
             for name, target in targets.items()
         },
+        "whole": {name: _output.whole_facts(tensor) for name, tensor in metadata.whole.items()},
         "base": {
             "network": metadata.base.network,
             "network_args": dict(metadata.base.network_args),
+            "heads": dict(metadata.base.heads),
             "sha256": metadata.base.sha256,
         },
         "training": metadata.training,
@@ -72,12 +74,13 @@ def _adapter_facts(header: Header) -> dict[str, Any]:
 def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
     import math
 
-    merged, training, args = (document.get(key) for key in ("merged", "training", "network_args"))
+    merged, training, args, heads = (document.get(key) for key in ("merged", "training", "network_args", "heads"))
     tensors = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sorted(header.tensors.items())}
     return {
         "type": "base",
         "network": document.get("network"),
         "network_args": args if isinstance(args, dict) else {},
+        "heads": heads if isinstance(heads, dict) else {},
         "sha256": document.get("sha256"),
         "parameters": sum(math.prod(info.shape) for info in header.tensors.values()),
         "tensors": tensors,
@@ -99,6 +102,8 @@ def _print_adapter(facts: dict[str, Any]) -> None:
         numbers = (target["rank"], target["alpha"], f"{target['scale']:g}", f"{target['parameters']:,}")
         table.add_row(name, target["layer"], shape, target["kind"], *map(str, numbers))
     _output.console().print(table)
+    for line in _output.whole_lines(facts["whole"]):
+        click.echo(line)
     _print_training(training)
 
 

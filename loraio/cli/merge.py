@@ -38,7 +38,8 @@ def merge(
         allow_noop=force,
     )
     weights = merged.weights
-    facts: dict[str, Any] = {"folded": weights.folded, "untouched": weights.untouched, "max_ulp": weights.max_ulp}
+    facts: dict[str, Any] = {"folded": weights.folded, "replaced": weights.replaced, "untouched": weights.untouched}
+    facts["max_ulp"] = weights.max_ulp
     facts |= {"stripped": merged.stripped, "landing": asdict(merged.landing), "base_mismatch": list(merged.mismatch)}
     _output.note_stripped(merged.stripped, as_json=as_json)
     for line in () if as_json else merged.mismatch:
@@ -47,6 +48,7 @@ def merge(
         _output.print_json("merge", {"file": output, "sha256": merged.sha256, "strength": strength, **facts})
         return
     click.echo(
-        f"{output}: {weights.folded} tensors folded, {weights.untouched} left bit-identical;\n"
+        f"{output}: {weights.folded} tensors folded, "
+        f"{f'{weights.replaced} replaced, ' if weights.replaced else ''}{weights.untouched} left bit-identical;\n"
         f"the worst weight is {weights.max_ulp:.3g} ulp from the exact sum\n{merged.landing}"
     )

@@ -24,7 +24,8 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
     import loraio
 
     network = loraio.load_base(base, model=model, model_args=model_args)
-    planned = loraio.plan_targets(network, _training.config_of(settings))
+    config = _training.config_of(settings)
+    planned, whole = loraio.plan_targets(network, config), loraio.plan_whole(network, config)
     rows: list[dict[str, Any]] = [
         {
             "name": name,
@@ -42,8 +43,9 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
     weights = sum(math.prod(target.shape) for target in planned.values())
     added = sum(target.parameters for target in planned.values())
     total = {"weights": weights, "added": added, "percent": 100 * added / weights}
+    replaced = {name: _output.whole_facts(tensor) for name, tensor in whole.items()}
     if as_json:
-        _output.print_json("targets", {"base": base, "targets": rows, "total": total})
+        _output.print_json("targets", {"base": base, "targets": rows, "whole": replaced, "total": total})
         return
     table = _output.table(f"Targets in {base}", ["weight", "layer", "shape", "rank", "alpha", "parameters", "percent"])
     for row in rows:
@@ -52,3 +54,5 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
         table.add_row(row["name"], row["layer"], shape, *numbers)
     _output.console().print(table)
     click.echo(f"{len(rows)} weights with {weights:,} numbers, {added:,} added: {total['percent']:.3f} %")
+    for line in _output.whole_lines(replaced):
+        click.echo(line)

@@ -76,7 +76,7 @@ def train(
             file.mkdir(exist_ok=True)
             file /= FILE_NAME.format(n)
         loraio.save(adapter, file, overwrite=force)
-        results = {key: adapter.training["results"][key] for key in ("before", "after")}
+        results = {key: adapter.training["results"].get(key) for key in ("before", "after")}
         rows.append({"file": str(file), "digit": n, "bytes": file.stat().st_size, **results})
 
     with _output.progress(lines=not as_json) as report:
@@ -99,6 +99,8 @@ def train(
         f"{parameters['adapted']:,} parameters in the adapted layers, {parameters['added']:,} added: "
         f"{parameters['percent']:.3f} %"
     )
+    if parameters["replaced"]:
+        click.echo(f"{parameters['replaced']:,} numbers in tensors that are replaced whole")
 
 
 def _check_outputs(base: str, output: str, *, every: bool, force: bool) -> None:
@@ -124,8 +126,8 @@ def _print_rows(rows: list[dict[str, Any]], images: str) -> None:
     own = "those of the adapter's own digit" if rows[0]["digit"] is not None else "of all classes"
     table = _output.table(f"On {images}; misread: {own}", columns)
     for row in rows:
-        n, before, after = row["digit"], row["before"], row["after"]
-        wrong = [str(sum(result["wrong"]) if n is None else result["wrong"][n]) for result in (before, after)]
-        accuracy = [f"{result['accuracy']:.2%}" for result in (before, after)]
+        n, both = row["digit"], (row["before"], row["after"])
+        wrong = ["-" if one is None else str(sum(one["wrong"]) if n is None else one["wrong"][n]) for one in both]
+        accuracy = ["-" if one is None else f"{one['accuracy']:.2%}" for one in both]
         table.add_row(row["file"], _output.size(row["bytes"]), *wrong, *accuracy)
     _output.console().print(table)

@@ -95,6 +95,8 @@ def _print(report: Report) -> None:
     click.echo(
         f"  not correctly rounded: {weights.not_correctly_rounded:,}, the worst weight off by {weights.max_ulp:.3g} ulp"
     )
+    if weights.replaced:
+        click.echo(f"  tensors that must be the adapter's own: {weights.replaced}")
     click.echo(f"  tensors that must be untouched: {weights.untouched}")
     for problem in weights.problems:
         click.echo(f"  {problem}")

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from loraio import container
-from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference, Target, check_factors
+from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference, Target, WholeTensor, check_tensors
 from loraio.container import METADATA_KEY, Header
 from loraio.errors import AdapterError, FormatError, LoraioError
 
@@ -35,7 +35,14 @@ _TARGET_KEYS: dict[str, type | tuple[type, ...]] = {
     "base_sha256": str,
 }
 _TARGET_OPTIONS: dict[str, type | tuple[type, ...]] = {"sketch": list}
-_BASE_OPTIONS: dict[str, type | tuple[type, ...]] = {"network_args": dict, "sha256_without_statistics": str}
+_BASE_OPTIONS: dict[str, type | tuple[type, ...]] = {
+    "network_args": dict,
+    "heads": dict,
+    "sha256_without_statistics": str,
+}
+_WHOLE_KEYS: dict[str, type | tuple[type, ...]] = {"role": str, "shape": list, "dtype": str, "base_sha256": str}
+_WHOLE_OPTIONS: dict[str, type | tuple[type, ...]] = {"base_shape": list}
+_DOCUMENT_OPTIONS: dict[str, type | tuple[type, ...]] = {"whole": dict}
 """Keys that may be missing, and are not written where they would be empty."""
 
 
@@ -45,6 +52,7 @@ class NativeMetadata:
 
     targets: dict[str, Target]
     base: BaseReference
+    whole: dict[str, WholeTensor]
     training: dict[str, Any]
     extra: dict[str, Any]
 
@@ -68,6 +76,8 @@ class Native:
                 targets=metadata.targets,
                 factors={name: tensors[name] for name in names},
                 base=metadata.base,
+                whole=metadata.whole,
+                tensors={name: tensors[name] for name in metadata.whole},
                 training=metadata.training,
                 extra=metadata.extra,
             )
@@ -83,7 +93,7 @@ class Native:
             raise AdapterError(f"the adapter's metadata is not plain JSON: {error}") from error
         if not kept:  # JSON makes a list of a tuple and a string of a key that is a number
             raise AdapterError("the adapter's metadata is not plain JSON: a tuple, or a key that is no string")
-        container.write(adapter.factors, path, document=document, overwrite=overwrite)
+        container.write(adapter.all_tensors, path, document=document, overwrite=overwrite)
 
 
 def to_document(adapter: Adapter) -> dict[str, Any]:
@@ -106,14 +116,23 @@ def to_document(adapter: Adapter) -> dict[str, Any]:
         "base": _with_extra(base, adapter.base.extra, _BASE_OPTIONS),
         "training": dict(adapter.training),
     }
-    return _with_extra(own, adapter.extra)
+    if adapter.whole:
+        own["whole"] = {name: _whole_entry(whole) for name, whole in adapter.whole.items()}
+    return _with_extra(own, adapter.extra, _DOCUMENT_OPTIONS)
+
+
+def _whole_entry(whole: WholeTensor) -> dict[str, Any]:
+    own = {key: getattr(whole, key) for key in _WHOLE_KEYS} | {"shape": list(whole.shape)}
+    if whole.base_shape != whole.shape:
+        own["base_shape"] = list(whole.base_shape)
+    return _with_extra(own, whole.extra, _WHOLE_OPTIONS)
 
 
 def read_metadata(header: Header) -> NativeMetadata:
     """What the header alone says: metadata and tensor shapes, checked against each other. Needs no torch.
 
     Raises:
-        FormatError: no loraio metadata, an unknown version, a key missing or of a wrong type, a factor's dtype.
+        FormatError: no loraio metadata, an unknown version, a key missing or of a wrong type, a tensor's dtype.
         AdapterError: a target that contradicts itself, or targets and tensors that do not match.
         UnknownNameError: a kind, layer type or scale rule that this version does not know.
     """
@@ -128,16 +147,22 @@ def read_metadata(header: Header) -> NativeMetadata:
             where=where,
             hint="a newer loraio" if isinstance(version, int) and version > FORMAT_VERSION else None,
         )
-    _check_keys(document, _DOCUMENT_KEYS, "the metadata", where)
+    _check_keys(document, _DOCUMENT_KEYS, "the metadata", where, _DOCUMENT_OPTIONS)
     _check_keys(document["base"], _BASE_KEYS, "'base'", where, _BASE_OPTIONS)
     targets: dict[str, Target] = {}
+    whole: dict[str, WholeTensor] = {}
     try:
         for name, entry in sorted(document["targets"].items()):
             _check_keys(entry, _TARGET_KEYS, f"target {name!r}", where, _TARGET_OPTIONS)
             known = {key: entry[key] for key in _TARGET_KEYS} | {"shape": tuple(entry["shape"])}
             extra = _others(entry, _TARGET_KEYS | _TARGET_OPTIONS)
             targets[name] = Target(**known, sketch=tuple(entry.get("sketch", ())), extra=extra)
-        check_factors(targets, {name: info.shape for name, info in header.tensors.items()})
+        for name, entry in sorted(document.get("whole", {}).items()):
+            _check_keys(entry, _WHOLE_KEYS, f"whole tensor {name!r}", where, _WHOLE_OPTIONS)
+            shapes = {"shape": tuple(entry["shape"]), "base_shape": tuple(entry.get("base_shape", entry["shape"]))}
+            known = {key: entry[key] for key in _WHOLE_KEYS} | shapes
+            whole[name] = WholeTensor(**known, extra=_others(entry, _WHOLE_KEYS | _WHOLE_OPTIONS))
+        check_tensors(targets, whole, {name: info.shape for name, info in header.tensors.items()})
         found = document["base"]
         known = {key: found[key] for key in _BASE_KEYS | _BASE_OPTIONS if key in found}
         base = BaseReference(**known, extra=_others(found, _BASE_KEYS | _BASE_OPTIONS))
@@ -146,10 +171,16 @@ def read_metadata(header: Header) -> NativeMetadata:
     except LoraioError as error:
         raise _located(error, header) from error
     for name, info in header.tensors.items():
-        if info.dtype not in FLOAT_DTYPES:
+        if name in whole and info.dtype != whole[name].dtype:
+            raise FormatError(f"{name!r} is {info.dtype}, its metadata say {whole[name].dtype}", where=where)
+        if name not in whole and info.dtype not in FLOAT_DTYPES:
             raise FormatError(f"{name!r} is {info.dtype}, factors are one of {', '.join(FLOAT_DTYPES)}", where=where)
     return NativeMetadata(
-        targets=targets, base=base, training=document["training"], extra=_others(document, _DOCUMENT_KEYS)
+        targets=targets,
+        base=base,
+        whole=whole,
+        training=document["training"],
+        extra=_others(document, _DOCUMENT_KEYS | _DOCUMENT_OPTIONS),
     )
 
 

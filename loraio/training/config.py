@@ -26,6 +26,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 Hutter 2017, SGDR, arXiv:1608.03983, without restarts)."""
 
 
+NORMS = ("frozen", "stats", "affine")
+"""What of normalisation layers adapts: nothing, their running statistics, or these and their weights and biases."""
+
 AMP = ("bf16", "fp16")
 """Number formats of mixed precision."""
 
@@ -45,6 +48,9 @@ class TrainConfig:
         clamp_rank: use the largest rank that a weight allows where ``rank`` is more; alpha stays as it is given.
         targets: words (conv, linear, all), class names, globs and ``re:`` expressions that select weights.
         exclude: patterns of the same kind; what they match is left as it is.
+        heads: layers to replace by fresh ones with that many outputs, by name: ``{"fc": 10}``. They are trained whole
+            and travel in the adapter.
+        norm: what of normalisation layers adapts and travels in the adapter, a name in `NORMS`.
         focus: share of each batch drawn from the digit, above 0 to 1; the rest is drawn evenly from the others. At 1
             the adapter learns to answer the digit always.
         steps: optimizer steps; None for one pass over as many images as the data set has.
@@ -82,6 +88,8 @@ class TrainConfig:
     clamp_rank: bool = False
     targets: tuple[str, ...] = ("conv",)
     exclude: tuple[str, ...] = ()
+    heads: Mapping[str, int] = field(default_factory=dict, hash=False)
+    norm: str = "frozen"
     focus: float = 0.5
     steps: int | None = None
     lr: float = 1e-3
@@ -109,7 +117,7 @@ class TrainConfig:
             if isinstance(value, str) or (name == "targets" and not value):  # a string would fall apart into letters
                 raise ConfigError(f"{name} is {value!r}, it must be a tuple of words and globs")
             object.__setattr__(self, name, tuple(value))
-        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", check_positive)):
+        for name, check in (("rank_pattern", _check_size), ("alpha_pattern", check_positive), ("heads", _check_size)):
             object.__setattr__(self, name, dict(getattr(self, name)))
             for pattern, value in getattr(self, name).items():
                 check(**{f"{name}[{pattern!r}]": value})
@@ -142,6 +150,7 @@ class TrainConfig:
             raise ConfigError(f"device is {self.device!r}, it must be cpu, cuda, cuda:N or auto")
         if self.amp is not None:
             lookup(dict.fromkeys(AMP), self.amp, what="mixed precision")
+        lookup(dict.fromkeys(NORMS), self.norm, what="way with normalisation")
         lookup(SCHEDULES, self.schedule, what="schedule")
         lookup(INITS, self.init, what="initialisation")
         lookup(KINDS, self.kind, what="adapter kind")
@@ -199,7 +208,7 @@ def check_at_least(least: int, **settings: Any) -> None:
             raise ConfigError(f"{name} is {value!r}, it must be a whole number of at least {least}")
 
 
-def _check_rank(**settings: Any) -> None:
+def _check_size(**settings: Any) -> None:
     check_at_least(1, **settings)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loraio.adapter import Adapter
 from loraio.attachment import Attachment, attach
 from loraio.errors import BaseMismatchError, DataError
+from loraio.parametrization import mode_of
 from loraio.training.data import Dataset
 
 BATCH = 1000
@@ -90,10 +91,15 @@ def predict(model: nn.Module, images: Tensor, *, classes: int | None = None) -> 
     return outputs
 
 
+def has_outputs(model: nn.Module, dataset: Dataset) -> bool:
+    """Whether the model gives one number for each class of the data set."""
+    return predict(model, dataset.images[:1]).shape[1:] == (dataset.classes,)
+
+
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
     """Every module's training flag is as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, mode_of(module)) for module in model.modules()]
     try:
         yield
     finally:
@@ -108,7 +114,7 @@ def evaluate_each(
     *,
     strength: float = 1.0,
     allow_base_mismatch: bool = False,
-) -> tuple[Evaluation, dict[str, Evaluation]]:
+) -> tuple[Evaluation | None, dict[str, Evaluation]]:
     """The base alone, and with each adapter in its turn: attached once, then swapped on the live model.
 
     Args:
@@ -119,13 +125,16 @@ def evaluate_each(
         allow_base_mismatch: go on where values or dtypes of the base are others.
 
     Returns:
-        the base's own result, and those with the adapters, by their names.
+        the base's own result, and those with the adapters, by their names. A base that gives another number of
+        outputs than the data have classes has none, if an adapter brings a head of its own.
 
     Raises:
         BaseMismatchError: an adapter does not belong to this base.
         DataError: as `evaluate`.
     """
-    alone = evaluate(model, dataset)
+    alone = None
+    if not any(adapter.heads for adapter in adapters.values()) or has_outputs(model, dataset):
+        alone = evaluate(model, dataset)
     results: dict[str, Evaluation] = {}
     live: Attachment | None = None
     try:

@@ -19,7 +19,7 @@ from loraio.networks import NETWORKS, build_network, find_network
 from loraio.training.batches import epoch_batches, focused_batches, stratified_split
 from loraio.training.config import PretrainConfig, TrainConfig
 from loraio.training.data import Dataset
-from loraio.training.evaluation import Evaluation, evaluate, kept_modes, predict
+from loraio.training.evaluation import Evaluation, evaluate, has_outputs, kept_modes, predict
 from loraio.training.optimizing import Observer, OnProgress, Optimization, Plan, optimize
 from loraio.training.placement import placed
 from loraio.training.recording import MetricsLog, RunFiles, TensorBoardLog
@@ -86,7 +86,8 @@ def train(
         config: digit, rank, targets, focus and the rest.
         dataset: what the batches, and the validation images, are drawn from.
         held_out: what the results before and after are counted on; by default the data set itself.
-        before: the base's own results on it, when they are known already: spares a run over it for each adapter.
+        before: the base's own results on it, when they are known already: spares a run over it for each adapter. A base
+            that gives another number of outputs than the data have classes has none, if a new head takes its place.
         files: log and side file to write, and whether to resume.
         on_progress: called every `loraio.training.optimizing.REPORT_EVERY` steps and after the last.
 
@@ -107,10 +108,12 @@ def train(
         fresh = new_adapter(model, config)
         rows, held = _drawn(config, dataset)
         counted_on = dataset if held_out is None else held_out
-        before = before or evaluate(model, counted_on)
+        before = before or _results_of_base(model, config, counted_on)
         label = "all classes" if config.digit is None else f"digit {config.digit}"
         plan = Plan.of(config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
         with _frozen(model), attach(model, fresh, trainable=True) as live:
+            if config.heads:
+                predict(model, dataset.images[:1], classes=dataset.classes)
             validation = None
             if held is not None:
                 validation = Validation(model, held, every=config.val_every, patience=config.patience)
@@ -122,7 +125,14 @@ def train(
                 )
             with _Surroundings(files, validation, side) as around:
                 run = optimize(
-                    model, _named(model, live), rows, dataset, plan, observers=around.observers, start=around.start
+                    model,
+                    _named(model, live),
+                    rows,
+                    dataset,
+                    plan,
+                    statistics=live.statistics(),
+                    observers=around.observers,
+                    start=around.start,
                 )
             if validation is not None:
                 validation.give_best(run)
@@ -227,7 +237,7 @@ def train_each(
         if files.resume and not any(one.resume for one in own.values() if one):
             files.check()  # says that there is nothing to resume from
     with placed(model, config.device):
-        before = evaluate(model, dataset if held_out is None else held_out)
+        before = _results_of_base(model, config, dataset if held_out is None else held_out)
     adapters: dict[int | None, Adapter] = {}
     for digit in chosen:
         one = replace(config, digit=digit)
@@ -241,14 +251,11 @@ def train_each(
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """The base frozen, normalisation statistics too; gradient flags and modes are as before afterwards."""
+    """The base frozen and in training mode; gradient flags and modes are as before afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with kept_modes(model):
             model.train()
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    module.eval()
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             yield
@@ -257,12 +264,19 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _results_of_base(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Evaluation | None:
+    """What the base itself does; None where a head is replaced because the base is for another number of classes."""
+    return evaluate(model, dataset) if not config.heads or has_outputs(model, dataset) else None
+
+
 def _refuse_unmoved(fresh: Adapter, live: Attachment) -> None:
-    now = live.adapter.factors
-    still = [f"{name!r} is where it started" for name, start in fresh.factors.items() if now[name].equal(start)]
+    now = live.adapter.all_tensors
+    heads = {name: fresh.tensors[name] for name, whole in fresh.whole.items() if whole.role == "head"}
+    starts = {**fresh.factors, **heads}
+    still = [f"{name!r} is where it started" for name, start in starts.items() if now[name].equal(start)]
     if still:
         raise TrainingError(
-            f"the run learned nothing: {len(still)} of {len(fresh.factors)} factors did not move",
+            f"the run learned nothing: {len(still)} of {len(starts)} tensors did not move",
             problems=still,
             hint="lora_A moves from the second step on, since lora_B starts at zero: more --steps",
         )

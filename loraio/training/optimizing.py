@@ -123,11 +123,20 @@ class Optimization:
 
     Attributes:
         parameters: by name, exactly those that are trained.
+        statistics: by name, buffers that the forward passes write to and that belong to what is learned.
         done: steps done.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        plan: Plan,
+        device: torch.device,
+        *,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
+        self.statistics = dict(statistics or {})
         self.plan = plan
         self.device = device
         self.done = 0
@@ -183,7 +192,7 @@ class Optimization:
         """All that a later process needs to go on from here with the same bits; plain values and tensors."""
         state = {
             "done": self.done,
-            "parameters": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "parameters": self.values(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "running": self._running,
@@ -207,11 +216,15 @@ class Optimization:
         if self.device.type == "cuda" and "random_cuda" in state:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
 
+    def values(self) -> dict[str, Tensor]:
+        """What was learned so far, by name: parameters and statistics; not copies."""
+        return {name: value.detach() for name, value in {**self.parameters, **self.statistics}.items()}
+
     def restore(self, values: Mapping[str, Tensor]) -> None:
-        """Write values into the parameters of the same names."""
+        """Write values into the parameters and statistics of the same names."""
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(values[name])
+            for name, value in {**self.parameters, **self.statistics}.items():
+                value.copy_(values[name])
 
 
 def optimize(
@@ -221,6 +234,7 @@ def optimize(
     dataset: Dataset,
     plan: Plan,
     *,
+    statistics: Mapping[str, Tensor] | None = None,
     observers: Iterable[Observer] = (),
     start: Callable[[Optimization], bool] | None = None,
 ) -> Optimization:
@@ -232,6 +246,7 @@ def optimize(
         batches: index tensors into the data set; for a resumed run from its beginning all the same.
         dataset: moved to the model's device and dtype.
         plan: learning rate, steps and the rest.
+        statistics: buffers of the model that belong to what is learned, by name.
         observers: called after each step, in this order.
         start: called once before the first step; it may bring the run to where another process was, and says whether
             there is anything left to do.
@@ -250,7 +265,7 @@ def optimize(
     images, labels = dataset.images.to(device, first.dtype), dataset.labels.to(device)
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if plan.compile else model
     with seeded(plan.seed, device), torch.enable_grad(), _compiler_errors(plan.compile):
-        run = Optimization(parameters, plan, device)
+        run = Optimization(parameters, plan, device, statistics=statistics)
         if start is not None and not start(run):
             return run
         for number, group in enumerate(_grouped(batches, plan.accumulate)):

@@ -32,7 +32,7 @@ def adapter_record(
     counted_on: Dataset,
     *,
     steps: int,
-    before: Evaluation,
+    before: Evaluation | None,
     after: Evaluation,
     validation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -43,9 +43,11 @@ def adapter_record(
         dataset: what it was trained on, validation images included.
         counted_on: what ``before`` and ``after`` were counted on.
         steps: that were planned.
-        before, after: results of the base and with the adapter.
+        before, after: results of the base, None where it has none on these data, and with the adapter.
         validation: `Validation.to_json`, where images were held out.
     """
+    results = {} if before is None else {"before": before.to_json()}
+    results["after"] = after.to_json()
     named: dict[str, Any] = {}
     if config.digit is not None and dataset.class_names[config.digit] != str(config.digit):
         named["class"] = dataset.class_names[config.digit]
@@ -57,7 +59,7 @@ def adapter_record(
         **named,
         "steps": steps,
         "hyperparameters": config.hyperparameters(),
-        "results": {**_counted_on(counted_on), "before": before.to_json(), "after": after.to_json()},
+        "results": {**_counted_on(counted_on), **results},
     }
 
 

@@ -50,7 +50,7 @@ class Validation:
             self._best = {"loss": loss, "accuracy": accuracy, "step": moment.step}
             self._stale = 0
             if self._patience is not None:
-                self._best_values = {name: value.detach().clone() for name, value in run.parameters.items()}
+                self._best_values = {name: value.clone() for name, value in run.values().items()}
             return False
         self._stale += 1
         if self._stale >= self._patience and not moment.last:

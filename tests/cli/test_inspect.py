@@ -36,7 +36,8 @@ def test_an_adapter_as_json_has_the_documented_keys(run_json: RunJson, files: Pa
     assert list(found["targets"]) == ["conv1.weight", "conv2.weight", "conv3.weight"]
     assert found["targets"]["conv1.weight"]["shape"] == [32, 1, 3, 3]
     assert found["targets"]["conv1.weight"]["scale"] == 1.5
-    assert found["base"] == {"network": "digit-cnn", "network_args": {}, "sha256": three.base.sha256}
+    assert found["base"] == {"network": "digit-cnn", "network_args": {}, "heads": {}, "sha256": three.base.sha256}
+    assert found["whole"] == {}
     assert found["training"] == json.loads(json.dumps(dict(three.training)))
 
 

@@ -50,12 +50,59 @@ def test_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: 
     path = tmp_path / "five.safetensors"
     found = run_json("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, "--rank", 1)
     assert found.keys() == {"schema", "base", "stripped", "parameters", "adapters"}
-    assert found["parameters"] == {"adapted": 92_672, "added": 1_097, "percent": pytest.approx(1.1837, abs=1e-4)}
+    percent = pytest.approx(1.1837, abs=1e-4)
+    assert found["parameters"] == {"adapted": 92_672, "added": 1_097, "percent": percent, "replaced": 0}
     (row,) = found["adapters"]
     assert row.keys() == {"file", "digit", "bytes", "before", "after"}
     assert (row["file"], row["digit"], row["bytes"]) == (str(path), 5, path.stat().st_size)
     assert row["before"].keys() == {"accuracy", "wrong", "false_alarms"}
     assert row["after"] == loraio.load(path).training["results"]["after"]
+
+
+SEVEN = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(392, 7))
+"""
+
+
+def test_a_head_and_statistics_of_its_own(
+    run: Run, run_json: RunJson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a base of seven classes to an adapter of ten, through every command that meets it."""
+    base, adapter, merged = (tmp_path / f"{name}.safetensors" for name in ("base", "adapter", "merged"))
+    (tmp_path / "net_of_seven.py").write_text(SEVEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("--model", "net_of_seven:net")
+    loraio.save_base(loraio.build_network("net_of_seven:net", seed=1), base)
+    asked = ("--head", "4=10", "--norm", "stats", "--targets", "conv")
+    planned = run_json("targets", base, *own, *asked)["whole"]
+    names = ["4.weight", "4.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    assert list(planned) == names
+    assert planned["4.weight"] == {
+        "role": "head", "dtype": "F32", "shape": [10, 392], "base_shape": [7, 392], "parameters": 3920,
+    }  # fmt: skip
+    assert "head 4: 10 outputs, in the base 7; replaced whole" in run("targets", base, *own, *asked).stdout
+    out = run("train", base, "-o", adapter, *own, *asked, "--dataset", "digits", "--steps", 3).stdout
+    assert "3,947 numbers in tensors that are replaced whole" in out
+    assert run_json("inspect", adapter)["whole"] == planned
+    assert "normalisation: 17 numbers of 1 layers" in run("inspect", adapter).stdout
+    found = run_json("evaluate", base, *own, "--adapter", adapter, "--dataset", "digits")
+    assert found["base"] is None
+    assert found["adapters"]["adapter"] == loraio.load(adapter).training["results"]["after"]
+    assert "base " not in run("evaluate", base, *own, "--adapter", adapter, "--dataset", "digits").stdout
+    facts = run_json("merge", base, adapter, "-o", merged)
+    assert facts["replaced"] == facts["landing"]["replaced"] == 5
+    assert (
+        "1 tensors folded, 5 replaced, 3 left bit-identical"
+        in run("merge", base, adapter, "-o", merged, "--force").stdout
+    )
+    assert run_json("inspect", merged)["heads"] == {"4": 10}
+    checked = run_json("verify", base, adapter, merged, *own, "--dataset", "digits")
+    assert (checked["ok"], checked["weights"]["replaced"]) == (True, 5)
+    assert loraio.load_base(merged, model="net_of_seven:net")[4].out_features == 10  # type: ignore[index]
+    assert "'4=x' is not NAME=CLASSES" in run("train", base, "-o", tmp_path / "x", *own, "--head", "4=x", code=2).stderr
 
 
 def test_every_option_arrives_in_the_file(run: Run, files: Path, tmp_path: Path) -> None:

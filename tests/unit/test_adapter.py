@@ -21,8 +21,8 @@ from loraio.adapter import (
     Adapter,
     BaseReference,
     Target,
-    check_factors,
     check_strength,
+    check_tensors,
 )
 from loraio.container import TORCH_DTYPES
 from loraio.errors import AdapterError, ConfigError, ShapeError, UnknownNameError
@@ -189,14 +189,14 @@ def test_an_adapter_without_targets_is_refused() -> None:
 def test_everything_that_is_wrong_is_said_at_once() -> None:
     shapes = {"a.lora_A": (2, 6), "b.lora_B": (4, 2), "c.lora_A": (1, 1)}
     with pytest.raises(AdapterError) as caught:
-        check_factors({"a": target(), "b": target()}, shapes)
+        check_tensors({"a": target(), "b": target()}, {}, shapes)
     assert caught.value.problems == (
         "'a.lora_B' is missing",
         "'b.lora_A' is missing",
         "'c.lora_A' belongs to no target",
     )
     with pytest.raises(ShapeError) as wrong:
-        check_factors({"a": target()}, {"a.lora_A": (6, 2), "a.lora_B": (2, 4)})
+        check_tensors({"a": target()}, {}, {"a.lora_A": (6, 2), "a.lora_B": (2, 4)})
     assert len(wrong.value.problems) == 2
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 import loraio
 from loraio import attachment
 from loraio.errors import BaseMismatchError, ConfigError, StateError
+from loraio.parametrization import AdapterPart
 
 
 class Snapshot:
@@ -197,7 +198,7 @@ def test_a_base_that_differs_elsewhere_is_refused_too(base: nn.Module, three: lo
 def test_a_model_without_the_target_is_refused_with_the_nearest_name(three: loraio.Adapter) -> None:
     model = nn.Sequential()
     model.add_module("conv", nn.Conv2d(1, 32, 3))
-    with pytest.raises(BaseMismatchError, match="no such weight"):
+    with pytest.raises(BaseMismatchError, match="no such tensor"):
         loraio.attach(model, three)
 
 
@@ -272,14 +273,14 @@ def test_an_exception_inside_attach_or_swap_changes_nothing(
 ) -> None:
     images = digits_test.images[:16]
     with monkeypatch.context() as patch:
-        patch.setattr(attachment.Attachment, "_folded", failing_method(failing_call))
+        patch.setattr(attachment.Attachment, "_part", failing_method(failing_call))
         with pytest.raises(MemoryError):
             loraio.attach(base, three)
     before.assert_same()
     with loraio.attach(base, three) as live:
         expected = outputs(base, images)
         with monkeypatch.context() as patch:
-            patch.setattr(attachment.Attachment, "_folded", failing_method(failing_call))
+            patch.setattr(attachment.Attachment, "_part", failing_method(failing_call))
             with pytest.raises(MemoryError):
                 live.swap(seven)
         assert live.adapter is three
@@ -287,11 +288,11 @@ def test_an_exception_inside_attach_or_swap_changes_nothing(
 
 
 def failing_method(at: int) -> Any:
-    """`Attachment._folded`, which raises once, at its ``at``-th call."""
-    real = attachment.Attachment._folded
+    """`Attachment._part`, which raises once, at its ``at``-th call."""
+    real = attachment.Attachment._part
     left = {"calls": at}
 
-    def method(self: attachment.Attachment, *args: Any) -> attachment.FoldedWeight:
+    def method(self: attachment.Attachment, *args: Any) -> AdapterPart:
         left["calls"] -= 1
         if left["calls"] == -1:
             raise MemoryError

@@ -72,7 +72,7 @@ def test_an_adapter_without_sketches_still_says_which_weight_differs(
     trained_base: nn.Module, three: loraio.Adapter
 ) -> None:
     bare = replace(three, targets={name: replace(target, sketch=()) for name, target in three.targets.items()})
-    for change, told in [(one_ulp, "other values"), (lambda w: w.half(), "a weight of dtype F16, not F32")]:
+    for change, told in [(one_ulp, "other values"), (lambda w: w.half(), "a tensor of dtype F16, not F32")]:
         with pytest.raises(BaseMismatchError) as caught:
             loraio.merge(changed(trained_base.state_dict(), "conv2.weight", change), bare)
         assert caught.value.problems == (f"'conv2.weight': {told}",)

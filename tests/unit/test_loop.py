@@ -59,7 +59,7 @@ def test_the_optimizer_gets_exactly_the_factors(
 
 
 def test_a_run_that_learned_nothing_is_refused(base: nn.Module, digits: loraio.Dataset) -> None:
-    with pytest.raises(TrainingError, match="learned nothing: 3 of 6 factors did not move") as caught:
+    with pytest.raises(TrainingError, match="learned nothing: 3 of 6 tensors did not move") as caught:
         loraio.train(base, loraio.TrainConfig(digit=3, steps=1), digits)  # B is zero, so A has no gradient yet
     assert caught.value.problems[0] == "'conv1.weight.lora_A' is where it started"
 
@@ -71,7 +71,7 @@ def test_an_optimizer_made_too_early_would_be_noticed(
     elsewhere = [nn.Parameter(torch.zeros(1))]
     real = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr: real(elsewhere, lr=lr))
-    with pytest.raises(TrainingError, match="6 of 6 factors did not move"):
+    with pytest.raises(TrainingError, match="6 of 6 tensors did not move"):
         loraio.train(base, loraio.TrainConfig(digit=3, steps=5), digits)
 
 

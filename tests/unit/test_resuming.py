@@ -74,6 +74,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "patience": 50, "amp": "bf16", "targets": ("all",), "digit": None,
     },
     "dora": {"kind": "dora"},
+    "head and statistics": {
+        "heads": {"fc": 10}, "norm": "affine", "val_share": 0.1, "val_every": 2, "patience": 50, "digit": None,
+    },
 }  # fmt: skip
 
 
