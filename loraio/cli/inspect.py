@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,6 +10,7 @@ import click
 from loraio.cli import _options, _output
 
 if TYPE_CHECKING:
+    from loraio.adapter import Target
     from loraio.container import Header
 
 
@@ -66,12 +68,21 @@ def _adapter_facts(header: Header) -> dict[str, Any]:
             "sha256": metadata.base.sha256,
         },
         "training": metadata.training,
+        "warnings": [_warning(name, target) for name, target in targets.items() if target.saves_nothing],
     }
 
 
-def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
-    import math
+def _warning(name: str, target: Target) -> str:
+    """That the weight itself would be no larger than the factors, and which ranks are smaller."""
+    largest = target.largest_saving_rank
+    advice = f"ranks up to {largest} hold fewer" if largest else "no rank holds fewer"
+    return (
+        f"{name!r}: at rank {target.rank} the factors hold {target.parameters:,} numbers, "
+        f"the weight itself {math.prod(target.shape):,}; {advice}"
+    )
 
+
+def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
     merged, training, args = (document.get(key) for key in ("merged", "training", "network_args"))
     tensors = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sorted(header.tensors.items())}
     return {
@@ -88,6 +99,8 @@ def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
 
 def _print_adapter(facts: dict[str, Any]) -> None:
     base, training = facts["base"], facts["training"]
+    for warning in facts["warnings"]:
+        _output.note(f"note: {warning}")
     click.echo(
         f"{facts['file']}: adapter, {facts['dialect']} format version {facts['format_version']}, "
         f"{facts['parameters']:,} parameters, {_output.size(facts['bytes'])}"

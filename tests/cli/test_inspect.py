@@ -38,6 +38,31 @@ def test_an_adapter_as_json_has_the_documented_keys(run_json: RunJson, files: Pa
     assert found["targets"]["conv1.weight"]["scale"] == 1.5
     assert found["base"] == {"network": "digit-cnn", "network_args": {}, "sha256": three.base.sha256}
     assert found["training"] == json.loads(json.dumps(dict(three.training)))
+    assert found["warnings"] == []
+
+
+class Odd(nn.Module):
+    """Weights on which a low rank saves much, only with a smaller rank, or nothing at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.square, self.row = nn.Linear(64, 64), nn.Linear(4, 4), nn.Linear(7, 1)
+
+
+def test_targets_whose_factors_are_no_smaller_than_the_weight_are_said(
+    run: Run, run_json: RunJson, tmp_path: Path
+) -> None:
+    path = tmp_path / "large.safetensors"
+    config = loraio.TrainConfig(rank=2, rank_pattern={"row": 1}, targets=("all",))
+    loraio.save(loraio.new_adapter(Odd(), config), path)
+    expected = [
+        "'row.weight': at rank 1 the factors hold 8 numbers, the weight itself 7; no rank holds fewer",
+        "'square.weight': at rank 2 the factors hold 16 numbers, the weight itself 16; ranks up to 1 hold fewer",
+    ]
+    assert run_json("inspect", path)["warnings"] == expected
+    result = run("inspect", path)
+    assert result.stderr.splitlines() == [f"note: {line}" for line in expected]
+    assert expected[0] not in result.stdout
 
 
 def test_ranks_that_differ_between_targets_have_no_one_rank(
@@ -58,7 +83,9 @@ def test_ranks_that_differ_between_targets_have_no_one_rank(
 
 
 def test_an_adapter_as_text_names_base_targets_and_training(run: Run, files: Path) -> None:
-    text = run("inspect", files / "three.safetensors").stdout
+    result = run("inspect", files / "three.safetensors")
+    text = result.stdout
+    assert result.stderr == ""
     for word in ("adapter, native format version 1", "base: digit-cnn", "64x32x3x3", "digit: 3", "before: accuracy"):
         assert word in text
 
