@@ -22,8 +22,11 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
     itself: at 100 the factors hold as many numbers as the weight.
     """
     import loraio
+    from loraio.bases import stripped_of
 
     network = loraio.load_base(base, model=model, model_args=model_args)
+    stripped = stripped_of(network)
+    _output.note_stripped(stripped, as_json=as_json)
     planned = loraio.plan_targets(network, _training.config_of(settings))
     rows: list[dict[str, Any]] = [
         {
@@ -43,7 +46,7 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
     added = sum(target.parameters for target in planned.values())
     total = {"weights": weights, "added": added, "percent": 100 * added / weights}
     if as_json:
-        _output.print_json("targets", {"base": base, "targets": rows, "total": total})
+        _output.print_json("targets", {"base": base, "stripped": stripped, "targets": rows, "total": total})
         return
     table = _output.table(f"Targets in {base}", ["weight", "layer", "shape", "rank", "alpha", "parameters", "percent"])
     for row in rows:
