@@ -168,5 +168,41 @@ def test_a_truncated_file_is_refused_with_its_name(run: Run, files: Path, tmp_pa
     assert str(path) in error
 
 
+def test_a_parted_base_is_what_it_is_in_one_file(
+    run: Run, run_json: RunJson, write_parts: Callable[..., Path], trained_base: nn.Module, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    whole, state = tmp_path / "whole.safetensors", trained_base.state_dict()
+    save_file(state, whole)
+    index = write_parts(state, tmp_path / "parted")
+    expected = run_json("inspect", whole)
+    assert expected["parts"] == []
+    names = ["a-1-of-2.safetensors", "a-2-of-2.safetensors"]
+    sizes = [(index.parent / name).stat().st_size for name in names]
+    for path in (index, index.parent):
+        found = run_json("inspect", path)
+        assert (found["file"], found["parts"], found["bytes"]) == (str(path), names, sum(sizes))
+        assert found["bytes"] - found["header_bytes"] - 16 == expected["bytes"] - expected["header_bytes"] - 8
+        differ = {"file", "parts", "bytes", "header_bytes"}
+        assert {key: found[key] for key in found.keys() - differ} == {
+            key: expected[key] for key in expected.keys() - differ
+        }
+        assert f"{path}: base model in 2 parts, network not named, 113,162 parameters, " in run("inspect", path).stdout
+    assert "base model, network not named" in run("inspect", whole).stdout
+
+
+def test_a_parted_base_that_contradicts_itself_is_refused(
+    run: Run, run_json: RunJson, write_parts: Callable[..., Path], trained_base: nn.Module, tmp_path: Path
+) -> None:
+    index = write_parts(trained_base.state_dict(), tmp_path, **{"fc.bias": "../x.safetensors", "nowhere": 3})
+    text = run("inspect", index, code=1).stderr
+    assert text.startswith("FormatError: parts must be plain names of files in the index's own folder\n")
+    assert "'fc.bias' is in '../x.safetensors'" in text
+    assert "'nowhere' is in 3" in text
+    index.unlink()
+    assert "holds no index of a parted checkpoint" in run_json("inspect", tmp_path, code=1)["message"]
+
+
 def test_a_folder_is_no_file(run: Run, tmp_path: Path) -> None:
     assert str(tmp_path) in run("inspect", tmp_path, code=1).stderr
