@@ -6,10 +6,11 @@ checked in a tenth of a second. `Adapter` adds the factor tensors.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,17 @@ class Target:
     def parameters(self) -> int:
         """How many numbers the factors hold."""
         return sum(math.prod(shape) for shape in self.factor_shapes.values())
+
+    @property
+    def saves_nothing(self) -> bool:
+        """Whether the factors hold at least as many numbers as the base weight itself."""
+        return self.parameters >= math.prod(self.shape)
+
+    @property
+    def largest_saving_rank(self) -> int:
+        """The largest rank at which the factors hold fewer numbers than the base weight; 0 where no rank does."""
+        ranks = range(1, min(self.matrix_shape) + 1)  # beyond the rank that a matrix can have nothing is saved
+        return bisect.bisect_left(ranks, True, key=lambda rank: replace(self, rank=rank).saves_nothing)
 
     @property
     def _layer(self) -> LayerType:

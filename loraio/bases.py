@@ -19,7 +19,6 @@ from loraio.errors import (
     AdapterError,
     BaseMismatchError,
     FormatError,
-    LoraioError,
     MissingFileError,
     StateError,
     UnknownNameError,
@@ -35,6 +34,7 @@ from loraio.networks import (
     refuse_own_code,
     resize_heads,
 )
+from loraio.parts import is_parted, read_parted_header
 from loraio.registry import known, nearest
 
 FORMAT_VERSION = 1
@@ -42,9 +42,6 @@ FORMAT_VERSION = 1
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 """Endings of files that are read with ``torch.load(weights_only=True)``."""
-
-INDEX_SUFFIX = ".safetensors.index.json"
-"""Ending of the index of a checkpoint that is parted into several safetensors files."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What wrappers put before every name: DDP, torch.compile, and trainers that keep the network in a field."""
@@ -90,8 +87,8 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
         FormatError: it is no checkpoint, or it is an adapter, or index and parts contradict each other.
     """
     path = Path(path)
-    if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
-        return _without_prefix(_read_parts(_index_of(path)))
+    if is_parted(path):
+        return _without_prefix(_read_parts(path))
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return _without_prefix(BaseCheckpoint(path=path, state=_read_pickle(path)))
     header = container.read_header(path)
@@ -365,64 +362,11 @@ def _without_prefix(checkpoint: BaseCheckpoint) -> BaseCheckpoint:
         stripped += shared[0]
 
 
-def _index_of(path: Path) -> Path:
-    """The index itself; of a folder the one index in it."""
-    if not path.is_dir():
-        return path
-    found = sorted(file for file in path.iterdir() if file.name.endswith(INDEX_SUFFIX))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise FormatError(f"the folder {str(path)!r} holds {len(found)} indexes", hint=known(map(str, found)))
-    raise MissingFileError(
-        f"the folder {str(path)!r} holds no index of a parted checkpoint, *{INDEX_SUFFIX}", hint="name a file"
-    )
-
-
-def _read_parts(index: Path) -> BaseCheckpoint:
-    """A checkpoint in several safetensors files; every tensor must be where the index says, and nowhere else."""
-    where = f"{str(index)!r}"
-    document = container.read_json(index)
-    places = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise FormatError("not an index of a parted checkpoint: it has no 'weight_map' with tensors", where=where)
-    hostile = [f"{name!r} is in {file!r}" for name, file in places.items() if not _is_file_name(file)]
-    if hostile:
-        raise FormatError("parts must be plain names of files in the index's own folder", problems=hostile, where=where)
-    problems: list[str] = []
-    headers: dict[str, container.Header] = {}
-    holders: dict[str, list[str]] = {}
-    for file in sorted(set(places.values())):
-        try:
-            headers[file] = container.read_header(index.parent / file)
-        except LoraioError as error:
-            problems.append(error.message if file in error.message else f"{file!r}: {error.message}")
-            continue
-        for name in headers[file].tensors:
-            holders.setdefault(name, []).append(file)
-    problems += [
-        f"{name!r} is not in {file!r}{f', but in {holders[name][0]!r}' if name in holders else ''}"
-        for name, file in places.items()
-        if file in headers and file not in holders.get(name, [])
-    ]
-    problems += [f"{name!r} is in {len(files)} files: {known(files)}" for name, files in holders.items() if files[1:]]
-    problems += [
-        f"{name!r} in {files[0]!r} is not in the index" for name, files in holders.items() if name not in places
-    ]
-    if problems:
-        lost = [file for file in set(places.values()) if not (index.parent / file).exists()]
-        refusal = MissingFileError if lost else FormatError
-        raise refusal("index and parts do not belong together", problems=problems, where=where)
-    tensors = {file: container.read_tensors(header) for file, header in headers.items()}
+def _read_parts(path: Path) -> BaseCheckpoint:
+    parted = read_parted_header(path)
+    tensors = {file: container.read_tensors(header) for file, header in parted.headers.items()}
     return BaseCheckpoint(
-        path=index,
-        state={name: tensors[file][name] for name, file in places.items()},
-        parts=tuple(index.parent / file for file in headers),
-    )
-
-
-def _is_file_name(file: Any) -> bool:
-    """Whether it names a safetensors file in the same folder, on any system."""
-    return (
-        isinstance(file, str) and file.endswith(".safetensors") and ".." not in file and not set(file) & set("/\\:\0")
+        path=parted.index,
+        state={name: tensors[file][name] for name, file in parted.places.items()},
+        parts=tuple(header.path for header in parted.headers.values()),
     )

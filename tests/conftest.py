@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import loraio
+from loraio.parts import INDEX_SUFFIX
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,3 +77,22 @@ def files(
     loraio.save(seven, folder / "seven.safetensors")
     loraio.merge_file(folder / "base.safetensors", folder / "three.safetensors", folder / "merged.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_parts() -> Callable[..., Path]:
+    """Writes a state dict as a checkpoint in two files and returns the index."""
+
+    def write(state: Mapping[str, Tensor], folder: Path, **places: Any) -> Path:
+        """``places`` replaces entries of the index."""
+        names = list(state)
+        parts = {"a-1-of-2.safetensors": names[:3], "a-2-of-2.safetensors": names[3:]}
+        folder.mkdir(exist_ok=True)
+        for file, inside in parts.items():
+            save_file({name: state[name] for name in inside}, folder / file)
+        index = folder / f"a{INDEX_SUFFIX}"
+        mapping = {name: file for file, inside in parts.items() for name in inside} | places
+        index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": mapping}))
+        return index
+
+    return write

@@ -23,7 +23,7 @@ LINES = [
     {"formats", "bases"},
     {"identity", "networks", "parametrization"},
     {"adapter"},
-    {"layers", "kinds"},
+    {"layers", "kinds", "parts"},
     {"lowrank", "container", "registry"},
     {"outputs"},
     {"errors"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,19 +11,29 @@ import click
 from loraio.cli import _options, _output
 
 if TYPE_CHECKING:
-    from loraio.container import Header
+    from loraio.adapter import Target
+    from loraio.container import Header, TensorInfo
+    from loraio.parts import PartedHeader
 
 
 @click.command(epilog=_options.example("loraio inspect three.safetensors --json"))
 @click.argument("file", type=click.Path())
 @_options.json_option
 def inspect(file: str, as_json: bool) -> None:
-    """Say what FILE is, an adapter or a base model. Reads the header only, in a tenth of a second."""
-    from loraio import container
+    """Say what FILE is, an adapter or a base model. Reads the header only, in a tenth of a second.
 
-    header = container.read_header(file)
-    document = header.document() or {}
-    facts = _adapter_facts(header) if "targets" in document else _base_facts(header, document)
+    Of a base that is parted into several files FILE is the index, or its folder.
+    """
+    from loraio import container, parts
+
+    header: Header | PartedHeader
+    if parts.is_parted(file):
+        header = parts.read_parted_header(file)
+        facts = _base_facts(header.tensors, {}, parts=list(header.headers))
+    else:
+        header = container.read_header(file)
+        document = header.document() or {}
+        facts = _adapter_facts(header) if "targets" in document else _base_facts(header.tensors, document)
     facts = {"file": file, "bytes": header.file_bytes, "header_bytes": header.header_bytes, **facts}
     if as_json:
         _output.print_json("inspect", facts)
@@ -68,22 +80,33 @@ def _adapter_facts(header: Header) -> dict[str, Any]:
             "sha256": metadata.base.sha256,
         },
         "training": metadata.training,
+        "warnings": [_warning(name, target) for name, target in targets.items() if target.saves_nothing],
     }
 
 
-def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
-    import math
+def _warning(name: str, target: Target) -> str:
+    """That the weight itself would be no larger than the factors, and which ranks are smaller."""
+    largest = target.largest_saving_rank
+    advice = f"ranks up to {largest} hold fewer" if largest else "no rank holds fewer"
+    return (
+        f"{name!r}: at rank {target.rank} the factors hold {target.parameters:,} numbers, "
+        f"the weight itself {math.prod(target.shape):,}; {advice}"
+    )
 
+
+def _base_facts(
+    tensors: Mapping[str, TensorInfo], document: dict[str, Any], *, parts: Sequence[str] = ()
+) -> dict[str, Any]:
     merged, training, args, heads = (document.get(key) for key in ("merged", "training", "network_args", "heads"))
-    tensors = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sorted(header.tensors.items())}
     return {
         "type": "base",
         "network": document.get("network"),
         "network_args": args if isinstance(args, dict) else {},
         "heads": heads if isinstance(heads, dict) else {},
         "sha256": document.get("sha256"),
-        "parameters": sum(math.prod(info.shape) for info in header.tensors.values()),
-        "tensors": tensors,
+        "parameters": sum(math.prod(info.shape) for info in tensors.values()),
+        "tensors": {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sorted(tensors.items())},
+        "parts": list(parts),
         "merged": merged if isinstance(merged, list) else [],
         "training": training if isinstance(training, dict) else {},
     }
@@ -91,6 +114,8 @@ def _base_facts(header: Header, document: dict[str, Any]) -> dict[str, Any]:
 
 def _print_adapter(facts: dict[str, Any]) -> None:
     base, training = facts["base"], facts["training"]
+    for warning in facts["warnings"]:
+        _output.note(f"note: {warning}")
     click.echo(
         f"{facts['file']}: adapter, {facts['dialect']} format version {facts['format_version']}, "
         f"{facts['parameters']:,} parameters, {_output.size(facts['bytes'])}"
@@ -110,7 +135,8 @@ def _print_adapter(facts: dict[str, Any]) -> None:
 def _print_base(facts: dict[str, Any]) -> None:
     network = facts["network"] or "network not named"
     size = _output.size(facts["bytes"])
-    click.echo(f"{facts['file']}: base model, {network}, {facts['parameters']:,} parameters, {size}")
+    parts = f" in {len(facts['parts'])} parts" if facts["parts"] else ""
+    click.echo(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")
     if facts["sha256"]:
         click.echo(f"sha256 {facts['sha256']}")
     for receipt in facts["merged"]:

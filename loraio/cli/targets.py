@@ -22,8 +22,11 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
     itself: at 100 the factors hold as many numbers as the weight.
     """
     import loraio
+    from loraio.bases import stripped_of
 
     network = loraio.load_base(base, model=model, model_args=model_args)
+    stripped = stripped_of(network)
+    _output.note_stripped(stripped, as_json=as_json)
     config = _training.config_of(settings)
     planned, whole = loraio.plan_targets(network, config), loraio.plan_whole(network, config)
     rows: list[dict[str, Any]] = [
@@ -45,7 +48,8 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
     total = {"weights": weights, "added": added, "percent": 100 * added / weights}
     replaced = {name: _output.whole_facts(tensor) for name, tensor in whole.items()}
     if as_json:
-        _output.print_json("targets", {"base": base, "targets": rows, "whole": replaced, "total": total})
+        facts = {"base": base, "stripped": stripped, "targets": rows, "whole": replaced, "total": total}
+        _output.print_json("targets", facts)
         return
     table = _output.table(f"Targets in {base}", ["weight", "layer", "shape", "rank", "alpha", "parameters", "percent"])
     for row in rows:

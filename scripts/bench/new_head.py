@@ -2,11 +2,11 @@
 
 usage: python scripts/bench/new_head.py [--data-root FOLDER] [--train N] [--test N] [--steps N] [--json]
 
-ResNet-18 on image folders of real digits, MNIST as PNG of 32x32 pixels. The base learns 0 to 6; adapters with a ten-class
-head then learn all ten from it, once with frozen normalisation and once with statistics of their own, and a copy of the
-base is fine-tuned whole on the same images in as many steps. The commands of the tool make base and adapters. Before any
-figure is printed, base and adapter are loaded in a new process, whose logits must be those of this one, bit for bit, and
-merged and attached logits must be equal.
+ResNet-18 on image folders of real digits, MNIST as PNG of 32x32 pixels. The base learns 0 to 6; adapters with a
+ten-class head then learn all ten from it, once with frozen normalisation and once with statistics of their own, and a
+copy of the base is fine-tuned whole on the same images in as many steps. The commands of the tool make base and
+adapters. Before any figure is printed, base and adapter are loaded in a new process, whose logits must be those of this
+one, bit for bit, and merged and attached logits must be equal.
 """
 
 from __future__ import annotations

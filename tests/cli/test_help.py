@@ -111,6 +111,15 @@ def test_inspect_imports_neither_torch_nor_numpy(files: Path, words: list[str]) 
     assert done.stderr == "HEAVY\n"
 
 
+def test_inspect_of_a_parted_base_imports_neither_torch_nor_numpy(
+    write_parts: Callable[..., Path], three: loraio.Adapter, tmp_path: Path
+) -> None:
+    done = python("-c", PROBE, "inspect", str(write_parts(three.factors, tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert "in 2 parts" in done.stdout
+    assert done.stderr == "HEAVY\n"
+
+
 def test_python_m_loraio_is_the_same_program(run: Run) -> None:
     done = python("-m", "loraio", "--version")
     assert (done.returncode, done.stdout) == (0, f"loraio, version {loraio.__version__}\n")

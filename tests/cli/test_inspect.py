@@ -39,6 +39,31 @@ def test_an_adapter_as_json_has_the_documented_keys(run_json: RunJson, files: Pa
     assert found["base"] == {"network": "digit-cnn", "network_args": {}, "heads": {}, "sha256": three.base.sha256}
     assert found["whole"] == {}
     assert found["training"] == json.loads(json.dumps(dict(three.training)))
+    assert found["warnings"] == []
+
+
+class Odd(nn.Module):
+    """Weights on which a low rank saves much, only with a smaller rank, or nothing at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.square, self.row = nn.Linear(64, 64), nn.Linear(4, 4), nn.Linear(7, 1)
+
+
+def test_targets_whose_factors_are_no_smaller_than_the_weight_are_said(
+    run: Run, run_json: RunJson, tmp_path: Path
+) -> None:
+    path = tmp_path / "large.safetensors"
+    config = loraio.TrainConfig(rank=2, rank_pattern={"row": 1}, targets=("all",))
+    loraio.save(loraio.new_adapter(Odd(), config), path)
+    expected = [
+        "'row.weight': at rank 1 the factors hold 8 numbers, the weight itself 7; no rank holds fewer",
+        "'square.weight': at rank 2 the factors hold 16 numbers, the weight itself 16; ranks up to 1 hold fewer",
+    ]
+    assert run_json("inspect", path)["warnings"] == expected
+    result = run("inspect", path)
+    assert result.stderr.splitlines() == [f"note: {line}" for line in expected]
+    assert expected[0] not in result.stdout
 
 
 def test_ranks_that_differ_between_targets_have_no_one_rank(
@@ -59,7 +84,9 @@ def test_ranks_that_differ_between_targets_have_no_one_rank(
 
 
 def test_an_adapter_as_text_names_base_targets_and_training(run: Run, files: Path) -> None:
-    text = run("inspect", files / "three.safetensors").stdout
+    result = run("inspect", files / "three.safetensors")
+    text = result.stdout
+    assert result.stderr == ""
     for word in ("adapter, native format version 1", "base: digit-cnn", "64x32x3x3", "digit: 3", "before: accuracy"):
         assert word in text
 
@@ -140,6 +167,42 @@ def test_a_truncated_file_is_refused_with_its_name(run: Run, files: Path, tmp_pa
     error = run("inspect", path, code=1).stderr
     assert error.startswith("FormatError: ")
     assert str(path) in error
+
+
+def test_a_parted_base_is_what_it_is_in_one_file(
+    run: Run, run_json: RunJson, write_parts: Callable[..., Path], trained_base: nn.Module, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    whole, state = tmp_path / "whole.safetensors", trained_base.state_dict()
+    save_file(state, whole)
+    index = write_parts(state, tmp_path / "parted")
+    expected = run_json("inspect", whole)
+    assert expected["parts"] == []
+    names = ["a-1-of-2.safetensors", "a-2-of-2.safetensors"]
+    sizes = [(index.parent / name).stat().st_size for name in names]
+    for path in (index, index.parent):
+        found = run_json("inspect", path)
+        assert (found["file"], found["parts"], found["bytes"]) == (str(path), names, sum(sizes))
+        assert found["bytes"] - found["header_bytes"] - 16 == expected["bytes"] - expected["header_bytes"] - 8
+        differ = {"file", "parts", "bytes", "header_bytes"}
+        assert {key: found[key] for key in found.keys() - differ} == {
+            key: expected[key] for key in expected.keys() - differ
+        }
+        assert f"{path}: base model in 2 parts, network not named, 113,162 parameters, " in run("inspect", path).stdout
+    assert "base model, network not named" in run("inspect", whole).stdout
+
+
+def test_a_parted_base_that_contradicts_itself_is_refused(
+    run: Run, run_json: RunJson, write_parts: Callable[..., Path], trained_base: nn.Module, tmp_path: Path
+) -> None:
+    index = write_parts(trained_base.state_dict(), tmp_path, **{"fc.bias": "../x.safetensors", "nowhere": 3})
+    text = run("inspect", index, code=1).stderr
+    assert text.startswith("FormatError: parts must be plain names of files in the index's own folder\n")
+    assert "'fc.bias' is in '../x.safetensors'" in text
+    assert "'nowhere' is in 3" in text
+    index.unlink()
+    assert "holds no index of a parted checkpoint" in run_json("inspect", tmp_path, code=1)["message"]
 
 
 def test_a_folder_is_no_file(run: Run, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_a_prefix_that_was_taken_off_is_said(run: Run, run_json: RunJson, files:
     assert result.stderr == NOTE
     assert run("verify", prefixed, three, merged, *model).stderr == NOTE
     assert run("evaluate", prefixed, "--dataset", "digits", *model).stderr == NOTE
+    assert run("targets", prefixed, *model).stderr == NOTE
     assert NOTE in run(
         "train", prefixed, "--digit", 3, "-o", prefixed.with_name("3.safetensors"), "--dataset", "digits",
         "--steps", 5, *model,
@@ -113,7 +114,9 @@ def test_a_prefix_that_was_taken_off_is_said(run: Run, run_json: RunJson, files:
     assert run_json("evaluate", prefixed, "--dataset", "digits", *model)["stripped"] == "module."
     assert run_json("verify", prefixed, three, merged)["stripped"] == "module."
     assert run_json("merge", prefixed, three, "-o", merged, "--force")["stripped"] == "module."
+    assert run_json("targets", prefixed, *model)["stripped"] == "module."
     assert run_json("evaluate", files / "base.safetensors", "--dataset", "digits")["stripped"] == ""
+    assert run_json("targets", files / "base.safetensors")["stripped"] == ""
 
 
 def test_model_args_without_a_model_that_is_known_are_refused(run: Run, files: Path, prefixed: Path) -> None:

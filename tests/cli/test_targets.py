@@ -26,7 +26,7 @@ def test_the_table_has_a_row_for_each_weight(run: Run, files: Path) -> None:
 def test_json_has_the_documented_keys(run_json: RunJson, files: Path) -> None:
     words = ("--targets", "all", "--exclude", "conv3", "--rank", 2, "--rank", "fc=5", "--alpha", "fc=2.5")
     found = run_json("targets", files / "base.safetensors", *words)
-    assert found.keys() == {"schema", "base", "targets", "whole", "total"}
+    assert found.keys() == {"schema", "base", "stripped", "targets", "whole", "total"}
     assert found["total"].keys() == {"weights", "added", "percent"}
     rows = {row.pop("name"): row for row in found["targets"]}
     assert list(rows) == ["conv1.weight", "conv2.weight", "fc.weight"]

@@ -61,12 +61,11 @@ def test_a_merge_of_any_kind_is_verified_and_an_unmerged_state_is_not(
     state, adapter = drawn
     merged = loraio.merge(state, adapter, strength)
     assert loraio.verify_weights(state, adapter, merged, strength).ok
-    changed = any(not merged[name].equal(state[name]) for name in adapter.targets)
-    only_float64 = all(state[name].dtype == torch.float64 for name in adapter.targets)
-    if changed and not only_float64:
-        assert loraio.verify_weights(state, adapter, state, strength).ok == all(
-            merged[name].equal(state[name]) for name in adapter.targets if state[name].dtype != torch.float64
-        )
+    changed = [state[name].dtype for name in adapter.targets if not merged[name].equal(state[name])]
+    if not changed:
+        assert loraio.verify_weights(state, adapter, state, strength).ok
+    elif any(dtype != torch.float64 for dtype in changed):  # a change of float64 can be within the reference's doubt
+        assert not loraio.verify_weights(state, adapter, state, strength).ok
 
 
 @MERGES

@@ -26,6 +26,7 @@ from loraio.adapter import (
 )
 from loraio.container import TORCH_DTYPES
 from loraio.errors import AdapterError, ConfigError, ShapeError, UnknownNameError
+from loraio.kinds import KINDS
 
 SHA = "0123456789abcdef" * 4
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -124,6 +125,35 @@ def test_a_target_knows_the_shapes_of_its_matrix_and_factors() -> None:
     assert target().matrix_shape == (4, 6)
     assert target().factor_shapes == {"lora_A": (2, 6), "lora_B": (4, 2)}
     assert target().parameters == 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": (4, 4), "layer": "Linear"},
+        {"shape": (1, 7), "layer": "Linear"},
+        {"shape": (10, 2048), "layer": "Linear"},
+        {"shape": (32, 1, 3, 3), "groups": 32},
+        {"shape": (12, 2, 3, 3), "groups": 3, "layer": "ConvTranspose2d"},
+        {"shape": (100, 8), "layer": "Embedding"},
+    ],
+)
+def test_a_target_knows_at_which_ranks_its_factors_are_smaller_than_the_weight(
+    kind: str, changes: dict[str, Any]
+) -> None:
+    weight = math.prod(changes["shape"])
+    largest = target(kind=kind, **changes).largest_saving_rank
+    smaller = []
+    for rank in range(1, weight + 1):
+        at = target(kind=kind, rank=rank, **changes)
+        numbers = sum(torch.empty(shape).numel() for shape in at.factor_shapes.values())
+        assert at.saves_nothing == (numbers >= weight)
+        assert at.largest_saving_rank == largest  # whatever its own rank is
+        smaller += [rank] if numbers < weight else []
+        if numbers > 2 * weight:
+            break
+    assert largest == max(smaller, default=0)
 
 
 def test_alpha_stays_the_number_that_it_was() -> None:

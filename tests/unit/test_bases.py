@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 import loraio
 from loraio import container
-from loraio.bases import INDEX_SUFFIX, fitted, stripped_of
+from loraio.bases import fitted, stripped_of
 from loraio.errors import (
     BaseMismatchError,
     ConfigError,
@@ -25,6 +24,8 @@ from loraio.errors import (
     UnknownNameError,
 )
 from loraio.networks import NETWORKS, network_args_of
+
+WriteParts = Callable[..., Path]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -349,21 +350,8 @@ def write_state(state: Mapping[str, torch.Tensor], path: Path) -> None:
         save_file(dict(state), path)
 
 
-def write_parts(state: Mapping[str, torch.Tensor], folder: Path, **places: Any) -> Path:
-    """A checkpoint in two files; ``places`` replaces entries of the index."""
-    names = list(state)
-    parts = {"a-1-of-2.safetensors": names[:3], "a-2-of-2.safetensors": names[3:]}
-    folder.mkdir(exist_ok=True)
-    for file, inside in parts.items():
-        save_file({name: state[name] for name in inside}, folder / file)
-    index = folder / f"a{INDEX_SUFFIX}"
-    mapping = {name: file for file, inside in parts.items() for name in inside} | places
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": mapping}))
-    return index
-
-
 def test_a_parted_checkpoint_is_read_by_its_index_or_its_folder(
-    files: Path, trained_base: nn.Module, tmp_path: Path
+    write_parts: WriteParts, files: Path, trained_base: nn.Module, tmp_path: Path
 ) -> None:
     state = trained_base.state_dict()
     index = write_parts({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "parts")
@@ -380,81 +368,6 @@ def test_a_parted_checkpoint_is_read_by_its_index_or_its_folder(
         assert merged.sha256 == expected.document["sha256"]
     with pytest.raises(OutputExistsError, match="is also an input"):
         loraio.merge_file(index, files / "three.safetensors", index.parent / "a-1-of-2.safetensors", overwrite=True)
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "../a.safetensors", "..", "sub/a.safetensors", "sub\\a.safetensors", "/etc/a.safetensors", "C:a.safetensors",
-        "a.bin", "", ".", None, 3, ["a.safetensors"], "a\0.safetensors",
-    ],
-)  # fmt: skip
-def test_a_part_outside_of_the_folder_is_refused(base: nn.Module, tmp_path: Path, file: Any) -> None:
-    index = write_parts(base.state_dict(), tmp_path / "parts", **{"fc.bias": file})
-    with pytest.raises(FormatError, match="parts must be plain names") as caught:
-        loraio.read_base(index)
-    assert caught.value.problems == (f"'fc.bias' is in {file!r}",)
-    assert str(index) in str(caught.value)
-
-
-def test_index_and_parts_that_contradict_each_other_are_refused_with_every_line(
-    base: nn.Module, tmp_path: Path
-) -> None:
-    state = base.state_dict()
-    places = {"fc.bias": "a-1-of-2.safetensors", "nowhere": "a-2-of-2.safetensors"}
-    index = write_parts(state, tmp_path / "parts", **places)
-    with pytest.raises(FormatError, match="do not belong together") as caught:
-        loraio.read_base(index)
-    assert set(caught.value.problems) == {
-        "'fc.bias' is not in 'a-1-of-2.safetensors', but in 'a-2-of-2.safetensors'",
-        "'nowhere' is not in 'a-2-of-2.safetensors'",
-    }
-    index = write_parts(state, tmp_path / "twice")
-    part = index.parent / "a-2-of-2.safetensors"
-    names = ["conv1.weight", *list(state)[3:]]
-    save_file({name: state[name] for name in names} | {"stray": torch.zeros(1)}, part)
-    with pytest.raises(FormatError) as caught:
-        loraio.read_base(index)
-    assert set(caught.value.problems) == {
-        "'conv1.weight' is in 2 files: a-1-of-2.safetensors, a-2-of-2.safetensors",
-        "'stray' in 'a-2-of-2.safetensors' is not in the index",
-    }
-    part.unlink()
-    with pytest.raises(MissingFileError, match=r"a-2-of-2\.safetensors' does not exist"):
-        loraio.read_base(index)
-    part.write_bytes(b"junk")
-    with pytest.raises(FormatError, match=r"'a-2-of-2\.safetensors': 4 bytes are too few"):
-        loraio.read_base(index)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not JSON"),
-        ("[]", "has no 'weight_map'"),
-        ('{"weight_map": {}}', "has no 'weight_map'"),
-        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' occurs twice"),
-    ],
-)
-def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    index = tmp_path / f"a{INDEX_SUFFIX}"
-    index.write_text(text)
-    with pytest.raises(FormatError, match=message):
-        loraio.read_base(index)
-    index.write_bytes(b"\xff")
-    with pytest.raises(FormatError, match="not UTF-8"):
-        loraio.read_base(index)
-
-
-def test_a_folder_needs_exactly_one_index(base: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="holds no index"):
-        loraio.read_base(tmp_path)
-    with pytest.raises(MissingFileError, match="does not exist"):
-        loraio.read_base(tmp_path / f"a{INDEX_SUFFIX}")
-    index = write_parts(base.state_dict(), tmp_path)
-    (tmp_path / f"b{INDEX_SUFFIX}").write_bytes(index.read_bytes())
-    with pytest.raises(FormatError, match="holds 2 indexes"):
-        loraio.read_base(tmp_path)
 
 
 def test_random_inputs_have_the_shape_that_the_network_takes() -> None:
