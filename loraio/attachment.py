@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from loraio.adapter import Adapter, check_strength
 from loraio.container import tensor_bytes
 from loraio.errors import BaseMismatchError, StateError, UnknownNameError
-from loraio.identity import check_base, digests
+from loraio.identity import KnownDigests, check_base, digests
 from loraio.layers import (
     AFFINE,
     STATISTICS,
@@ -54,11 +54,15 @@ class Attachment:
         self._enabled = True
         self._places: dict[str, Place] = {}
         self._frozen: list[nn.Module] = []
+        self._known = KnownDigests()
         self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
         refuse_attached(model)
         self._check(adapter)
         self._adapter = adapter
-        self._base = _marked(base_state_dict(model)) if trainable else {}
+        self._base: dict[str, tuple[int, str]] = {}
+        if trainable:
+            state = base_state_dict(model)
+            self._base = {name: (_writes(state[name]), digest) for name, digest in self._known.of(state).items()}
         try:
             self._freeze(adapter)
             self._put_on(adapter, [*adapter.targets, *adapter.whole])
@@ -157,11 +161,23 @@ class Attachment:
         parts = {name: place.part for name, place in self._places.items()}
         return {name: part.given for name, part in parts.items() if isinstance(part, GivenTensor) and part.statistic}
 
+    def refresh(self) -> None:
+        """Compute every adapted weight anew at the next forward pass.
+
+        Needed only after writes to a base weight or a factor that torch does not count: those through ``tensor.data``,
+        a NumPy view or a raw pointer.
+        """
+        self._require_attached()
+        for place in self._places.values():
+            if isinstance(place.part, FoldedWeight):
+                place.part.refresh()
+
     def swap(self, adapter: Adapter) -> None:
         """Put another adapter in the place of this one; strength and on/off stay as they are.
 
         Its targets and ranks may be others. Everything is checked first: when an error comes, the old adapter is
-        still on.
+        still on. Of the base only what was written to since the last check is read again, as far as torch counts
+        writes: those through ``tensor.data`` it does not.
 
         Raises:
             BaseMismatchError: the adapter does not belong to this base.
@@ -224,7 +240,8 @@ class Attachment:
                 refuse_unusable(found)
         if problems:
             raise BaseMismatchError("the adapter does not belong to this base", problems=problems)
-        check_base(adapter, base_state_dict(self.model), allow_mismatch=self._allow_base_mismatch)
+        state = base_state_dict(self.model)
+        check_base(adapter, state, allow_mismatch=self._allow_base_mismatch, known=self._known)
         unknown = [name for name in adapter.targets if name not in modules]
         if unknown:
             raise BaseMismatchError(
@@ -427,13 +444,13 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _marked(state: Mapping[str, Tensor]) -> dict[str, tuple[int, str]]:
-    """Torch's count of writes to each tensor, and its digest."""
-    return {name: (_writes(state[name]), digest) for name, digest in digests(state).items()}
-
-
 def _written(state: Mapping[str, Tensor], before: Mapping[str, tuple[int, str]]) -> list[str]:
-    """Names of tensors that were written to and have other bytes now; a cast or a move alone is no write."""
+    """Names of tensors that were written to and have other bytes now; a cast or a move alone is no write.
+
+    Args:
+        state: as it is now.
+        before: torch's count of writes to each tensor, and its digest, as they were.
+    """
     suspects = {
         name: tensor for name, tensor in state.items() if not tensor.is_meta and _writes(tensor) != before[name][0]
     }

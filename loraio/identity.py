@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference
 from loraio.container import dtype_code, tensor_bytes
@@ -128,7 +129,58 @@ def distance(a: Sequence[float], b: Sequence[float]) -> float:
     return apart / a[0] if a[0] else math.inf if apart else 0.0
 
 
-def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch: bool = False) -> tuple[str, ...]:
+class KnownDigests:
+    """Digests of a state dict, remembered for its next version: what was not written to is not read again.
+
+    A tensor counts as the same while its memory, shape, strides, dtype and torch's count of writes to it are. Writes
+    that torch does not count, through ``tensor.data`` for example, are not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[Any, ...], StorageWeakRef, str]] = {}
+        self._whole: tuple[tuple[tuple[str, str], ...], str] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KnownDigests:
+        return KnownDigests()  # the tensors of a copy are others
+
+    def of(self, state: Mapping[str, Tensor]) -> dict[str, str]:
+        """As `digests`, and with its errors."""
+        found: dict[str, str] = {}
+        unknown: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            known = self._known.get(name) if isinstance(tensor, Tensor) else None
+            if known is not None and known[0] == _marks(tensor):
+                found[name] = known[2]
+            else:
+                unknown[name] = tensor
+        for name, digest in digests(unknown).items():
+            found[name] = digest
+            if not state[name].is_inference():  # whose writes are not counted
+                reference = StorageWeakRef(state[name].untyped_storage())  # keeps the address from being used again
+                self._known[name] = (_marks(state[name]), reference, digest)
+        return {name: found[name] for name in state}
+
+    def whole(self, state: Mapping[str, Tensor], known: Mapping[str, str]) -> str:
+        """As `state_sha256`."""
+        key = tuple(known.items())
+        if self._whole is None or self._whole[0] != key:
+            self._whole = key, state_sha256(state, known)
+        return self._whole[1]
+
+
+def _marks(tensor: Tensor) -> tuple[Any, ...]:
+    writes = -1 if tensor.is_inference() else tensor._version
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, writes
+
+
+def check_base(
+    adapter: Adapter,
+    state: Mapping[str, Tensor],
+    *,
+    allow_mismatch: bool = False,
+    known: KnownDigests | None = None,
+) -> tuple[str, ...]:
     """Refuse a base model that is not the one the adapter was made for.
 
     Every target, and every tensor that is replaced, is looked at before anything is said: present, same shape, same
@@ -138,6 +190,7 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch:
         adapter: the adapter.
         state: the base model's state dict.
         allow_mismatch: let values and dtypes differ; names and shapes never may.
+        known: digests of the same model's state dict before; brought up to date.
 
     Returns:
         what differs and was allowed, a line for each; empty when nothing does.
@@ -146,7 +199,8 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch:
         BaseMismatchError: with a line for each target that differs, and how.
         StateError: as `digests`.
     """
-    found = digests(state)
+    known = KnownDigests() if known is None else known
+    found = known.of(state)
     problems: list[str] = []
     fits = True
     needed = {name: (target.shape, target.dtype, target.base_sha256) for name, target in adapter.targets.items()}
@@ -174,7 +228,7 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch:
             problems=problems,
             hint=hint,
         )
-    digest = state_sha256(state, found)
+    digest = known.whole(state, found)
     if problems or digest == adapter.base.sha256:
         return tuple(problems)
     rest = f"digest {digest[:12]}.., not {adapter.base.sha256[:12]}.."

@@ -2,12 +2,18 @@
 
 It is a torch parametrization: the base's tensor stays the Parameter or buffer that it was and is never written to, and
 ``module.weight`` gives the adapted weight to whoever reads it, the layer's own forward included.
+
+Without gradients the adapted weight is computed once and kept. It is used again while what it was computed from is the
+same: base weight and factors in the same memory, to which nothing was written since, at the same strength. Writes are
+noticed by torch's count of them (``tensor._version``), which every in-place operation raises, under ``no_grad`` too. It
+does not see writes through ``tensor.data``, a NumPy view or a raw pointer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -56,6 +62,7 @@ class FoldedWeight(AdapterPart):
         super().__init__(handle=handle)
         self.target = target
         self.strength = strength
+        self._kept: _Kept | None = None
         for name, factor in factors.items():
             if trainable:
                 self.register_parameter(name, nn.Parameter(factor))
@@ -77,19 +84,92 @@ class FoldedWeight(AdapterPart):
         factors = self.factors()
         if torch.is_grad_enabled() and (weight.requires_grad or any(f.requires_grad for f in factors.values())):
             return self.target.fold_for_training(weight, factors, strength=self.strength)
-        folded = self.target.fold(weight, factors, strength=self.strength)
-        if torch.compiler.is_compiling() or (
-            weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
-        ):
-            return folded  # autocast keeps its cast of whatever asks for gradients: one for each forward pass
-        # torch.matmul folds its batch, and so sums in another order, where the weight asks for gradients, even under
-        # no_grad: the folded weight asks for what the base weight asks for, as a merged Parameter would
-        return folded.requires_grad_(weight.requires_grad)
+        if torch.compiler.is_compiling() or not _can_be_kept(weight, factors.values()):
+            return self.target.fold(weight, factors, strength=self.strength)
+        given = self.at_hand(weight)
+        if given is None:
+            strength = self.strength  # another thread may set it meanwhile
+            with torch.inference_mode(False), torch.no_grad():
+                folded = self.target.fold(weight.detach(), factors, strength=strength)
+                self._kept = kept = _Kept(folded, weight, factors, strength)
+            given = kept.for_use(weight, factors, strength)
+        return folded if given is None else given
+
+    def at_hand(self, weight: Tensor) -> Tensor | None:
+        """The adapted weight, if it was kept and still is what `forward` would compute without gradients."""
+        kept = self._kept
+        if kept is None or not self.enabled:
+            return None
+        held: Any = self._parameters or self._buffers
+        return kept.for_use(weight, held, self.strength)
+
+    def refresh(self) -> None:
+        """Forget the weight that was kept."""
+        self._kept = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedWeight:
         """``model.to(...)`` and its like move the factors, but do not cast them: they are the adapter's own."""
         nn.Module._apply(self, _uncast(fn), recurse)
         return self
+
+
+class _Kept:
+    """An adapted weight, and what it was computed from."""
+
+    def __init__(self, folded: Tensor, weight: Tensor, factors: Mapping[str, Tensor], strength: float) -> None:
+        self._weight, self._pointer, self._writes = weight, weight.data_ptr(), weight._version
+        self._strides, self._strength = weight.stride(), strength
+        self._factors = [(name, factor, factor.data_ptr(), factor._version) for name, factor in factors.items()]
+        # keep the memory from being given to another tensor: an address then stands for one memory
+        self._aliases = [source.detach() for source in (weight, *factors.values())]
+        self._folded = folded
+        # torch.matmul folds its batch, and so sums in another order, where the weight asks for gradients, even under
+        # no_grad: the folded weight asks for what the base weight asks for, as a merged Parameter would
+        self._asking = folded.detach().requires_grad_()
+        self._folded_writes = folded._version
+        if folded.is_cuda:  # another thread may use it on another stream
+            torch.cuda.current_stream(folded.device).synchronize()
+
+    def for_use(self, weight: Tensor, held: Mapping[str, Tensor | None], strength: float) -> Tensor | None:
+        """The adapted weight; None where it is no longer what these would give.
+
+        Args:
+            weight: the base weight.
+            held: what holds the factors by name, among others.
+            strength: asked for.
+        """
+        if (
+            weight is not self._weight
+            or weight._version != self._writes
+            or weight.data_ptr() != self._pointer
+            or weight.stride() != self._strides
+            or strength != self._strength
+            or self._folded._version != self._folded_writes  # somebody wrote to what was given out
+        ):
+            return None
+        for name, factor, pointer, writes in self._factors:
+            if held.get(name) is not factor or factor._version != writes or factor.data_ptr() != pointer:
+                return None
+        if not weight.requires_grad or (
+            # autocast keeps its cast of whatever asks for gradients: one for each forward pass
+            weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+        ):
+            return self._folded
+        return self._asking
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copy of the model computes its own
+
+
+def _can_be_kept(weight: Tensor, factors: Iterable[Tensor]) -> bool:
+    """Whether the tensors have memory whose writes are counted, and nothing looks on: no transform, no mode."""
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not weight.is_meta
+        and not any(tensor.is_inference() for tensor in (weight, *factors))
+    )
 
 
 class GivenTensor(AdapterPart):
@@ -249,7 +329,32 @@ def _own_class(module: nn.Module) -> None:
     """
     if parametrize.is_parametrized(module):
         cls = type(module)
-        module.__class__ = type(cls.__name__, cls.__bases__, {**vars(cls), "__getstate__": _refuse_pickling})
+        own = {**vars(cls), "__getstate__": _refuse_pickling}
+        for name in cast(nn.ModuleDict, module.parametrizations):
+            if isinstance(own[name].fget, types.FunctionType) and not hasattr(own[name].fget, "_loraio"):
+                own[name] = property(_reader(name, own[name].fget), own[name].fset)
+        module.__class__ = type(cls.__name__, cls.__bases__, own)
+
+
+def _reader(name: str, usual: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
+    """The getter of a parametrized weight: what is kept is given at once, the rest goes through torch's own getter.
+
+    torch's takes three module calls and as many lookups of submodules, which on a small layer is longer than the layer.
+    """
+
+    def read(module: nn.Module) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or parametrize._cache_enabled:
+            return usual(module)
+        stack = vars(module)["_modules"]["parametrizations"]._modules[name]
+        modules = stack._modules
+        part = modules["0"]
+        given = None
+        if len(modules) == 1 and type(part) is FoldedWeight and not torch._C._len_torch_dispatch_stack():
+            given = part.at_hand(stack._parameters["original"])
+        return usual(module) if given is None else given
+
+    read._loraio = True  # type: ignore[attr-defined]
+    return read
 
 
 def _refuse_pickling(module: nn.Module) -> NoReturn:
