@@ -252,9 +252,10 @@ class Attachment:
 
     def _misfits(self, adapter: Adapter) -> list[str]:
         """A line for each whole tensor whose layer is not of the kind that its role asks for."""
-        state = base_state_dict(self.model)
-        norms = normalisation_modules(self.model)
-        problems = []
+        problems: list[str] = []
+        if not adapter.whole:
+            return problems
+        state, norms = base_state_dict(self.model), normalisation_modules(self.model)
         for name, whole in adapter.whole.items():
             path, _, last = name.rpartition(".")
             if name not in state:
@@ -433,15 +434,21 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         the base's own tensors, not copies; without gradients, as in every state dict.
     """
     model = _unwrapped(model)
+    state: dict[str, Tensor] = dict(model.state_dict())
     places: dict[int, list[Place]] = {}
     for live in _attachments(model):
         for place in live._places.values():
             places.setdefault(id(place.module), []).append(place)
-    state: dict[str, Tensor] = dict(model.state_dict())
-    for path, module in model.named_modules():
-        if id(module) in places:
-            state = _as_before(state, f"{path}." if path else "", places[id(module)])
-    return state
+    if not places:
+        return state
+    own_names: dict[str, str] = {}
+    orders: dict[str, tuple[str, ...]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for place in places.get(id(module), ()):
+            own_names[f"{prefix}parametrizations.{place.parameter}"] = prefix + place.parameter
+            orders[path] = place.order
+    return _as_before(state, own_names, orders)
 
 
 def _written(state: Mapping[str, Tensor], before: Mapping[str, tuple[int, str]]) -> list[str]:
@@ -483,18 +490,33 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _as_before(state: Mapping[str, Tensor], prefix: str, places: list[Place]) -> dict[str, Tensor]:
-    """The state dict with the names of one module as they were before anything was put on it."""
-    stacks = {f"{prefix}parametrizations.{place.parameter}.": f"{prefix}{place.parameter}" for place in places}
+def _as_before(
+    state: Mapping[str, Tensor], own_names: Mapping[str, str], orders: Mapping[str, tuple[str, ...]]
+) -> dict[str, Tensor]:
+    """A state dict with names and order as they were before anything was put on the modules.
+
+    Args:
+        state: as it is.
+        own_names: what the names of our parametrizations, without ".original", were before.
+        orders: of the modules that carry some, by path, the names of their own tensors in order.
+    """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        stack = next((stack for stack in stacks if name.startswith(stack)), None)
-        if stack is None:
+        stack, _, rest = name.rpartition("parametrizations.")
+        own = own_names.get(f"{stack}parametrizations.{rest.partition('.')[0]}") if rest else None
+        if own is None:
             renamed[name] = tensor
-        elif name == f"{stack}original":
-            renamed[stacks[stack]] = tensor
-    names = list(renamed)
-    start = next(place for place, name in enumerate(names) if name.startswith(prefix))
-    first = [prefix + key for key in places[0].order if prefix + key in renamed]
-    order = names[:start] + first + [name for name in names[start:] if name not in first]
-    return {name: renamed[name] for name in order}
+        elif name.endswith(".original"):
+            renamed[own] = tensor
+    ordered: dict[str, Tensor] = {}
+    left = dict(orders)
+    for name, tensor in renamed.items():
+        parts = name.split(".")[:-1]
+        for depth in range(len(parts) + 1) if left else ():  # a module's own tensors come before those inside of it
+            path = ".".join(parts[:depth])
+            for key in left.pop(path, ()):
+                key = f"{path}.{key}" if path else key
+                if key in renamed:
+                    ordered[key] = renamed[key]
+        ordered.setdefault(name, tensor)
+    return ordered

@@ -162,7 +162,7 @@ def target_modules(model: nn.Module) -> dict[str, TargetModule]:
     for path, module in model.named_modules():
         layer = next((layer for cls, layer in types if isinstance(module, cls)), None)
         for parameter in layer.parameters if layer else ():
-            if layer and getattr(module, parameter, None) is not None:
+            if layer and _holds(module, parameter):
                 name = f"{path}.{parameter}" if path else parameter
                 found[name] = TargetModule(name=name, path=path, module=module, parameter=parameter, layer=layer)
     return found
@@ -215,6 +215,16 @@ def normalisation_tensors(model: nn.Module, *, affine: bool) -> list[str]:
         for name in kinds
         if getattr(module, name, None) is not None
     ]
+
+
+def _holds(module: nn.Module, parameter: str) -> bool:
+    """Whether the module has such a weight, plain or parametrized; it is not computed for the answer."""
+    if module._parameters.get(parameter) is not None:
+        return True
+    return parameter in module._modules.get("parametrizations", ()) or (  # type: ignore[operator]
+        not isinstance(getattr(type(module), parameter, None), property)
+        and getattr(module, parameter, None) is not None
+    )
 
 
 def select_targets(
