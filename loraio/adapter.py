@@ -38,6 +38,9 @@ WHOLE_DTYPES = (*FLOAT_DTYPES, "I64")
 ROLES = ("head", "norm")
 """What whole tensors are for: a head of the adapter's own, or normalisation layers."""
 
+BLOCK = 2**17
+"""Numbers of a weight that are folded at a time on the CPU: in float64 they fill a megabyte, which stays in cache."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -161,10 +164,32 @@ class Target:
             if weight.device.type == "mps":  # has no float64
                 moved = {name: factor.cpu() for name, factor in factors.items()}
                 return self.fold(weight.cpu(), moved, strength=strength).to(weight.device)
-            folded = round_once(self._fold_in(torch.float64, weight, factors, strength), weight.dtype)
-            if folded.stride() == weight.stride():
+            folded = torch.empty_like(weight)  # with its strides: channels_last runs other kernels
+            source, sink = (self._layer.to_matrix(tensor, self.groups) for tensor in (weight, folded))
+            if weight.device.type == "cpu" and sink.data_ptr() == folded.data_ptr() and sink.numel() > BLOCK:
+                self._fold_rows(source, factors, strength, sink)
                 return folded
-            return torch.empty_like(weight).copy_(folded)  # channels_last runs other kernels than contiguous weights
+            return folded.copy_(round_once(self._fold_in(torch.float64, weight, factors, strength), weight.dtype))
+
+    def _fold_rows(self, matrix: Tensor, factors: Mapping[str, Tensor], strength: float, out: Tensor) -> None:
+        """`fold` for a matrix (out, fan_in) on the CPU, a block of rows at a time through one float64 buffer.
+
+        The blocks follow from the shape alone, so that a weight is always summed in the same order.
+        """
+        import torch
+
+        from loraio.lowrank import round_once
+
+        count, width = matrix.shape
+        rows = max(1, BLOCK // width)
+        buffer = torch.empty(min(rows, count), width, dtype=torch.float64)
+        exact = {name: factor.double() for name, factor in factors.items()}
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            block = buffer[: stop - start].copy_(matrix[start:stop])
+            parts = {name: t[start:stop] if name in self._kind.by_row else t for name, t in exact.items()}
+            folded = self._kind.fold(block, parts, scale=self.scale, strength=strength, out=block)
+            out[start:stop].copy_(folded if out.dtype == torch.float32 else round_once(folded, out.dtype))
 
     def fold_for_training(self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0) -> Tensor:
         """The new weight, differentiable, computed in float32 (float64 for float64 weights).
@@ -371,12 +396,16 @@ class Adapter:
             ShapeError: the weight has another shape.
             AdapterError: the sum overflows the weight's dtype.
         """
+        import torch
+
         target = lookup(self.targets, name, what="target")
         if tuple(weight.shape) != target.shape:
             raise ShapeError(f"{name!r}: the weight is {tuple(weight.shape)}, the adapter needs {target.shape}")
         factors = {short: factor.to(weight.device) for short, factor in self.factors_of(name).items()}
         folded = target.fold(weight, factors, strength=strength)
-        if bool((weight.isfinite() & ~folded.isfinite()).any()):
+        # a sum is finite only where all are; but one of finite numbers may overflow itself
+        suspect = not bool(folded.sum(dtype=torch.promote_types(folded.dtype, torch.float32)).isfinite())
+        if suspect and bool((weight.isfinite() & ~folded.isfinite()).any()):
             raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
         return folded
 

@@ -25,6 +25,11 @@ class Kind(Protocol):
         """As written in files."""
         ...
 
+    @property
+    def by_row(self) -> tuple[str, ...]:
+        """The factors whose first dimension is the matrix's rows; of the others every row needs all."""
+        ...
+
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
         """The factors' names and shapes, for a weight matrix (out, fan_in)."""
         ...
@@ -33,10 +38,20 @@ class Kind(Protocol):
         """Start values: on the CPU, drawn from ``generator``, such that `fold` gives the base weight."""
         ...
 
-    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
+    def fold(
+        self,
+        weight: Tensor,
+        factors: Mapping[str, Tensor],
+        *,
+        scale: float,
+        strength: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The new weight matrix, differentiable, in the dtype that weight and factors share.
 
-        Strength 0 is the base weight, strength 1 the adapter as trained.
+        Each row depends on the same row of the weight and of the factors in `by_row`, and on the other factors.
+        Strength 0 is the base weight, strength 1 the adapter as trained. With ``out``, which may be ``weight``, the
+        result may be written there; nothing is differentiable then.
         """
         ...
 

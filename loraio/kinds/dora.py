@@ -24,6 +24,7 @@ class Dora:
     """
 
     name = "dora"
+    by_row: tuple[str, ...] = ("lora_B", "magnitude")
     _lora = Lora()
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -52,7 +53,15 @@ class Dora:
         factors = self._lora.init(weight, rank, method=method, generator=generator)
         return {**factors, "magnitude": weight.detach().cpu().double().norm(dim=1)}
 
-    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
+    def fold(
+        self,
+        weight: Tensor,
+        factors: Mapping[str, Tensor],
+        *,
+        scale: float,
+        strength: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The new matrix; weight and factors in one dtype, on one device. A row of zeros stays zero.
 
         >>> import torch

@@ -19,6 +19,7 @@ class Lora:
     """
 
     name = "lora"
+    by_row: tuple[str, ...] = ("lora_B",)
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Factor names and shapes.
@@ -50,7 +51,15 @@ class Lora:
         lora_A = draw(torch.empty(rank, fan_in, dtype=torch.float32), generator)
         return {"lora_A": lora_A, "lora_B": torch.zeros(out, rank, dtype=torch.float32)}
 
-    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
+    def fold(
+        self,
+        weight: Tensor,
+        factors: Mapping[str, Tensor],
+        *,
+        scale: float,
+        strength: float = 1.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """``W + strength * scale * (B @ A)`` in one pass; weight and factors in one dtype, on one device.
 
         >>> import torch
@@ -58,7 +67,9 @@ class Lora:
         >>> Lora().fold(W, {"lora_A": A, "lora_B": B}, scale=0.5).unique().item()
         1.0
         """
-        return weight.addmm(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
+        import torch
+
+        return torch.addmm(weight, factors["lora_B"], factors["lora_A"], alpha=scale * strength, out=out)
 
     def reference(
         self, weight: Any, factors: Mapping[str, Any], *, scale: float, strength: float = 1.0

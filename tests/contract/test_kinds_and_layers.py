@@ -10,6 +10,7 @@ import torch
 from strategies import tensor
 from torch import Tensor, nn
 
+from loraio import adapter
 from loraio.adapter import SCALE_RULES, Target
 from loraio.container import dtype_code
 from loraio.identity import tensor_sha256
@@ -175,3 +176,26 @@ def test_a_kind_counts_its_own_numbers(kind: Kind) -> None:
     layer = LAYER_TYPES["Conv2d"]
     target = target_of(kind, layer, weight_of(layer))
     assert target.parameters == sum(math.prod(shape) for shape in kind.shapes(4, 12, RANK).values())
+
+
+@every_kind
+@every_layer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_folding_rows_in_blocks_gives_what_folding_at_once_gives(
+    kind: Kind, layer: LayerType, dtype: torch.dtype, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weight_of(layer, dtype)
+    target = target_of(kind, layer, weight)
+    factors = trained(kind, layer.to_matrix(weight).double(), torch.float32)
+    before = weight.clone()
+    folds = []
+    for block in (2**40, 7, 1):  # all at once; a few rows, or one; one row for want of room
+        monkeypatch.setattr(adapter, "BLOCK", block)
+        folds.append(target.fold(weight, factors, strength=strength))
+    for found in folds[1:]:
+        assert found.dtype == dtype
+        assert found.stride() == weight.stride()
+        torch.testing.assert_close(found, folds[0], rtol=1e-14 if dtype == torch.float64 else 0, atol=0)
+    assert weight.equal(before)
+    assert not folds[0].equal(weight)
