@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from loraio.adapter import Adapter, check_strength
 from loraio.container import tensor_bytes
 from loraio.errors import BaseMismatchError, StateError
-from loraio.identity import check_base
+from loraio.identity import check_base, identity_of
 from loraio.layers import refuse_shared, refuse_unusable, target_modules
 from loraio.parametrization import FoldedWeight, Place
 
@@ -176,7 +176,12 @@ class Attachment:
                 refuse_unusable(found)
         if problems:
             raise BaseMismatchError("the adapter does not belong to this base", problems=problems)
-        check_base(adapter, base_state_dict(self.model), allow_mismatch=self._allow_base_mismatch)
+        check_base(
+            adapter,
+            base_state_dict(self.model),
+            allow_mismatch=self._allow_base_mismatch,
+            identity=identity_of(self.model),
+        )
         unknown = [name for name in adapter.targets if name not in modules]
         if unknown:
             raise BaseMismatchError(
