@@ -87,8 +87,8 @@ class BaseIdentity:
     held on to, so that no other tensor can come to lie in its place.
 
     The count misses writes through ``.data``, NumPy views, DLPack, other processes and
-    ``_unsafe_preserve_version_counter``. The comparison catches those that change a whole tensor, anything in a tensor of
-    at most `SAMPLED` numbers, and any numel / `SAMPLED` neighbours in a larger one; fewer go unseen until `forget`.
+    ``_unsafe_preserve_version_counter``. The comparison catches those that change a whole tensor, anything in a tensor
+    of at most `SAMPLED` numbers, and any numel / `SAMPLED` neighbours in a larger one; fewer go unseen until `forget`.
     Tensors made under ``torch.inference_mode`` have no count and are hashed every time.
 
     Methods may be called from several threads.
@@ -168,7 +168,10 @@ def _sampled(tensor: Tensor) -> Tensor:
     plain = tensor.detach()
     count = plain.numel()
     step = -(-count // SAMPLED) or 1
-    if count and sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True)) == count - 1:
+    if (
+        count
+        and sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True)) == count - 1
+    ):
         return plain.as_strided((-(-count // step),), (step,))
     return plain.reshape(-1)[::step]
 
