@@ -248,11 +248,13 @@ class Bank:
         digest: str,
     ) -> Any:
         """The outputs of a sorted batch, by the route that the network and the size of the batch ask for."""
-        folded = (self._folded(live, modules, pick, digest) for pick in groups)
         adapters = [pick.adapter for pick in groups if pick is not None]
-        targets = sorted({name for adapter in adapters for name in adapter.targets})
-        plan = (tuple(targets), x.shape[1:], x.dtype, x.device)
-        needed = sum(modules[name].weight.nbytes for adapter in adapters for name in adapter.targets)
+        targets = dict.fromkeys(name for adapter in adapters for name in adapter.targets)
+        bases = {name: modules[name].weight for name in targets}
+        folded = (self._folded(live, bases, pick, digest) for pick in groups)
+        plan = (frozenset(targets), x.shape[1:], x.dtype, x.device)
+        bytes_of = {name: weight.nbytes for name, weight in bases.items()}
+        needed = sum(bytes_of[name] for adapter in adapters for name in adapter.targets)
         if len(groups) < 2 or 2 * needed > self.max_bytes:  # it holds all of them at once, and packed
             return run_groups(model, modules, x, sizes, folded)
         if plan not in live.routes:
@@ -261,7 +263,7 @@ class Bank:
         if route is None or route.row_bytes * len(x) > CACHE_BYTES:
             return run_groups(model, modules, x, sizes, folded)
         held = list(folded)
-        base = self._folded(live, modules, None, digest)
+        base = self._folded(live, bases, None, digest)
         packed = [len(one.packed) for one in (*held, base)]
         try:
             outputs = run_layers(model, modules, x, sizes, held, base=base, packed=route.packed)
@@ -273,20 +275,20 @@ class Bank:
                 self._keep(live, pick, digest, one)
         return outputs
 
-    def _folded(self, live: _Live, modules: Mapping[str, TargetModule], pick: _Picked | None, digest: str) -> Folded:
+    def _folded(self, live: _Live, bases: Mapping[str, Tensor], pick: _Picked | None, digest: str) -> Folded:
         """The adapter's targets with the adapter in them: kept, or computed and kept. Without a pick, the base's."""
         kept: tuple[Any, Folded] | None = self._resident.get(_key(live, pick))
         if (
             kept is not None
             and kept[0] == (pick and pick.version, digest)
-            and all(weight.device == modules[name].weight.device for name, weight in kept[1].weights.items())
+            and all(weight.device == bases[name].device for name, weight in kept[1].weights.items())
         ):
             return kept[1]
         weights = {}
         if pick is not None:
             with torch.inference_mode(False), torch.no_grad():
                 for name in pick.adapter.targets:
-                    base = modules[name].weight
+                    base = bases[name]
                     # torch.matmul sums in another order where the weight asks for gradients: as the base asks
                     weight = pick.adapter.fold(name, base, strength=pick.strength)
                     weights[name] = weight.requires_grad_(base.requires_grad)

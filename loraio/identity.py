@@ -34,7 +34,7 @@ SAME_ORIGIN = 0.5
 """Relative distance up to which a weight counts as changed, not as another one altogether."""
 
 
-SAMPLED = 4096
+SAMPLED = 64
 """How many numbers of a tensor `BaseIdentity` compares besides torch's own count of writes."""
 
 

@@ -215,7 +215,7 @@ def pack(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
     The same files always give the same pack, in whatever order they come.
 
     Args:
-        files: adapter files, or one folder, whose ``*.safetensors`` are taken.
+        files: adapter files, or one folder, whose adapters are taken and whose base models are passed over.
         output: the pack to make.
         overwrite: replace an existing file.
 
@@ -306,8 +306,9 @@ def _adapter_files(files: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     paths = [Path(file) for file in files]
     if len(paths) == 1 and paths[0].is_dir():
         paths = [Path(entry.path) for entry in listed_files(paths[0])]
+        paths = [path for path in paths if _is_adapter(container.read_header(path))]
     if not paths:
-        raise ConfigError("there is nothing to pack", hint=f"name a folder with *{SUFFIX} files, or files")
+        raise ConfigError("there is nothing to pack", hint="name a folder that holds adapters, or adapter files")
     stems = [unicodedata.normalize("NFC", path.name.removesuffix(SUFFIX)) for path in paths]
     problems = [f"{stem!r}: {problem}" for stem in stems if (problem := name_problem(stem))]
     problems += dict.fromkeys(name_clashes(stems).values())
@@ -316,10 +317,14 @@ def _adapter_files(files: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     return dict(zip(stems, paths, strict=True))
 
 
+def _is_adapter(header: Header) -> bool:
+    return "targets" in (header.document() or {})
+
+
 def _examined(path: Path) -> tuple[int, str]:
     """Size and digest of a file that must be an adapter."""
     header = container.read_header(path)
-    if "targets" not in (header.document() or {}):
+    if not _is_adapter(header):
         raise FormatError(f"{str(path)!r} is not an adapter")
     read_metadata(header)
     return _copied(path, None)
