@@ -188,9 +188,9 @@ class Bank:
                     f"adapter {pick.name!r} brings whole tensors of its own, which a mixed batch has no place for",
                     hint="bank.swap(model, name), and a batch of its own",
                 )
+        refuse_attached(model)
         if any(module.training for module in model.modules()):
             raise StateError("the model is in training mode", hint="model.eval()")
-        refuse_attached(model)
         live = self._live(model)
         digest = _digest(model)
         for pick in picked:
