@@ -13,10 +13,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loraio.adapter import Adapter, BaseReference, Target, WholeTensor
     from loraio.attachment import Attachment, adapter_from, attach, attachment_of, base_state_dict
+    from loraio.bank import Bank
     from loraio.bases import BaseCheckpoint, load_base, read_base, save_base
     from loraio.errors import LoraioError
     from loraio.filemerge import MergedFile, merge_file
     from loraio.formats import load, save
+    from loraio.formats.pack import pack, unpack
     from loraio.merging import Landing, landing, merge
     from loraio.networks import build_network
     from loraio.training.config import PretrainConfig, TrainConfig
@@ -33,10 +35,12 @@ if TYPE_CHECKING:
 _PLACES = {
     "adapter": ("Adapter", "BaseReference", "Target", "WholeTensor"),
     "attachment": ("Attachment", "adapter_from", "attach", "attachment_of", "base_state_dict"),
+    "bank": ("Bank",),
     "bases": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
     "errors": ("LoraioError",),
     "filemerge": ("MergedFile", "merge_file"),
     "formats": ("load", "save"),
+    "formats.pack": ("pack", "unpack"),
     "merging": ("Landing", "landing", "merge"),
     "networks": ("build_network",),
     "training.config": ("PretrainConfig", "TrainConfig"),
@@ -55,6 +59,7 @@ _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = [
     "Adapter",
     "Attachment",
+    "Bank",
     "BaseCheckpoint",
     "BaseReference",
     "Dataset",
@@ -88,6 +93,7 @@ __all__ = [
     "merge",
     "merge_file",
     "new_adapter",
+    "pack",
     "parameter_report",
     "plan_targets",
     "plan_whole",
@@ -99,6 +105,7 @@ __all__ = [
     "save_base",
     "train",
     "train_each",
+    "unpack",
     "verify",
     "verify_weights",
 ]

@@ -165,8 +165,14 @@ class Target:
                 moved = {name: factor.cpu() for name, factor in factors.items()}
                 return self.fold(weight.cpu(), moved, strength=strength).to(weight.device)
             folded = torch.empty_like(weight)  # with its strides: channels_last runs other kernels
-            source, sink = (self._layer.to_matrix(tensor, self.groups) for tensor in (weight, folded))
-            if weight.device.type == "cpu" and sink.data_ptr() == folded.data_ptr() and sink.numel() > BLOCK:
+            if (
+                weight.device.type == "cpu"
+                and weight.numel() > BLOCK
+                and self._layer.is_view
+                and folded.is_contiguous()
+                and not torch.compiler.is_compiling()
+            ):
+                source, sink = (self._layer.to_matrix(tensor, self.groups) for tensor in (weight, folded))
                 self._fold_rows(source, factors, strength, sink)
                 return folded
             return folded.copy_(round_once(self._fold_in(torch.float64, weight, factors, strength), weight.dtype))

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from loraio.adapter import Adapter, check_strength
 from loraio.container import tensor_bytes
 from loraio.errors import BaseMismatchError, StateError, UnknownNameError
-from loraio.identity import KnownDigests, check_base, digests
+from loraio.identity import check_base, digests, identity_of
 from loraio.layers import (
     AFFINE,
     STATISTICS,
@@ -54,7 +54,6 @@ class Attachment:
         self._enabled = True
         self._places: dict[str, Place] = {}
         self._frozen: list[nn.Module] = []
-        self._known = KnownDigests()
         self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
         refuse_attached(model)
         self._check(adapter)
@@ -62,7 +61,8 @@ class Attachment:
         self._base: dict[str, tuple[int, str]] = {}
         if trainable:
             state = base_state_dict(model)
-            self._base = {name: (_writes(state[name]), digest) for name, digest in self._known.of(state).items()}
+            known = identity_of(model).digests(state)
+            self._base = {name: (_writes(state[name]), digest) for name, digest in known.items()}
         try:
             self._freeze(adapter)
             self._put_on(adapter, [*adapter.targets, *adapter.whole])
@@ -176,8 +176,8 @@ class Attachment:
         """Put another adapter in the place of this one; strength and on/off stay as they are.
 
         Its targets and ranks may be others. Everything is checked first: when an error comes, the old adapter is
-        still on. Of the base only what was written to since the last check is read again, as far as torch counts
-        writes: those through ``tensor.data`` it does not.
+        still on. Of the base only what was written to since the last check is read again, see
+        `loraio.identity.BaseIdentity`.
 
         Raises:
             BaseMismatchError: the adapter does not belong to this base.
@@ -241,7 +241,8 @@ class Attachment:
         if problems:
             raise BaseMismatchError("the adapter does not belong to this base", problems=problems)
         state = base_state_dict(self.model)
-        check_base(adapter, state, allow_mismatch=self._allow_base_mismatch, known=self._known)
+        known = identity_of(self.model).digests(state)
+        check_base(adapter, state, allow_mismatch=self._allow_base_mismatch, known=known)
         unknown = [name for name in adapter.targets if name not in modules]
         if unknown:
             raise BaseMismatchError(

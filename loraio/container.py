@@ -7,14 +7,15 @@ the single header key ``loraio``: safetensors writes several keys in an order th
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 from loraio.errors import FormatError, MissingFileError
 from loraio.outputs import staged
@@ -67,6 +68,7 @@ class Header:
         metadata: the strings under ``__metadata__``; empty when there is none.
         header_bytes: length of the JSON header, without the eight bytes that hold this length.
         file_bytes: length of the whole file.
+        data: the whole file, where it was read from memory; None where it is still to be read from ``path``.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class Header:
     metadata: Mapping[str, str]
     header_bytes: int
     file_bytes: int
+    data: bytes | None = field(default=None, repr=False)
 
     def document(self) -> dict[str, Any] | None:
         """The JSON document under the key ``loraio``, or None when the file has none.
@@ -129,21 +132,37 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         FormatError: anything that the safetensors specification forbids, and duplicate names, which it does not.
     """
     path = Path(path)
-    where = f"{str(path)!r}"
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            if len(start) < 8:
-                raise FormatError(f"{size} bytes are too few for a safetensors file", where=where)
-            length = int.from_bytes(start, "little")
-            if length > MAX_HEADER_BYTES or 8 + length > size:
-                raise FormatError(_not_safetensors(start + file.read(64), length, size), where=where)
-            raw = file.read(length)
+            return _read_header(file, path, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise MissingFileError(f"{str(path)!r} does not exist") from None
     except OSError as error:
         raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+
+
+def parse_file(data: bytes, path: str | os.PathLike[str]) -> Header:
+    """As `read_header`, of a whole safetensors file in memory; `read_tensors` takes the tensors from there too.
+
+    Args:
+        data: all bytes of the file.
+        path: where they are from, for errors only.
+
+    Raises:
+        FormatError: as `read_header`.
+    """
+    return replace(_read_header(io.BytesIO(data), Path(path), len(data)), data=data)
+
+
+def _read_header(file: BinaryIO, path: Path, size: int) -> Header:
+    where = f"{str(path)!r}"
+    start = file.read(8)
+    if len(start) < 8:
+        raise FormatError(f"{size} bytes are too few for a safetensors file", where=where)
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise FormatError(_not_safetensors(start + file.read(64), length, size), where=where)
+    raw = file.read(length)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -165,13 +184,17 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
         FormatError: the file is no longer what its header said, or holds a dtype that torch lacks.
     """
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
 
     for name, info in header.tensors.items():
         if info.dtype not in TORCH_DTYPES:
             raise FormatError(f"{name!r} has dtype {info.dtype}, which cannot be read", where=f"{str(header.path)!r}")
     try:
-        with safe_open(header.path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in header.tensors}
+        if header.data is not None:
+            tensors = load(header.data)
+        else:
+            with safe_open(header.path, framework="pt", device="cpu") as file:
+                tensors = {name: file.get_tensor(name).clone() for name in header.tensors}
     except FileNotFoundError:
         raise MissingFileError(f"{str(header.path)!r} does not exist") from None
     except (SafetensorError, OSError) as error:

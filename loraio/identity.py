@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, nn
 
 from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference
 from loraio.container import dtype_code, tensor_bytes
@@ -31,6 +33,10 @@ SAME = 0.02
 
 SAME_ORIGIN = 0.5
 """Relative distance up to which a weight counts as changed, not as another one altogether."""
+
+
+SAMPLED = 64
+"""How many numbers of a tensor `BaseIdentity` compares besides torch's own count of writes."""
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -72,6 +78,117 @@ def state_sha256(state: Mapping[str, Tensor], known: Mapping[str, str] | None = 
         row = [name, dtype_code(state[name].dtype), list(state[name].shape), known[name]]
         whole.update(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
     return whole.hexdigest()
+
+
+class BaseIdentity:
+    """The digests of a live model's tensors, each computed once for as long as its tensor is not written to.
+
+    A tensor counts as the same while its memory, shape, strides, dtype, device and the count of writes that torch keeps
+    (``Tensor._version``) are the same, and up to `SAMPLED` numbers, evenly spaced over it, compare equal. The memory is
+    held on to, so that no other tensor can come to lie in its place.
+
+    The count misses writes through ``.data``, NumPy views, DLPack, other processes and
+    ``_unsafe_preserve_version_counter``. The comparison catches those that change a whole tensor, anything in a tensor
+    of at most `SAMPLED` numbers, and any numel / `SAMPLED` neighbours in a larger one; fewer go unseen until `forget`.
+    Tensors made under ``torch.inference_mode`` have no count and are hashed every time.
+
+    Methods may be called from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[str, _Digest] = {}
+        self._whole: dict[tuple[tuple[str, str], ...], str] = {}
+
+    def digests(self, state: Mapping[str, Tensor]) -> dict[str, str]:
+        """As the function `digests`; hashes only what is new or was written to.
+
+        Args:
+            state: the model's state dict, as it is now.
+
+        Raises:
+            StateError: as `digests`.
+        """
+        with self._lock:
+            stale = {name: tensor for name, tensor in state.items() if not self._is_known(name, tensor)}
+            found = digests(stale)
+            if stale or len(state) != len(self._known):
+                self._whole.clear()
+                self._known = {name: digest for name, digest in self._known.items() if name in state}
+            for name, sha256 in found.items():
+                self._known[name] = _Digest.of(state[name], sha256)
+            return {name: self._known[name].sha256 for name in state}
+
+    def state_sha256(self, state: Mapping[str, Tensor], known: Mapping[str, str]) -> str:
+        """As the function `state_sha256`, remembered for as long as no digest changes."""
+        rows = tuple(sorted((name, known[name]) for name in state))
+        with self._lock:
+            if rows not in self._whole:
+                self._whole[rows] = state_sha256(state, known)
+            return self._whole[rows]
+
+    def forget(self) -> None:
+        """Hash everything again next time."""
+        with self._lock:
+            self._known.clear()
+            self._whole.clear()
+
+    def _is_known(self, name: str, tensor: Tensor) -> bool:
+        known = self._known.get(name)
+        return known is not None and isinstance(tensor, Tensor) and known.holds_for(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Digest:
+    """One tensor's digest, and what must be the same for it to hold."""
+
+    sha256: str
+    tensor: Tensor
+    key: tuple[Any, ...] | None
+    sample: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, sha256: str) -> _Digest:
+        # a detached view shares memory and count of writes with the tensor, but not its graph
+        return cls(sha256, tensor.detach(), _write_key(tensor), _sampled(tensor).clone())
+
+    def holds_for(self, tensor: Tensor) -> bool:
+        return self.key is not None and self.key == _write_key(tensor) and self.sample.equal(_sampled(tensor))
+
+
+def _write_key(tensor: Tensor) -> tuple[Any, ...] | None:
+    if tensor.is_inference() or tensor.is_meta:
+        return None
+    memory = tensor.untyped_storage()
+    place = (tensor.data_ptr(), memory.data_ptr(), memory.nbytes())
+    return (*place, tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Up to `SAMPLED` numbers, evenly spaced; a view wherever the tensor's memory has no holes."""
+    plain = tensor.detach()
+    count = plain.numel()
+    step = -(-count // SAMPLED) or 1
+    if (
+        count
+        and sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True)) == count - 1
+    ):
+        return plain.as_strided((-(-count // step),), (step,))
+    return plain.reshape(-1)[::step]
+
+
+def identity_of(model: nn.Module) -> BaseIdentity:
+    """The `BaseIdentity` of a model: one for each model object, for as long as that lives.
+
+    A copy has one of its own. ``identity_of(model).forget()`` makes the next attach or swap hash everything again.
+    """
+    with _IDENTITIES_LOCK:
+        return _IDENTITIES.setdefault(model, BaseIdentity())
+
+
+_IDENTITIES: weakref.WeakKeyDictionary[nn.Module, BaseIdentity] = weakref.WeakKeyDictionary()
+"""Not an attribute of the model, which is to come out of everything with the attributes that it had."""
+_IDENTITIES_LOCK = threading.Lock()
 
 
 def without_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -129,57 +246,12 @@ def distance(a: Sequence[float], b: Sequence[float]) -> float:
     return apart / a[0] if a[0] else math.inf if apart else 0.0
 
 
-class KnownDigests:
-    """Digests of a state dict, remembered for its next version: what was not written to is not read again.
-
-    A tensor counts as the same while its memory, shape, strides, dtype and torch's count of writes to it are. Writes
-    that torch does not count, through ``tensor.data`` for example, are not noticed.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[Any, ...], StorageWeakRef, str]] = {}
-        self._whole: tuple[tuple[tuple[str, str], ...], str] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KnownDigests:
-        return KnownDigests()  # the tensors of a copy are others
-
-    def of(self, state: Mapping[str, Tensor]) -> dict[str, str]:
-        """As `digests`, and with its errors."""
-        found: dict[str, str] = {}
-        unknown: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            known = self._known.get(name) if isinstance(tensor, Tensor) else None
-            if known is not None and known[0] == _marks(tensor):
-                found[name] = known[2]
-            else:
-                unknown[name] = tensor
-        for name, digest in digests(unknown).items():
-            found[name] = digest
-            if not state[name].is_inference():  # whose writes are not counted
-                reference = StorageWeakRef(state[name].untyped_storage())  # keeps the address from being used again
-                self._known[name] = (_marks(state[name]), reference, digest)
-        return {name: found[name] for name in state}
-
-    def whole(self, state: Mapping[str, Tensor], known: Mapping[str, str]) -> str:
-        """As `state_sha256`."""
-        key = tuple(known.items())
-        if self._whole is None or self._whole[0] != key:
-            self._whole = key, state_sha256(state, known)
-        return self._whole[1]
-
-
-def _marks(tensor: Tensor) -> tuple[Any, ...]:
-    writes = -1 if tensor.is_inference() else tensor._version
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, writes
-
-
 def check_base(
     adapter: Adapter,
     state: Mapping[str, Tensor],
     *,
     allow_mismatch: bool = False,
-    known: KnownDigests | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Refuse a base model that is not the one the adapter was made for.
 
@@ -190,7 +262,7 @@ def check_base(
         adapter: the adapter.
         state: the base model's state dict.
         allow_mismatch: let values and dtypes differ; names and shapes never may.
-        known: digests of the same model's state dict before; brought up to date.
+        known: digests of the state's tensors, when the caller has them already.
 
     Returns:
         what differs and was allowed, a line for each; empty when nothing does.
@@ -199,8 +271,7 @@ def check_base(
         BaseMismatchError: with a line for each target that differs, and how.
         StateError: as `digests`.
     """
-    known = KnownDigests() if known is None else known
-    found = known.of(state)
+    found = digests(state) if known is None else known
     problems: list[str] = []
     fits = True
     needed = {name: (target.shape, target.dtype, target.base_sha256) for name, target in adapter.targets.items()}
@@ -228,7 +299,7 @@ def check_base(
             problems=problems,
             hint=hint,
         )
-    digest = known.whole(state, found)
+    digest = state_sha256(state, found)
     if problems or digest == adapter.base.sha256:
         return tuple(problems)
     rest = f"digest {digest[:12]}.., not {adapter.base.sha256[:12]}.."

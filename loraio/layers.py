@@ -31,6 +31,7 @@ class LayerType:
         dims: number of dimensions of the weight.
         parameters: names of its weights inside the module.
         grouped: whether it may have groups.
+        is_view: whether the matrix of a contiguous weight is a view of it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerType:
     dims: int
     parameters: tuple[str, ...] = ("weight",)
     grouped: bool = False
+    is_view: bool = True
 
     def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
         """(out, fan_in) of a weight of this shape; fan_in is the product of all dimensions but the output one."""
@@ -55,6 +57,8 @@ class LayerType:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransposedConvolution(LayerType):
     """A layer whose weight is (in, out / groups, kernel...); the groups part its first dimension."""
+
+    is_view: bool = False
 
     def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
         """(out, in / groups * kernel)."""

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path())
 @_options.json_option
 def inspect(file: str, as_json: bool) -> None:
-    """Say what FILE is, an adapter or a base model. Reads the header only, in a tenth of a second.
+    """Say what FILE is: an adapter, a pack of them, or a base. Reads headers only, in a tenth of a second.
 
     Of a base that is parted into several files FILE is the index, or its folder.
     """
     from loraio import container, parts
+    from loraio.formats.pack import is_pack
 
     header: Header | PartedHeader
     if parts.is_parted(file):
@@ -33,12 +34,17 @@ def inspect(file: str, as_json: bool) -> None:
     else:
         header = container.read_header(file)
         document = header.document() or {}
-        facts = _adapter_facts(header) if "targets" in document else _base_facts(header.tensors, document)
+        if "targets" in document:
+            facts = _adapter_facts(header)
+        else:
+            facts = _pack_facts(header) if is_pack(header) else _base_facts(header.tensors, document)
     facts = {"file": file, "bytes": header.file_bytes, "header_bytes": header.header_bytes, **facts}
     if as_json:
         _output.print_json("inspect", facts)
     elif facts["type"] == "adapter":
         _print_adapter(facts)
+    elif facts["type"] == "pack":
+        _print_pack(facts)
     else:
         _print_base(facts)
 
@@ -94,6 +100,14 @@ def _warning(name: str, target: Target) -> str:
     )
 
 
+def _pack_facts(header: Header) -> dict[str, Any]:
+    from loraio.formats.pack import PACK_VERSION, check_index
+
+    members = check_index(header, stamp=()).members
+    rows = {name: {"begin": one.begin, "bytes": one.size, "sha256": one.sha256} for name, one in members.items()}
+    return {"type": "pack", "format_version": PACK_VERSION, "adapters": rows}
+
+
 def _base_facts(
     tensors: Mapping[str, TensorInfo], document: dict[str, Any], *, parts: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -130,6 +144,15 @@ def _print_adapter(facts: dict[str, Any]) -> None:
     for line in _output.whole_lines(facts["whole"]):
         click.echo(line)
     _print_training(training)
+
+
+def _print_pack(facts: dict[str, Any]) -> None:
+    adapters, size = facts["adapters"], _output.size(facts["bytes"])
+    click.echo(f"{facts['file']}: pack of {len(adapters)} adapters, format version {facts['format_version']}, {size}")
+    table = _output.table("Adapters", ["name", "bytes", "sha256"])
+    for name, one in adapters.items():
+        table.add_row(name, f"{one['bytes']:,}", f"{one['sha256'][:12]}..")
+    _output.console().print(table)
 
 
 def _print_base(facts: dict[str, Any]) -> None:

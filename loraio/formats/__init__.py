@@ -64,6 +64,20 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     return detect(header).read(header)
 
 
+def load_bytes(data: bytes, path: str | os.PathLike[str]) -> Adapter:
+    """As `load`, of a whole adapter file in memory.
+
+    Args:
+        data: all bytes of the file.
+        path: where they are from, for errors only.
+
+    Raises:
+        FormatError, AdapterError: as `load`.
+    """
+    header = container.parse_file(data, path)
+    return detect(header).read(header)
+
+
 def save(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write an adapter in the native format, atomically; the same adapter always gives the same bytes.
 

@@ -26,7 +26,7 @@ from loraio.training.optimizing import Progress
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
 
-COMMANDS = ["evaluate", "inspect", "merge", "predict", "pretrain", "targets", "train", "verify"]
+COMMANDS = ["evaluate", "inspect", "merge", "pack", "predict", "pretrain", "targets", "train", "unpack", "verify"]
 
 PROBE = """
 import sys
