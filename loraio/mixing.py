@@ -41,7 +41,7 @@ class Folded:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
-        self.packed: dict[tuple[Any, ...], Tensor] = {}
+        self.packed: dict[tuple[str, tuple[Any, ...]], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
@@ -328,21 +328,24 @@ def _parted(
     else:
         bias, *numbers = settings
         x = x.contiguous(memory_format=torch.channels_last)
+        shape = (8, *x.shape[1:])  # a hint; any number of samples will do
+        key = (shape, str(numbers))
+        convolution = torch.ops.mkldnn._convolution_pointwise
         parts = [
-            torch.ops.mkldnn._convolution_pointwise(part, _packed(use, numbers, x), bias, *numbers, "none", [], "")
+            convolution(part, _packed(use, key, numbers), bias, *numbers, "none", [], "")
             for part, use in zip(x.split(sizes), uses, strict=True)
         ]
     return torch.cat(parts)
 
 
-def _packed(use: _Use, numbers: Sequence[Any], x: Tensor) -> Tensor:
+def _packed(use: _Use, key: tuple[Any, ...], numbers: Sequence[Any]) -> Tensor:
     """The weight as oneDNN wants it, which it otherwise brings into that order at each call."""
-    key = (use.name, *map(str, numbers), *x.shape[1:])
-    if key not in use.folded.packed:
+    packed = use.folded.packed
+    found = packed.get((use.name, key))
+    if found is None:
         plain = use.weight.detach().contiguous(memory_format=torch.channels_last)
-        size = (8, *x.shape[1:])  # a hint; any number of samples will do
-        use.folded.packed[key] = torch.ops.mkldnn._reorder_convolution_weight(plain, *numbers, size)
-    return use.folded.packed[key]
+        found = packed[use.name, key] = torch.ops.mkldnn._reorder_convolution_weight(plain, *numbers, key[0])
+    return found
 
 
 def _settings(

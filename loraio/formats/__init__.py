@@ -49,6 +49,8 @@ def detect(header: Header) -> Dialect:
             return dialect
     document = header.document()
     what = "a base model" if document is not None else "a file without loraio metadata"
+    if document is not None and "pack" in document:
+        what = "a pack of them"
     raise FormatError(f"{str(header.path)!r} is not an adapter but {what}")
 
 

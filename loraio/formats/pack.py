@@ -69,7 +69,7 @@ def stamp_of(status: os.stat_result) -> tuple[int, ...]:
 def name_problem(name: str) -> str | None:
     """What is wrong with a name, if anything: every name must make the same file name on every system.
 
-    >>> name_problem("digit-7"), name_problem("../x")
+    >>> name_problem("digit-7"), name_problem("a/b")
     (None, "it holds '/'")
     """
     if not name or name != name.strip() or name.startswith(".") or name.endswith("."):

@@ -223,7 +223,7 @@ def test_an_adapter_or_base_is_no_pack_and_a_pack_is_no_adapter(packed: Path, fi
         read_index(files / "three.safetensors")
     with pytest.raises(FormatError, match="not a pack of adapters but a base model"):
         loraio.Bank(files / "base.safetensors")
-    with pytest.raises(FormatError, match="is not an adapter"):
+    with pytest.raises(FormatError, match="is not an adapter but a pack of them"):
         loraio.load(packed)
 
 
