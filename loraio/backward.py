@@ -26,6 +26,10 @@ THIN = 2
 """How much longer a multiplication takes in a product as thin as a rank; measured for ranks 4 to 16 on one CPU core."""
 
 
+COLUMNS = 3
+"""Width of kernel for which weight gradients of depthwise convolutions are fast on a CPU."""
+
+
 class Pair(NamedTuple):
     """One weight and what is added to it: ``weight + scale * (B @ A)``."""
 
@@ -47,11 +51,6 @@ class Pair(NamedTuple):
         grad_A = self.scale * (self.lora_B.to(matrix.dtype).t() @ matrix)
         grad_B = self.scale * (matrix @ self.lora_A.to(matrix.dtype).t())
         return grad_A.to(self.lora_A.dtype), grad_B.to(self.lora_B.dtype)
-
-    def scaled(self, grad_A: Tensor, grad_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of A and B from those for scale 1."""
-        grad_A = self.scale * grad_A.view(self.lora_A.shape).to(self.lora_A.dtype)
-        return grad_A, self.scale * grad_B.view(self.lora_B.shape).to(self.lora_B.dtype)
 
 
 class Geometry(NamedTuple):
@@ -86,11 +85,29 @@ class Geometry(NamedTuple):
         )
         return gradients
 
-    @property
-    def pointwise(self) -> Geometry:
-        """The same groups with a kernel of one point."""
-        ones = (1,) * len(self.stride)
-        return Geometry(ones, (0,) * len(ones), ones, self.groups)
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the weight alone; of the weight only the shape counts."""
+        return self.backward(grad, x, weight, (False, True, False))[1]
+
+    def splits(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether `split_gradient` is the faster way: depthwise on a CPU, with a kernel wider than `COLUMNS`."""
+        depthwise = self.groups == x.shape[1] == len(weight) and x.dim() == 4 and self.dilation == (1, 1)
+        return depthwise and weight.shape[3] > COLUMNS and x.device.type == "cpu" and x.dtype == torch.float32
+
+    def split_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The weight's gradient, `COLUMNS` of its columns at a time, from an input that is padded beforehand.
+
+        oneDNN computes weight gradients of depthwise convolutions ten times as fast where the kernel is three wide and
+        nothing is left to pad (seen in v3.12, with 5 x 5 kernels).
+        """
+        (rows, columns), (down, right) = self.padding, weight.shape[2:]
+        blocks = range(0, right, COLUMNS)
+        padded = F.pad(x, (columns, columns + len(blocks) * COLUMNS - right, rows, rows))
+        width = self.stride[1] * (grad.shape[3] - 1) + COLUMNS
+        inside = self._replace(padding=(0, 0))
+        shape = weight.new_empty(len(weight), 1, down, COLUMNS)
+        parts = [inside.weight_gradient(grad, padded[..., start : start + width], shape) for start in blocks]
+        return torch.cat(parts, 3)[..., :right]
 
 
 def thin_is_cheaper(*, rank: int, out: int, fan_in: int, groups: int, positions: int) -> bool:
@@ -147,22 +164,24 @@ class _Convolution(torch.autograd.Function):
         if needs_x or full or needs_bias:
             # the values of the weight matter to the input alone
             folded = pair.fold(x.dtype) if needs_x else pair.weight.to(x.dtype)
-            grad_x, whole, grad_bias = geometry.backward(grad, x, folded, (needs_x, full, needs_bias))
+            apart = full and geometry.splits(x, folded)
+            grad_x, whole, grad_bias = geometry.backward(grad, x, folded, (needs_x, full and not apart, needs_bias))
             if full:
-                grad_A, grad_B = pair.from_full(whole)
+                grad_A, grad_B = pair.from_full(geometry.split_gradient(grad, x, folded) if apart else whole)
         if thin and (needs_A or needs_B):
-            ones = (1,) * len(geometry.stride)
             down = pair.lora_A.to(x.dtype).view(rank, *pair.weight.shape[1:])
-            up = pair.lora_B.to(x.dtype).view(out, rank, *ones)
-            across = pair.lora_B.to(x.dtype).view(groups, -1, rank).transpose(1, 2).reshape(-1, out // groups, *ones)
-            if groups > 1:
-                down = down.repeat(groups, *ones, 1)
-            _, grad_A, _ = geometry.backward(geometry.pointwise.convolve(grad, across), x, down, (False, True, False))
-            if groups > 1:
-                grad_A = grad_A.view(groups, rank, fan_in).sum(0)
-            hidden = geometry.convolve(x, down)
-            _, grad_B, _ = geometry.pointwise.backward(grad, hidden, up, (False, True, False))
-            grad_A, grad_B = pair.scaled(grad_A, grad_B)
+            down = down.repeat(groups, *(1,) * (down.dim() - 1)) if groups > 1 else down
+            rows = grad.reshape(len(grad), groups, out // groups, -1)
+            if needs_A:
+                across = pair.lora_B.to(x.dtype).view(groups, -1, rank).transpose(1, 2) @ rows
+                across = across.view(len(grad), groups * rank, *grad.shape[2:])
+                grad_A = geometry.weight_gradient(across, x, down).view(groups, rank, fan_in).sum(0)
+                grad_A = pair.scale * grad_A.to(pair.lora_A.dtype)
+            if needs_B:
+                hidden = geometry.convolve(x, down).view(len(grad), groups, rank, -1)
+                # the thin factor first: many times as fast as the other way round
+                grad_B = (hidden @ rows.transpose(2, 3)).sum(0).transpose(1, 2).reshape(out, rank)
+                grad_B = pair.scale * grad_B.to(pair.lora_B.dtype)
         return grad_x, None, grad_A, grad_B, grad_bias, None, None
 
 
@@ -203,6 +222,23 @@ class _Projection(torch.autograd.Function):
         if needs_B:
             grad_B = pair.scale * (grad.t() @ (x @ down.t())).to(pair.lora_B.dtype)
         return grad_x, None, grad_A, grad_B, grad.sum(0) if needs_bias else None, None, None
+
+
+class _FrozenNorm(torch.autograd.Function):
+    """Batch normalisation of which nothing learns: a factor for each channel, so that its input need not be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any, plain: Callable[[Any, Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(module.running_var, module.weight)
+        ctx.eps, ctx.dtype = module.eps, x.dtype
+        return plain(module, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        variance, weight = ctx.saved_tensors
+        factor = (variance + ctx.eps).rsqrt()
+        factor = factor if weight is None else factor * weight
+        return (grad * factor.view(-1, *(1,) * (grad.dim() - 2))).to(ctx.dtype), None, None
 
 
 def folding_is_cheaper(*, rows: int, out: int, fan_in: int) -> bool:
@@ -317,11 +353,25 @@ def _linear_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Te
     return forward
 
 
+def _norm_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    def forward(module: Any, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in _PLAIN or _is_transformed():
+            return plain(module, x)
+        learns = any(tensor is not None and tensor.requires_grad for tensor in (module.weight, module.bias))
+        if learns or not x.requires_grad or module.training or module.running_var is None:
+            return plain(module, x)
+        result: Tensor = _FrozenNorm.apply(x, module, plain)
+        return result
+
+    return forward
+
+
 FORWARDS: dict[Any, Callable[[Any, Tensor], Tensor]] = {
     nn.Conv1d.forward: _convolution_forward(nn.Conv1d.forward),
     nn.Conv2d.forward: _convolution_forward(nn.Conv2d.forward),
     nn.Conv3d.forward: _convolution_forward(nn.Conv3d.forward),
     nn.Linear.forward: _linear_forward(nn.Linear.forward),
+    nn.BatchNorm2d.forward: _norm_forward(nn.BatchNorm2d.forward),  # of 1d and 3d too
 }
 """The forward method of a layer with an adapter that is trained, by the layer's own."""
 

@@ -233,12 +233,15 @@ def _frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
         replica.__dict__ = copy.deepcopy(module.__dict__, memo)
         return replica
 
-    own = {
+    own: dict[str, Any] = {
         "training": property(training, remember),
         "__deepcopy__": copied,
         "__getstate__": _refuse_pickling,
         "_loraio_frozen": True,
     }
+    forward = forward_for(cls)
+    if forward is not None:
+        own["forward"] = forward
     return type(cls.__name__, (cls,), own)
 
 

@@ -209,10 +209,10 @@ def measure(name: str, *, runs: int, optimizer: str, channels_last: bool) -> dic
     order = list(steps)
     for number in range(runs + 2):
         for contestant in order[number % len(order) :] + order[: number % len(order)]:
-            start = time.perf_counter()
+            start = time.process_time()
             steps[contestant]()
             if number >= 2:
-                times[contestant].append(time.perf_counter() - start)
+                times[contestant].append(time.process_time() - start)
     return {
         "batch": batch,
         "saved_bytes": saved,
