@@ -66,48 +66,48 @@ class Geometry(NamedTuple):
         none = (0,) * len(self.stride)
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups)
 
-    def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of input, weight and bias, those that the mask asks for."""
-        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            (len(weight),),
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            (0,) * len(self.stride),
-            self.groups,
-            mask,
-        )
-        return gradients
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the input; of the input only shape and layout count.
+
+        A kernel of one point that skips points needs no convolution: a matrix product gives the gradients of the points
+        that it meets, and the others have none. oneDNN takes four times as long for it on a CPU (seen in v3.12).
+        """
+        plain = self.groups == 1 and not any(self.padding) and weight.numel() == weight.shape[0] * weight.shape[1]
+        if not plain or x.dim() != 4 or self.stride == (1, 1):
+            return self._gradients(grad, x, weight, (True, False, False))[0]
+        gradient = torch.zeros_like(x)
+        met = (weight.flatten(1).t() @ grad.flatten(2)).view(-1, x.shape[1], *grad.shape[2:])
+        gradient[:, :, :: self.stride[0], :: self.stride[1]] = met
+        return gradient
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the weight alone; of the weight only the shape counts."""
-        return self.backward(grad, x, weight, (False, True, False))[1]
-
-    def splits(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether `split_gradient` is the faster way: depthwise on a CPU, with a kernel wider than `COLUMNS`."""
-        depthwise = self.groups == x.shape[1] == len(weight) and x.dim() == 4 and self.dilation == (1, 1)
-        return depthwise and weight.shape[3] > COLUMNS and x.device.type == "cpu" and x.dtype == torch.float32
-
-    def split_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The weight's gradient, `COLUMNS` of its columns at a time, from an input that is padded beforehand.
+        """The gradient of the weight; of the weight only shape and layout count.
 
         oneDNN computes weight gradients of depthwise convolutions ten times as fast where the kernel is three wide and
-        nothing is left to pad (seen in v3.12, with 5 x 5 kernels).
+        nothing is left to pad (seen in v3.12 with 5 x 5 kernels), so that wider kernels are parted.
         """
-        (rows, columns), (down, right) = self.padding, weight.shape[2:]
-        blocks = range(0, right, COLUMNS)
-        padded = F.pad(x, (columns, columns + len(blocks) * COLUMNS - right, rows, rows))
-        width = self.stride[1] * (grad.shape[3] - 1) + COLUMNS
+        depthwise = self.groups == x.shape[1] == len(weight) and x.dim() == 4 and self.dilation == (1, 1)
+        if not depthwise or weight.shape[3] <= COLUMNS or x.device.type != "cpu":
+            return self._gradients(grad, x, weight, (False, True, False))[1]
         inside = self._replace(padding=(0, 0))
-        shape = weight.new_empty(len(weight), 1, down, COLUMNS)
-        parts = [inside.weight_gradient(grad, padded[..., start : start + width], shape) for start in blocks]
-        return torch.cat(parts, 3)[..., :right]
+        part = weight.new_empty(len(weight), 1, weight.shape[2], COLUMNS)
+        width = self.stride[1] * (grad.shape[3] - 1) + COLUMNS
+        rows, columns = self.padding
+        parts = []
+        for start in range(0, weight.shape[3], COLUMNS):  # the input that these columns meet, cropped where negative
+            margins = (columns - start, width - x.shape[3] - columns + start, rows, rows)
+            parts.append(inside._gradients(grad, F.pad(x, margins), part, (False, True, False))[1])
+        return torch.cat(parts, 3)[..., : weight.shape[3]]
+
+    def _gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of input, weight and bias that the mask asks for."""
+        sizes = self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *sizes, mask
+        )
+        return gradients
 
 
 def thin_is_cheaper(*, rank: int, out: int, fan_in: int, groups: int, positions: int) -> bool:
@@ -161,13 +161,12 @@ class _Convolution(torch.autograd.Function):
         thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=groups, positions=positions)
         full = not thin and (needs_A or needs_B)
         grad_x = grad_A = grad_B = grad_bias = None
-        if needs_x or full or needs_bias:
-            # the values of the weight matter to the input alone
-            folded = pair.fold(x.dtype) if needs_x else pair.weight.to(x.dtype)
-            apart = full and geometry.splits(x, folded)
-            grad_x, whole, grad_bias = geometry.backward(grad, x, folded, (needs_x, full and not apart, needs_bias))
-            if full:
-                grad_A, grad_B = pair.from_full(geometry.split_gradient(grad, x, folded) if apart else whole)
+        if needs_x:
+            grad_x = geometry.input_gradient(grad, x, pair.fold(x.dtype))
+        if needs_bias:
+            grad_bias = grad.transpose(0, 1).reshape(out, -1).sum(1)
+        if full:
+            grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
         if thin and (needs_A or needs_B):
             down = pair.lora_A.to(x.dtype).view(rank, *pair.weight.shape[1:])
             down = down.repeat(groups, *(1,) * (down.dim() - 1)) if groups > 1 else down
@@ -175,10 +174,10 @@ class _Convolution(torch.autograd.Function):
             if needs_A:
                 across = pair.lora_B.to(x.dtype).view(groups, -1, rank).transpose(1, 2) @ rows
                 across = across.view(len(grad), groups * rank, *grad.shape[2:])
-                grad_A = geometry.weight_gradient(across, x, down).view(groups, rank, fan_in).sum(0)
+                grad_A = geometry.weight_gradient(across, x, down).reshape(groups, rank, fan_in).sum(0)
                 grad_A = pair.scale * grad_A.to(pair.lora_A.dtype)
             if needs_B:
-                hidden = geometry.convolve(x, down).view(len(grad), groups, rank, -1)
+                hidden = geometry.convolve(x, down).reshape(len(grad), groups, rank, -1)
                 # the thin factor first: many times as fast as the other way round
                 grad_B = (hidden @ rows.transpose(2, 3)).sum(0).transpose(1, 2).reshape(out, rank)
                 grad_B = pair.scale * grad_B.to(pair.lora_B.dtype)
