@@ -23,6 +23,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.utils import parametrize
 
 from loraio.adapter import Target
+from loraio.backward import forward_for
 from loraio.errors import StateError
 
 
@@ -68,6 +69,11 @@ class FoldedWeight(AdapterPart):
                 self.register_parameter(name, nn.Parameter(factor))
             else:
                 self.register_buffer(name, factor)
+
+    @property
+    def steps_thinly(self) -> bool:
+        """Whether it is trained and of a kind whose layers have a training step of their own, `loraio.backward`."""
+        return self.target.kind == "lora" and any(True for _ in self.parameters())
 
     def factors(self) -> dict[str, Tensor]:
         """The factors by short name, as they are now."""
@@ -252,6 +258,10 @@ class Place:
             # unsafe: shape and dtype are checked already, and the check would fold every weight once more
             parametrize.register_parametrization(self.module, self.parameter, part, unsafe=True)
         _own_class(self.module)
+        if isinstance(part, FoldedWeight) and part.steps_thinly and self.parameter == "weight":
+            forward = forward_for(type(self.module))
+            if forward is not None:
+                setattr(type(self.module), "forward", forward)  # noqa: B010  # the class is this module's alone
         self.resize(part.enabled)
 
     def resize(self, enabled: bool) -> None:
@@ -303,12 +313,15 @@ def _frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
         replica.__dict__ = copy.deepcopy(module.__dict__, memo)
         return replica
 
-    own = {
+    own: dict[str, Any] = {
         "training": property(training, remember),
         "__deepcopy__": copied,
         "__getstate__": _refuse_pickling,
         "_loraio_frozen": True,
     }
+    forward = forward_for(cls)
+    if forward is not None:
+        own["forward"] = forward
     return type(cls.__name__, (cls,), own)
 
 

@@ -22,7 +22,7 @@ LINES = [
     {"attachment", "merging", "mixing"},
     {"formats", "bases"},
     {"identity", "networks", "parametrization"},
-    {"adapter"},
+    {"adapter", "backward"},
     {"layers", "kinds", "parts"},
     {"lowrank", "container", "registry"},
     {"outputs"},
