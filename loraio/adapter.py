@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -300,6 +300,41 @@ class Adapter:
 
 def _rebuilt(targets: Any, factors: Any, base: Any, training: Any, extra: Any) -> Adapter:
     return Adapter(targets=targets, factors=factors, base=base, training=training, extra=extra)
+
+
+PART_VALUES = 1 << 18
+"""About how many numbers of a weight are folded at once where memory counts."""
+
+
+def parts_of(adapter: Adapter, name: str, values: int = PART_VALUES) -> Iterator[tuple[slice, Adapter]]:
+    """One target in slices along the first dimension of its weight, each with an adapter that folds it.
+
+    The folded slices are the slices of the folded weight, bit for bit: each number is summed over the same ranks in
+    the same order. A weight of which no slice can be folded by itself comes in one.
+
+    Args:
+        adapter: the adapter.
+        name: of the target.
+        values: about how many numbers a slice should hold.
+
+    Raises:
+        UnknownNameError: no such target.
+    """
+    factors = adapter.factors_of(name)
+    target = adapter.targets[name]
+    length = target.shape[0]
+    rows = max(values // math.prod(target.shape[1:]) // 8, 1) * 8  # matrix products treat a rest below 8 in another way
+    apart = target._layer.slices == "rows" or (target._layer.slices == "columns" and target._kind.columns_apart)
+    for start in range(0, length, rows) if apart else (0,):
+        at = slice(start, min(start + rows, length) if apart else length)
+        part = target
+        if at.stop - start < length:
+            part = replace(target, shape=(at.stop - start, *target.shape[1:]), groups=1)
+        mine = {}
+        for short, shape in part.factor_shapes.items():
+            axes = zip(shape, factors[short].shape, strict=True)  # the sliced one is the one that is shorter here
+            mine[f"{name}.{short}"] = factors[short][tuple(slice(None) if a == b else at for a, b in axes)]
+        yield at, Adapter(targets={name: part}, factors=mine, base=adapter.base)
 
 
 def check_strength(strength: float) -> float:

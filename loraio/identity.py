@@ -122,7 +122,13 @@ def distance(a: Sequence[float], b: Sequence[float]) -> float:
     return apart / a[0] if a[0] else math.inf if apart else 0.0
 
 
-def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch: bool = False) -> tuple[str, ...]:
+def check_base(
+    adapter: Adapter,
+    state: Mapping[str, Tensor],
+    *,
+    allow_mismatch: bool = False,
+    known: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
     """Refuse a base model that is not the one the adapter was made for.
 
     Every target is looked at before anything is said: present, same shape, same dtype, same bytes. If all targets
@@ -132,6 +138,7 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch:
         adapter: the adapter.
         state: the base model's state dict.
         allow_mismatch: let values and dtypes differ; names and shapes never may.
+        known: digests of the state's tensors, when the caller has them already; of the targets alone where one differs.
 
     Returns:
         what differs and was allowed, a line for each; empty when nothing does.
@@ -140,7 +147,7 @@ def check_base(adapter: Adapter, state: Mapping[str, Tensor], *, allow_mismatch:
         BaseMismatchError: with a line for each target that differs, and how.
         StateError: as `digests`.
     """
-    found = digests(state)
+    found = digests(state) if known is None else known
     problems: list[str] = []
     fits = True
     for name, target in adapter.targets.items():

@@ -30,6 +30,7 @@ class LayerType:
         dims: number of dimensions of the weight.
         parameters: names of its weights inside the module.
         grouped: whether it may have groups.
+        slices: what a slice of the weight along its first dimension is in the matrix: "rows", "columns", or "neither".
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerType:
     dims: int
     parameters: tuple[str, ...] = ("weight",)
     grouped: bool = False
+    slices: str = "rows"
 
     def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
         """(out, fan_in) of a weight of this shape; fan_in is the product of all dimensions but the output one."""
@@ -54,6 +56,8 @@ class LayerType:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransposedConvolution(LayerType):
     """A layer whose weight is (in, out / groups, kernel...); the groups part its first dimension."""
+
+    slices: str = "neither"
 
     def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
         """(out, in / groups * kernel)."""
@@ -73,6 +77,8 @@ class TransposedConvolution(LayerType):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table(LayerType):
     """A layer whose weight is (entries, features): a look-up table, which is a matrix transposed."""
+
+    slices: str = "columns"
 
     def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
         """(features, entries)."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraio.adapter import Adapter, check_strength
+from loraio.adapter import Adapter, check_strength, parts_of
 from loraio.attachment import attach, refuse_attached
 from loraio.bases import load_state
 from loraio.container import tensor_bytes
@@ -196,14 +196,11 @@ def verify_weights(
                 f"{name!r} is {found.dtype} {tuple(found.shape)}, the base has {base.dtype} {tuple(base.shape)}"
             )
         elif name in adapter.targets:
-            distance = _ulps(adapter, name, base, found, strength)
-            above = int((distance > MAX_ULP).sum())
-            worst, wrong, values = max(worst, float(distance.max())), wrong + above, values + base.numel()
-            if above:
-                problems.append(
-                    f"{name!r}: {above} of {base.numel()} weights are not the sum rounded to nearest, "
-                    f"the worst by {float(distance.max()):.3g} ulp"
-                )
+            misfit = sum(
+                (check_fold(part, base[at], found[at], strength) for at, part in parts_of(adapter, name)), FoldCheck()
+            )
+            worst, wrong, values = max(worst, misfit.max_ulp), wrong + misfit.wrong, values + misfit.values
+            problems += misfit.problems(name)
         elif not tensor_bytes(found).equal(tensor_bytes(base)):
             problems.append(f"{name!r} is no target and was changed")
     return WeightReport(
@@ -213,6 +210,54 @@ def verify_weights(
         max_ulp=worst,
         not_correctly_rounded=wrong,
         problems=tuple(problems),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldCheck:
+    """Folded weights against the reference; of two parts of a weight the sum is that of both together.
+
+    Attributes:
+        values: how many were looked at.
+        wrong: how many are farther than `MAX_ULP`.
+        max_ulp: the largest distance.
+    """
+
+    values: int = 0
+    wrong: int = 0
+    max_ulp: float = 0.0
+
+    def __add__(self, other: FoldCheck) -> FoldCheck:
+        return FoldCheck(
+            values=self.values + other.values,
+            wrong=self.wrong + other.wrong,
+            max_ulp=max(self.max_ulp, other.max_ulp),
+        )
+
+    def problems(self, name: str) -> list[str]:
+        """A line for the weight of that name, or none."""
+        if not self.wrong:
+            return []
+        return [
+            f"{name!r}: {self.wrong} of {self.values} weights are not the sum rounded to nearest, "
+            f"the worst by {self.max_ulp:.3g} ulp"
+        ]
+
+
+def check_fold(part: Adapter, base: Tensor, found: Tensor, strength: float) -> FoldCheck:
+    """Compare folded weights with the reference.
+
+    Args:
+        part: an adapter of one target, `loraio.adapter.parts_of`.
+        base: the base weight, or the slice of it that ``part`` is for.
+        found: what should be that weight with the adapter folded in, shape and dtype of ``base``.
+        strength: that of the merge.
+    """
+    distance = _ulps(part, next(iter(part.targets)), base, found, strength)
+    return FoldCheck(
+        values=base.numel(),
+        wrong=int((distance > MAX_ULP).sum()),
+        max_ulp=float(distance.max()) if base.numel() else 0.0,
     )
 
 

@@ -18,6 +18,7 @@ LINES = [
     {"cli"},
     {"training"},
     {"filemerge"},
+    {"streaming"},
     {"verification"},
     {"attachment", "merging"},
     {"formats", "bases"},

@@ -25,6 +25,11 @@ class Kind(Protocol):
         """As written in files."""
         ...
 
+    @property
+    def columns_apart(self) -> bool:
+        """Whether a column of the new matrix needs that column of the old one alone; of rows that is always so."""
+        ...
+
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
         """The factors' names and shapes, for a weight matrix (out, fan_in)."""
         ...

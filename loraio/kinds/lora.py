@@ -19,6 +19,7 @@ class Lora:
     """
 
     name = "lora"
+    columns_apart = True
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Factor names and shapes.
