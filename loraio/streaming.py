@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -85,11 +86,14 @@ class Fold:
     def of(cls, check: FoldCheck, base: Tensor, found: Tensor) -> Fold:
         """Of a slice of the weight, before and after."""
         wide = torch.promote_types(base.dtype, torch.float32)
-        plain = base.to(wide)
-        length, moved = (
-            float(torch.linalg.vector_norm(values, dtype=torch.float64)) for values in (plain, found.to(wide) - plain)
-        )
-        return cls(check=check, length=length**2, moved=moved**2)
+        plain, moved = base.to(wide).flatten(), found.to(wide).flatten()
+        moved -= plain
+        if wide == torch.float32 and base.dtype == wide:
+            plain, moved = plain.double(), moved.double()
+        change = float(moved.dot(moved))
+        if not change and not found.equal(base):  # too small to be squared
+            change = sys.float_info.min
+        return cls(check=check, length=float(plain.dot(plain)), moved=change)
 
     def __add__(self, other: Fold) -> Fold:
         return Fold(check=self.check + other.check, length=self.length + other.length, moved=self.moved + other.moved)
@@ -298,7 +302,7 @@ def _fold(
         raw = _read(target, place + start, shape[0] * row, Path(os.fsdecode(target.name)))
         after.update(raw.numpy().data)
         found = raw.view(dtype).view(shape)
-        fold += Fold.of(check_fold(part, base, found, strength), base, found)
+        fold += Fold.of(check_fold(part, base, found, strength, told=fold.check.max_ulp), base, found)
         progress.add(len(raw))
     return Written(sha256=after.hexdigest(), source_sha256=before.hexdigest(), fold=fold)
 

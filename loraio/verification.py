@@ -6,7 +6,9 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,16 @@ attached networks run the same kernels on the same bits and differ by none; anot
 
 MAX_SHARE_OF_EFFECT = 0.05
 """But never by more than this share of what the adapter does to them, or the comparison would prove nothing."""
+
+NEAR = 0.49
+"""Half-precision weights that are surely nearer to their sums than this, in ulp, are not looked at in float64."""
+
+UNDERFLOW = 2.0**-10
+"""What products that are too small for float32 may hide, in ulp of a half-precision dtype: 2**-149 each, the ulp of
+bfloat16 is at least 2**-133."""
+
+_NARROW = (torch.bfloat16, torch.float16)
+_EXPONENT = np.int32(0x7F800000)  # its bits in a float32: what is left is the power of two below the number
 
 BATCH = 64
 """Samples in one forward pass."""
@@ -196,11 +208,11 @@ def verify_weights(
                 f"{name!r} is {found.dtype} {tuple(found.shape)}, the base has {base.dtype} {tuple(base.shape)}"
             )
         elif name in adapter.targets:
-            misfit = sum(
-                (check_fold(part, base[at], found[at], strength) for at, part in parts_of(adapter, name)), FoldCheck()
-            )
-            worst, wrong, values = max(worst, misfit.max_ulp), wrong + misfit.wrong, values + misfit.values
-            problems += misfit.problems(name)
+            check = FoldCheck()
+            for at, part in parts_of(adapter, name):
+                check += check_fold(part, base[at], found[at], strength, told=check.max_ulp)
+            worst, wrong, values = max(worst, check.max_ulp), wrong + check.wrong, values + check.values
+            problems += check.problems(name)
         elif not tensor_bytes(found).equal(tensor_bytes(base)):
             problems.append(f"{name!r} is no target and was changed")
     return WeightReport(
@@ -244,21 +256,69 @@ class FoldCheck:
         ]
 
 
-def check_fold(part: Adapter, base: Tensor, found: Tensor, strength: float) -> FoldCheck:
+def check_fold(part: Adapter, base: Tensor, found: Tensor, strength: float, *, told: float = 0.0) -> FoldCheck:
     """Compare folded weights with the reference.
 
     Args:
-        part: an adapter of one target, `loraio.adapter.parts_of`.
+        part: an adapter of one target, as `loraio.adapter.parts_of` gives them.
         base: the base weight, or the slice of it that ``part`` is for.
         found: what should be that weight with the adapter folded in, shape and dtype of ``base``.
         strength: that of the merge.
+        told: a distance in ulp that is known already: smaller ones need not be told.
+
+    Returns:
+        the check; its ``max_ulp`` may be 0 where no weight is farther off than ``told``.
     """
-    distance = _ulps(part, next(iter(part.targets)), base, found, strength)
-    return FoldCheck(
-        values=base.numel(),
-        wrong=int((distance > MAX_ULP).sum()),
-        max_ulp=float(distance.max()) if base.numel() else 0.0,
-    )
+    name = next(iter(part.targets))
+    if base.dtype in _NARROW:
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is looked at in float64
+            near = _near_half(part, name, base, found, strength, told)
+        if near is not None:
+            return near
+    target = part.targets[name]
+    layer = LAYER_TYPES[target.layer]
+    weight, values = (layer.to_matrix(t.detach().cpu().double(), target.groups).numpy() for t in (base, found))
+    factors = {short: factor.detach().cpu().double().numpy() for short, factor in part.factors_of(name).items()}
+    exact, error = KINDS[target.kind].reference(weight, factors, scale=target.scale, strength=strength)
+    distance = _distance(values, exact, error, base.dtype)
+    return FoldCheck(values=base.numel(), wrong=int((distance > MAX_ULP).sum()), max_ulp=float(distance.max()))
+
+
+def _near_half(
+    adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float, told: float
+) -> FoldCheck | None:
+    """`check_fold` by way of float32, which is enough to see that most half-precision weights are near their sums.
+
+    Only those that may be as far off as `NEAR`, or as ``told``, are looked at in float64; if none is, or not all is
+    finite, there is no answer. Nothing rests on float32 but which weights these are.
+    """
+    target = adapter.targets[name]
+    layer, kind = LAYER_TYPES[target.layer], KINDS[target.kind]
+    weight, values = (layer.to_matrix(t.detach().cpu().float(), target.groups).numpy() for t in (base, found))
+    factors = {short: factor.detach().cpu() for short, factor in adapter.factors_of(name).items()}
+    narrow = {short: factor.float().numpy() for short, factor in factors.items()}
+    reference, margin = kind.reference(weight, narrow, scale=target.scale, strength=strength)
+    margin *= 2  # the factors and their scale may have been rounded to float32 too
+    off = np.abs(values - reference)
+    off += margin
+    np.abs(reference, out=reference)
+    reference -= margin  # towards zero, where the numbers are denser
+    power = (reference.view(np.int32) & _EXPONENT).view(np.float32)
+    info = torch.finfo(base.dtype)
+    least = max(NEAR, min(told, MAX_ULP)) - UNDERFLOW
+    np.maximum(power, np.float32(info.tiny), out=power)
+    power *= np.float32(info.eps * least)
+    doubtful = ~(off <= power)
+    if not np.isfinite(off.max()) or not doubtful.any():
+        return None if told < NEAR or not np.isfinite(off.max()) else FoldCheck(values=base.numel())
+    at = np.divmod(np.flatnonzero(doubtful), doubtful.shape[1])
+    wide = {short: factor.double().numpy() for short, factor in factors.items()}
+    exact, error = kind.reference(weight, wide, scale=target.scale, strength=strength, at=at)
+    distance = _distance(values[at].astype(np.float64), exact, error, base.dtype)
+    worst = float(distance.max())
+    if worst < NEAR and told < NEAR:
+        return None
+    return FoldCheck(values=base.numel(), wrong=int((distance > MAX_ULP).sum()), max_ulp=worst)
 
 
 def _fits(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> bool:
@@ -266,19 +326,12 @@ def _fits(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> boo
     return facts == others
 
 
-def _ulps(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float) -> Tensor:
-    """Distance of each found weight from the exact sum, beyond the reference's own error, in ulp of its dtype."""
-    target = adapter.targets[name]
-    layer = LAYER_TYPES[target.layer]
-    matrix = layer.to_matrix(base.detach().cpu().double(), target.groups).numpy()
-    factors = {short: factor.detach().cpu().double().numpy() for short, factor in adapter.factors_of(name).items()}
-    reference, error = KINDS[target.kind].reference(matrix, factors, scale=target.scale, strength=strength)
-    exact = layer.from_matrix(torch.from_numpy(reference), target.shape, target.groups)
-    slack = layer.from_matrix(torch.from_numpy(error), target.shape, target.groups)
-    values = found.detach().cpu().double()
-    beyond = ((values - exact).abs() - slack).clamp(min=0)
-    distance = (beyond / ulp(exact, base.dtype)).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    same = torch.where(exact.isnan(), values.isnan(), values == exact)  # also where the base is not finite
+def _distance(values: Any, exact: Any, error: Any, dtype: torch.dtype) -> Tensor:
+    """Distance of numbers from exact ones, beyond the error of these, in ulp of a dtype; float64 in and out."""
+    found, reference, slack = (torch.from_numpy(array) for array in (values, exact, error))
+    beyond = ((found - reference).abs() - slack).clamp(min=0)
+    distance = (beyond / ulp(reference, dtype)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    same = torch.where(reference.isnan(), found.isnan(), found == reference)  # also where the base is not finite
     return torch.where(same, 0.0, distance)
 
 

@@ -46,9 +46,18 @@ class Kind(Protocol):
         ...
 
     def reference(
-        self, weight: Any, factors: Mapping[str, Any], *, scale: float, strength: float = 1.0
+        self,
+        weight: Any,
+        factors: Mapping[str, Any],
+        *,
+        scale: float,
+        strength: float = 1.0,
+        at: tuple[Any, Any] | None = None,
     ) -> tuple[Any, Any]:
-        """The same matrix by another route, and a bound on its error; NumPy float64 arrays in and out.
+        """The same matrix by another route, and a bound on the error of both; NumPy arrays in and out.
+
+        The factors' dtype is that of the sums: float64, or float32 for a first look. With ``at``, rows and columns,
+        only the elements there.
 
         Only verification calls it. It shares no code with `fold`, so that a mistake in one shows against the other.
         """

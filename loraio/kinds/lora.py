@@ -62,22 +62,33 @@ class Lora:
         return weight.addmm(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
 
     def reference(
-        self, weight: Any, factors: Mapping[str, Any], *, scale: float, strength: float = 1.0
+        self,
+        weight: Any,
+        factors: Mapping[str, Any],
+        *,
+        scale: float,
+        strength: float = 1.0,
+        at: tuple[Any, Any] | None = None,
     ) -> tuple[Any, Any]:
-        """The same in NumPy float64, summed rank by rank, with a bound on its rounding error for each element.
+        """The same in NumPy, with a bound on its rounding error for each element.
 
-        The bound is that of any order of the r + 1 additions: (r + 3) * 2**-53 times the sum of the magnitudes,
+        The bound is that of any order of the r + 1 additions: (r + 3) roundings of the sum of the magnitudes,
         once for this sum and once for the one that it is compared with (Higham 2002, Accuracy and Stability of
         Numerical Algorithms, section 3.1).
         """
         import numpy as np
 
-        result, magnitude = weight.copy(), np.abs(weight)
-        for a, b in zip(factors["lora_A"], factors["lora_B"].T, strict=True):
-            term = scale * strength * np.outer(b, a)
-            result += term
-            magnitude += np.abs(term)
-        return result, 2 * (len(factors["lora_A"]) + 3) * 2.0**-53 * magnitude
+        A, B = (scale * strength) * factors["lora_A"], factors["lora_B"]
+        if at is None:
+            update, magnitude = B @ A, np.abs(B) @ np.abs(A)
+        else:
+            rows, columns = at
+            terms = B[rows] * A.T[columns]
+            weight, update, magnitude = weight[at], terms.sum(axis=1), np.abs(terms).sum(axis=1)
+        magnitude += np.abs(weight)
+        magnitude *= (len(A) + 3) * np.finfo(A.dtype).eps  # eps is two roundings
+        update += weight
+        return update, magnitude
 
 
 def _kaiming(lora_A: Tensor, generator: torch.Generator) -> Tensor:
