@@ -306,6 +306,9 @@ PART_VALUES = 1 << 18
 """About how many numbers of a weight are folded at once where memory counts."""
 
 
+_TILE = 48  # matrix products go by tiles of 8 or 24 rows and sum in another order in what is left at the end
+
+
 def parts_of(adapter: Adapter, name: str, values: int = PART_VALUES) -> Iterator[tuple[slice, Adapter]]:
     """One target in slices along the first dimension of its weight, each with an adapter that folds it.
 
@@ -323,7 +326,7 @@ def parts_of(adapter: Adapter, name: str, values: int = PART_VALUES) -> Iterator
     factors = adapter.factors_of(name)
     target = adapter.targets[name]
     length = target.shape[0]
-    rows = max(values // math.prod(target.shape[1:]) // 8, 1) * 8  # matrix products treat a rest below 8 in another way
+    rows = max(values // math.prod(target.shape[1:]) // _TILE, 1) * _TILE
     apart = target._layer.slices == "rows" or (target._layer.slices == "columns" and target._kind.columns_apart)
     for start in range(0, length, rows) if apart else (0,):
         at = slice(start, min(start + rows, length) if apart else length)

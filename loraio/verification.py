@@ -270,15 +270,16 @@ def check_fold(part: Adapter, base: Tensor, found: Tensor, strength: float, *, t
         the check; its ``max_ulp`` may be 0 where no weight is farther off than ``told``.
     """
     name = next(iter(part.targets))
-    if base.dtype in _NARROW:
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is looked at in float64
-            near = _near_half(part, name, base, found, strength, told)
-        if near is not None:
-            return near
-    target = part.targets[name]
+    with np.errstate(over="ignore", invalid="ignore"):  # where the base or a sum is not finite
+        near = _near_half(part, name, base, found, strength, told) if base.dtype in _NARROW else None
+        return near or _from_all(part, name, base, found, strength)
+
+
+def _from_all(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float) -> FoldCheck:
+    target = adapter.targets[name]
     layer = LAYER_TYPES[target.layer]
     weight, values = (layer.to_matrix(t.detach().cpu().double(), target.groups).numpy() for t in (base, found))
-    factors = {short: factor.detach().cpu().double().numpy() for short, factor in part.factors_of(name).items()}
+    factors = {short: factor.detach().cpu().double().numpy() for short, factor in adapter.factors_of(name).items()}
     exact, error = KINDS[target.kind].reference(weight, factors, scale=target.scale, strength=strength)
     distance = _distance(values, exact, error, base.dtype)
     return FoldCheck(values=base.numel(), wrong=int((distance > MAX_ULP).sum()), max_ulp=float(distance.max()))
@@ -303,10 +304,12 @@ def _near_half(
     off += margin
     np.abs(reference, out=reference)
     reference -= margin  # towards zero, where the numbers are denser
-    power = (reference.view(np.int32) & _EXPONENT).view(np.float32)
     info = torch.finfo(base.dtype)
+    bits = reference.view(np.int32)
+    bits &= _EXPONENT
+    np.maximum(bits, np.float32(info.tiny).view(np.int32), out=bits)  # positive numbers are ordered as their bits are
+    power = bits.view(np.float32)
     least = max(NEAR, min(told, MAX_ULP)) - UNDERFLOW
-    np.maximum(power, np.float32(info.tiny), out=power)
     power *= np.float32(info.eps * least)
     doubtful = ~(off <= power)
     if not np.isfinite(off.max()) or not doubtful.any():
