@@ -52,10 +52,44 @@ MERGE = """
 import json, sys, time
 start = time.perf_counter()
 import loraio
+merge_file = loraio.merge_file
 imported = time.perf_counter()
 base, adapter, output, workers = sys.argv[1:]
-merged = loraio.merge_file(base, adapter, output, overwrite=True, workers=int(workers))
+merged = merge_file(base, adapter, output, overwrite=True, workers=int(workers))
 print(json.dumps({"import": imported - start, "merge": time.perf_counter() - imported, "sha256": merged.sha256}))
+"""
+
+SPLIT = """
+import hashlib, json, os, sys, threading, time, types
+from loraio import outputs, streaming
+from loraio.adapter import Adapter
+import loraio
+
+merge_file, lock, spent = loraio.merge_file, threading.Lock(), {}
+
+def timed(name, function):
+    def call(*words, **options):
+        start = time.perf_counter()
+        try:
+            return function(*words, **options)
+        finally:
+            with lock:
+                spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+    return call
+
+class Hash:
+    def __init__(self):
+        whole = hashlib.sha256()
+        self.update, self.hexdigest = timed("hash", whole.update), whole.hexdigest
+
+streaming.hashlib = types.SimpleNamespace(sha256=Hash)
+for name in ("copy_range", "write_all", "_read", "check_fold"):
+    setattr(streaming, name, timed(name.strip("_"), getattr(streaming, name)))
+Adapter.fold = timed("fold", Adapter.fold)
+os.fsync = timed("fsync", os.fsync)
+base, adapter, output, workers = sys.argv[1:]
+timed("merge_file", merge_file)(base, adapter, output, overwrite=True, workers=int(workers))
+print(json.dumps(spent))
 """
 
 COPY = """
@@ -168,6 +202,9 @@ def main() -> None:
                 if kind == "merge":
                     peak = max(peak, memory)
                     inside.append(json.loads(printed)["import"])
+        merged.unlink()
+        copy.unlink()
+        _, _, printed = run(SPLIT, *words["merge"][1:])
         _, plain, _ = run("import loraio, torch, numpy; loraio.merge_file")
         result: dict[str, Any] = {
             "gigabytes": base.stat().st_size / 1e9,
@@ -182,6 +219,7 @@ def main() -> None:
             "peak_anonymous_mb": peak / 1e6,
             "import_anonymous_mb": plain / 1e6,
             "base_in_page_cache": resident,
+            "seconds_in_all_workers": json.loads(printed),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "processors": os.cpu_count(),
