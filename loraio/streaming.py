@@ -86,9 +86,9 @@ class Fold:
     def of(cls, check: FoldCheck, base: Tensor, found: Tensor) -> Fold:
         """Of a slice of the weight, before and after."""
         wide = torch.promote_types(base.dtype, torch.float32)
-        plain, moved = base.to(wide).flatten(), found.to(wide).flatten()
-        moved -= plain
-        if wide == torch.float32 and base.dtype == wide:
+        plain = base.to(wide).flatten()
+        moved = found.to(wide).flatten() - plain
+        if base.dtype == torch.float32:
             plain, moved = plain.double(), moved.double()
         change = float(moved.dot(moved))
         if not change and not found.equal(base):  # too small to be squared
