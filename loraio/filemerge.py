@@ -12,8 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +27,7 @@ from loraio.adapter import Adapter, check_strength
 from loraio.bases import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.container import Header, dtype_code
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
+from loraio.finished import FinishedParts
 from loraio.identity import check_base, state_sha256
 from loraio.merging import Landing
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
@@ -39,15 +40,12 @@ from loraio.streaming import (
     Stored,
     TensorPlan,
     Written,
+    changed,
     digests_of,
     read_source,
-    signature_of,
     write_tensors,
 )
 from loraio.verification import FoldCheck, WeightReport
-
-RECEIPT = "receipt.json"
-"""In a working folder: which parts are finished, and of which merge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +139,7 @@ def merge_file(
         report=progress,
     )
     with _one_thread_each():
+        job.check_headers(headers)
         if allow_base_mismatch or not job.fits or not headers:
             job = job.hashed(allow_base_mismatch)
         return job.write_parts(Path(output)) if parted else job.write_file(Path(output))
@@ -249,6 +248,13 @@ class _Merge:
             for name, target in self.adapter.targets.items()
         )
 
+    def check_headers(self, headers: Sequence[Header]) -> None:
+        """From here on the files must not change; say so if they have since their headers were read."""
+        for header in headers:
+            self.inputs.signature(header.path)
+            if container.read_header(header.path) != header:
+                raise changed(header.path)
+
     def hashed(self, allow_mismatch: bool) -> _Merge:
         """The same merge, of a base whose digests are known and have been compared with the adapter's."""
         plans = self.plans
@@ -289,7 +295,8 @@ class _Merge:
             check_output(into)
         with working_folder(output) as work:
             try:
-                written, reused = self._finished_parts(work, output)
+                finished = FinishedParts(work, self._identity())
+                written = self._parts(work, finished, output)
                 merged = self._conclude(written, index)
                 with staged(work / index.name, overwrite=True) as temporary:
                     temporary.write_text(self._index(written), encoding="utf-8")
@@ -298,32 +305,30 @@ class _Merge:
             except LoraioError:
                 remove_folder(work)
                 raise
-            (work / RECEIPT).unlink()
+            finished.forget()
             if into.is_dir():
                 move_files(work, into, self.groups, last=index.name)
                 remove_folder(work)
             else:
                 name_folder(work, into)
-        return replace(merged, parts=tuple(into / file for file in self.groups), reused=reused)
+        return replace(merged, parts=tuple(into / file for file in self.groups), reused=finished.reused)
 
-    def _finished_parts(self, work: Path, output: Path) -> tuple[dict[str, Written], int]:
-        receipt = _Receipt(work, self._identity())
-        progress, reused = self._progress(), 0
+    def _parts(self, work: Path, finished: FinishedParts, output: Path) -> dict[str, Written]:
+        progress = self._progress()
         everything: dict[str, Written] = {}
         for file, plans in self.groups.items():
             source = self.inputs.signature(self.checkpoint.path.parent / file)
-            written = receipt.of(file, source)
+            written = finished.get(file, source)
             if written is None:
                 with staged(work / file, overwrite=True) as temporary, self._explained():
                     written = self._write(plans, temporary, self._kept(file), progress, output)
-                receipt.add(file, source, written)
+                finished.add(file, source, written)
             else:
                 progress.add(sum(plan.size for plan in plans.values()))
-                reused += 1
             everything |= written
         with self._explained():
             self._compare(everything)
-        return everything, reused
+        return everything
 
     def _kept(self, file: str) -> Callable[[Mapping[str, Written]], Mapping[str, str]]:
         """The metadata of a part: what the base's part has."""
@@ -464,55 +469,3 @@ class _Merge:
             report(done, total)
 
         return Progress(add)
-
-
-class _Receipt:
-    """Which parts in a working folder are finished; what else is in it, or is of another merge, is removed.
-
-    A part is of use if it is the file that was finished, and the base's part is still the file that it was made from.
-    """
-
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self._folder = folder
-        self._identity = dict(identity)
-        self._parts: dict[str, Any] = {}
-        with contextlib.suppress(LoraioError):
-            found = container.read_json(folder / RECEIPT)
-            if isinstance(found, dict) and found.get("of") == self._identity:
-                self._parts = found["parts"]
-        for file in folder.iterdir():
-            if file.name not in (RECEIPT, *self._parts):
-                file.unlink()
-
-    def of(self, file: str, source: list[int]) -> dict[str, Written] | None:
-        """What is in a finished part; None where there is none."""
-        part = self._parts.get(file)
-        if part is None or part["source"] != source or part["file"] != _signature(self._folder / file):
-            return None
-        return {
-            name: Written(
-                sha256=tensor["sha256"],
-                source_sha256=tensor["source_sha256"],
-                fold=Fold(**tensor["fold"] | {"check": FoldCheck(**tensor["fold"]["check"])})
-                if tensor["fold"]
-                else None,
-            )
-            for name, tensor in part["tensors"].items()
-        }
-
-    def add(self, file: str, source: list[int], written: Mapping[str, Written]) -> None:
-        """A part is finished."""
-        self._parts[file] = {
-            "source": source,
-            "file": _signature(self._folder / file),
-            "tensors": {name: asdict(tensor) for name, tensor in written.items()},
-        }
-        with staged(self._folder / RECEIPT, overwrite=True) as temporary:
-            temporary.write_text(json.dumps({"of": self._identity, "parts": self._parts}), encoding="utf-8")
-
-
-def _signature(path: Path) -> list[int] | None:
-    try:
-        return list(signature_of(path.stat()))
-    except FileNotFoundError:
-        return None

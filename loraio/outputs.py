@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -153,7 +154,10 @@ def working_folder(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: another process has it, or the system refuses it.
     """
-    folder = output.parent / f".{output.name[:40]}.merging"
+    short = output.name
+    if len(short) > 40:  # see `staged`
+        short = f"{short[:40]}-{hashlib.sha256(os.fsencode(short)).hexdigest()[:8]}"
+    folder = output.parent / f".{short}.merging"
     name = f"{os.fspath(output)!r}"
     with _system_errors(name):
         folder.mkdir(exist_ok=True)

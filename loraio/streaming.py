@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from loraio.adapter import Adapter, parts_of
-from loraio.container import TORCH_DTYPES, layout, tensor_bytes
-from loraio.errors import FormatError, MissingFileError
+from loraio.container import TORCH_DTYPES, layout, read_header, tensor_bytes
+from loraio.errors import FormatError, MissingFileError, VerificationError
 from loraio.outputs import copy_range, write_all
 from loraio.verification import FoldCheck, check_fold
 
@@ -190,7 +190,7 @@ class Progress:
         """So many bytes are done.
 
         Raises:
-            Stopped: the work has come to nothing in another thread.
+            StoppedError: the work has come to nothing in another thread.
         """
         if self.stopped:
             raise StoppedError
@@ -253,6 +253,7 @@ def write_tensors(
         SourceDiffersError: a source has not the digest that its plan expects.
         FormatError, MissingFileError: a source changed or went away.
         AdapterError: a sum overflows.
+        VerificationError: the header reads back wrong; what the weights are is for the caller to judge.
     """
     facts = {name: (plan.dtype, plan.shape) for name, plan in plans.items()}
     start, placed = layout(facts, metadata({}), where=where)
@@ -275,6 +276,8 @@ def write_tensors(
     with FileIO(path, "r+") as file:
         write_all(file, memoryview(end))
     inputs.check()
+    if read_header(path).tensors != placed:
+        raise VerificationError("the header that was written is another one; nothing was written", where=where)
     return written
 
 

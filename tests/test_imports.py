@@ -18,6 +18,7 @@ LINES = [
     {"cli"},
     {"training"},
     {"filemerge"},
+    {"finished"},
     {"streaming"},
     {"verification"},
     {"attachment", "merging"},

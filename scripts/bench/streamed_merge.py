@@ -35,20 +35,12 @@ from loraio import container
 from loraio.adapter import Adapter, BaseReference, Target
 from loraio.identity import state_sha256, tensor_sha256
 
-WIDTH, RANK = 4096, 16
-MATRICES = {
-    "attention.q": (WIDTH, WIDTH),
-    "attention.k": (1024, WIDTH),
-    "attention.v": (1024, WIDTH),
-    "attention.o": (WIDTH, WIDTH),
-    "mlp.up": (3 * WIDTH, WIDTH),
-    "mlp.down": (WIDTH, 3 * WIDTH),
-}
+RANK = 16
 TARGETS = {
     "k": ("attention.k",),
     "qv": ("attention.q", "attention.v"),
     "attention": ("attention.q", "attention.k", "attention.v", "attention.o"),
-    "all": tuple(MATRICES),
+    "all": ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.up", "mlp.down"),
 }
 
 MERGE = """
@@ -103,13 +95,16 @@ os.fsync(file)
 """
 
 
-def make_base(path: Path, size: float) -> dict[str, str]:
+def make_base(path: Path, size: float, width: int) -> dict[str, str]:
     """Writes the base; gives the digests of its tensors. Each is another piece of the same random numbers."""
-    block = sum(out * fan_in * 2 for out, fan_in in MATRICES.values())
+    square, narrow = (width, width), (width // 4, width)
+    shapes = square, narrow, narrow, square, (3 * width, width), (width, 3 * width)
+    matrices = dict(zip(TARGETS["all"], shapes, strict=True))
+    block = sum(out * fan_in * 2 for out, fan_in in shapes)
     facts = {
         f"blocks.{k}.{name}.weight": ("BF16", shape)
         for k in range(max(round(size * 1e9 / block), 1))
-        for name, shape in MATRICES.items()
+        for name, shape in matrices.items()
     }
     start, placed = container.layout(facts, {}, where="the base")
     most = max(math.prod(info.shape) for info in placed.values())
@@ -231,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--targets", choices=TARGETS, nargs="+", default=["qv"])
+    parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--folder", type=Path, default=None, help="where the files go  [default: a temporary one]")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
@@ -238,7 +234,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         base, adapter = Path(name, "base.safetensors"), Path(name, "adapter.safetensors")
-        known = make_base(base, given.gigabytes)
+        known = make_base(base, given.gigabytes, given.width)
         for choice in given.targets:
             result: dict[str, Any] = {
                 "gigabytes": base.stat().st_size / 1e9,

@@ -35,6 +35,7 @@ from loraio.errors import (
     OutputExistsError,
     VerificationError,
 )
+from loraio.finished import RECEIPT
 from loraio.identity import state_sha256, tensor_sha256
 from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
@@ -555,7 +556,7 @@ def test_a_later_run_goes_on_from_the_parts_that_are_finished(tmp_path: Path, mo
             patch.setattr(filemerge, "write_tensors", stopped)
             with pytest.raises(KeyboardInterrupt):
                 loraio.merge_file(base, path, tmp_path / "m", **options)
-        assert names_in(work) == [first, second, filemerge.RECEIPT]
+        assert names_in(work) == [first, second, RECEIPT]
 
     def finished() -> int:
         reused = loraio.merge_file(base, path, tmp_path / "m").reused
@@ -578,7 +579,7 @@ def test_a_later_run_goes_on_from_the_parts_that_are_finished(tmp_path: Path, mo
     (work / second).unlink()
     assert finished() == 1
     interrupted()
-    (work / filemerge.RECEIPT).write_text("{")
+    (work / RECEIPT).write_text("{")
     assert finished() == 0
     interrupted()
     os.utime(base / first)
@@ -597,10 +598,10 @@ def test_a_receipt_for_other_contents_is_not_believed(tmp_path: Path, monkeypatc
         patch.setattr(filemerge._Merge, "_index", refused(errno.ENOSPC))
         with pytest.raises(OutputError, match="No space left"):
             loraio.merge_file(base, path, tmp_path / "m")
-    receipt = json.loads((work / filemerge.RECEIPT).read_text())
+    receipt = json.loads((work / RECEIPT).read_text())
     part = next(iter(receipt["parts"].values()))
     next(iter(part["tensors"].values()))["source_sha256"] = "0" * 64
-    (work / filemerge.RECEIPT).write_text(json.dumps(receipt))
+    (work / RECEIPT).write_text(json.dumps(receipt))
     with pytest.raises(VerificationError):
         loraio.merge_file(base, path, tmp_path / "m")
     assert not work.exists()
