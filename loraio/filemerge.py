@@ -285,10 +285,11 @@ class _Merge:
 
     def write_parts(self, output: Path) -> MergedFile:
         """The same parts as those of the base, and an index."""
-        into = output.parent if output.name.endswith(INDEX_SUFFIX) else output
-        index = into / (output.name if output.name.endswith(INDEX_SUFFIX) else self.checkpoint.path.name)
+        named = output.name.endswith(INDEX_SUFFIX)
+        index = output if named else output / self.checkpoint.path.name
+        into, there = index.parent, named or output.is_dir()
         files = [*self.groups, index.name]
-        if into.is_dir():
+        if there:
             for file in files:
                 check_output(into / file, overwrite=self.overwrite, inputs=self.files)
         else:
@@ -306,7 +307,7 @@ class _Merge:
                 remove_folder(work)
                 raise
             finished.forget()
-            if into.is_dir():
+            if there:
                 move_files(work, into, self.groups, last=index.name)
                 remove_folder(work)
             else:

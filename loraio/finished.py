@@ -60,7 +60,7 @@ class FinishedParts:
         self._parts[file] = {
             "source": source,
             "file": _signature(self._folder / file),
-            "tensors": {name: asdict(tensor) for name, tensor in written.items()},
+            "tensors": {name: _plain(tensor) for name, tensor in written.items()},
         }
         with staged(self._folder / RECEIPT, overwrite=True) as temporary:
             temporary.write_text(json.dumps({"of": self._identity, "parts": self._parts}), encoding="utf-8")
@@ -70,10 +70,19 @@ class FinishedParts:
         (self._folder / RECEIPT).unlink()
 
 
+def _plain(tensor: Written) -> dict[str, Any]:
+    fold = None
+    if tensor.fold is not None:  # JSON has no word for the length of a weight that holds NaN
+        lengths = {"length": tensor.fold.length.hex(), "moved": tensor.fold.moved.hex()}
+        fold = {"check": asdict(tensor.fold.check), **lengths}
+    return {"sha256": tensor.sha256, "source_sha256": tensor.source_sha256, "fold": fold}
+
+
 def _written(tensor: Mapping[str, Any]) -> Written:
     fold = tensor["fold"]
     if fold is not None:
-        fold = Fold(check=FoldCheck(**fold["check"]), length=fold["length"], moved=fold["moved"])
+        length, moved = (float.fromhex(fold[name]) for name in ("length", "moved"))
+        fold = Fold(check=FoldCheck(**fold["check"]), length=length, moved=moved)
     return Written(sha256=tensor["sha256"], source_sha256=tensor["source_sha256"], fold=fold)
 
 

@@ -79,9 +79,7 @@ class Lora:
         import numpy as np
 
         A, B = (scale * strength) * factors["lora_A"], factors["lora_B"]
-        if (
-            at is None and A.dtype == np.float32
-        ):  # a first look: larger by the inequality of Cauchy and Schwarz, cheaper
+        if at is None and A.dtype == np.float32:  # cheaper, and larger by the inequality of Cauchy and Schwarz
             update, magnitude = B @ A, np.linalg.norm(B, axis=1)[:, None] * np.linalg.norm(A, axis=0)
         elif at is None:
             update, magnitude = B @ A, np.abs(B) @ np.abs(A)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from loraio.errors import (
     OutputExistsError,
     VerificationError,
 )
-from loraio.finished import RECEIPT
+from loraio.finished import RECEIPT, FinishedParts
 from loraio.identity import state_sha256, tensor_sha256
 from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
@@ -216,8 +218,9 @@ def test_outputs_that_are_inputs_or_no_place_for_parts_are_refused(tmp_path: Pat
     for output in (base, base / f"model{INDEX_SUFFIX}", base / f"other{INDEX_SUFFIX}"):
         with pytest.raises(OutputExistsError, match="is also an input"):
             loraio.merge_file(base, path, output, overwrite=True)
-    with pytest.raises(OutputError, match="does not exist"):
-        loraio.merge_file(base, path, tmp_path / "no" / "such")
+    for output in (tmp_path / "no" / "such", tmp_path / "no" / f"such{INDEX_SUFFIX}"):
+        with pytest.raises(OutputError, match="does not exist"):
+            loraio.merge_file(base, path, output)
     (tmp_path / "file").write_text("")
     with pytest.raises(LoraioError, match="file' exists"):
         loraio.merge_file(base, path, tmp_path / "file")
@@ -275,9 +278,6 @@ def test_a_change_too_small_to_be_squared_is_a_change() -> None:
 
 
 # Copies
-
-
-Copy = Callable[[int, int, int, int, int], int]
 
 
 def refused(number: int) -> Callable[..., int]:
@@ -514,7 +514,7 @@ def test_the_first_look_in_float32_changes_no_result(
         part = adapter_of({"w": weight}, {"w": "Linear"}, kind=kind)
         if base.shape != weight.shape:
             part = Adapter(
-                targets={"w": loraio.adapter.replace(part.targets["w"], rank=3, shape=(1, 1))},
+                targets={"w": replace(part.targets["w"], rank=3, shape=(1, 1))},
                 factors={
                     name: factor[:1] if name.endswith(("B", "magnitude")) else factor[:, :1]
                     for name, factor in part.factors.items()
@@ -606,6 +606,15 @@ def test_a_receipt_for_other_contents_is_not_believed(tmp_path: Path, monkeypatc
         loraio.merge_file(base, path, tmp_path / "m")
     assert not work.exists()
     assert loraio.merge_file(base, path, tmp_path / "m").reused == 0
+
+
+def test_a_receipt_keeps_what_json_cannot(tmp_path: Path) -> None:
+    fold = streaming.Fold(length=math.nan, moved=math.inf)
+    written = {"w": streaming.Written(sha256="0", source_sha256="1", fold=fold)}
+    (tmp_path / "part").touch()
+    FinishedParts(tmp_path, {"a": 1}).add("part", [1], written)
+    found = FinishedParts(tmp_path, {"a": 1}).get("part", [1])
+    assert repr(found) == repr(written)
 
 
 def test_one_process_at_a_time_has_a_working_folder(tmp_path: Path) -> None:
