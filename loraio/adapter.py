@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -164,38 +164,37 @@ class Target:
             if weight.device.type == "mps":  # has no float64
                 moved = {name: factor.cpu() for name, factor in factors.items()}
                 return self.fold(weight.cpu(), moved, strength=strength).to(weight.device)
+            exact = {name: factor.double() for name, factor in factors.items()}
             folded = torch.empty_like(weight)  # with its strides: channels_last runs other kernels
-            if (
-                weight.device.type == "cpu"
-                and weight.numel() > BLOCK
-                and self._layer.is_view
-                and folded.is_contiguous()
-                and not torch.compiler.is_compiling()
-            ):
-                source, sink = (self._layer.to_matrix(tensor, self.groups) for tensor in (weight, folded))
-                self._fold_rows(source, factors, strength, sink)
-                return folded
-            return folded.copy_(round_once(self._fold_in(torch.float64, weight, factors, strength), weight.dtype))
+            whole = weight.device.type != "cpu" or torch.compiler.is_compiling()
+            for at in (slice(None),) if whole else self.slices():
+                part, mine = (self, exact) if whole else self.part(at, exact)
+                folded[at] = round_once(part._fold_in(torch.float64, weight[at], mine, strength), weight.dtype)
+            return folded
 
-    def _fold_rows(self, matrix: Tensor, factors: Mapping[str, Tensor], strength: float, out: Tensor) -> None:
-        """`fold` for a matrix (out, fan_in) on the CPU, a block of rows at a time through one float64 buffer.
+    def slices(self) -> list[slice]:
+        """How the weight is parted for a fold on the CPU, along its first dimension, into about `BLOCK` numbers each.
 
-        The blocks follow from the shape alone, so that a weight is always summed in the same order.
+        It follows from the shape alone, so that a weight is summed in the same order wherever and by whomever it is
+        folded. A weight of which no slice can be folded by itself comes in one.
         """
-        import torch
+        length = self.shape[0]
+        kind = self._layer.slices
+        if kind == "neither" or (kind == "columns" and not self._kind.columns_apart):
+            return [slice(0, length)]
+        rows = max(BLOCK // math.prod(self.shape[1:]), 1)
+        return [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
 
-        from loraio.lowrank import round_once
-
-        count, width = matrix.shape
-        rows = max(1, BLOCK // width)
-        buffer = torch.empty(min(rows, count), width, dtype=torch.float64)
-        exact = {name: factor.double() for name, factor in factors.items()}
-        for start in range(0, count, rows):
-            stop = min(start + rows, count)
-            block = buffer[: stop - start].copy_(matrix[start:stop])
-            parts = {name: t[start:stop] if name in self._kind.by_row else t for name, t in exact.items()}
-            folded = self._kind.fold(block, parts, scale=self.scale, strength=strength, out=block)
-            out[start:stop].copy_(folded if out.dtype == torch.float32 else round_once(folded, out.dtype))
+    def part(self, at: slice, factors: Mapping[str, Tensor]) -> tuple[Target, dict[str, Tensor]]:
+        """One of the `slices` as a target of its own, and its share of the factors."""
+        if at.stop - at.start == self.shape[0]:
+            return self, dict(factors)
+        part = replace(self, shape=(at.stop - at.start, *self.shape[1:]), groups=1)
+        mine = {}
+        for short, shape in part.factor_shapes.items():
+            axes = zip(shape, factors[short].shape, strict=True)  # the sliced one is the one that is shorter here
+            mine[short] = factors[short][tuple(slice(None) if a == b else at for a, b in axes)]
+        return part, mine
 
     def fold_for_training(self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0) -> Tensor:
         """The new weight, differentiable, computed in float32 (float64 for float64 weights).
@@ -427,6 +426,23 @@ class Adapter:
 
 def _rebuilt(parts: dict[str, Any]) -> Adapter:
     return Adapter(**parts)
+
+
+def parts_of(adapter: Adapter, name: str) -> Iterator[tuple[slice, Adapter]]:
+    """One target in `Target.slices`, each with an adapter that folds it to its slice of the folded weight, bit for bit.
+
+    Args:
+        adapter: the adapter.
+        name: of the target.
+
+    Raises:
+        UnknownNameError: no such target.
+    """
+    factors = adapter.factors_of(name)
+    for at in adapter.targets[name].slices():
+        part, mine = adapter.targets[name].part(at, factors)
+        named = {f"{name}.{short}": factor for short, factor in mine.items()}
+        yield at, Adapter(targets={name: part}, factors=named, base=adapter.base)
 
 
 def check_strength(strength: float) -> float:

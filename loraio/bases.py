@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from loraio import container
 from loraio.adapter import check_heads
-from loraio.container import tensor_bytes
+from loraio.container import TORCH_DTYPES, Header, TensorInfo, tensor_bytes
 from loraio.errors import (
     AdapterError,
     BaseMismatchError,
@@ -87,10 +87,42 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
         FormatError: it is no checkpoint, or it is an adapter, or index and parts contradict each other.
     """
     path = Path(path)
-    if is_parted(path):
-        return _without_prefix(_read_parts(path))
-    if path.suffix.lower() in PICKLE_SUFFIXES:
+    if is_pickle(path):
         return _without_prefix(BaseCheckpoint(path=path, state=_read_pickle(path)))
+    checkpoint, headers = _described(path)
+    tensors = {name: tensor for header in headers for name, tensor in container.read_tensors(header).items()}
+    return _named(replace(checkpoint, state={name: tensors[name] for name in checkpoint.state}))
+
+
+def is_pickle(path: str | os.PathLike[str]) -> bool:
+    """Whether `read_base` reads it with ``torch.load``, which cannot read one tensor after the other."""
+    return Path(path).suffix.lower() in PICKLE_SUFFIXES and not is_parted(path)
+
+
+def scan_base(path: str | os.PathLike[str]) -> tuple[BaseCheckpoint, tuple[Header, ...]]:
+    """What `read_base` gives, from the headers alone, for a safetensors file or a parted checkpoint.
+
+    Returns:
+        the checkpoint, whose tensors are on the meta device and have no values: the tensor ``name`` is in the files
+        under ``stripped + name``; and the headers of its file, or of its parts.
+
+    Raises:
+        MissingFileError, FormatError: as `read_base`.
+    """
+    checkpoint, headers = _described(Path(path))
+    return _named(checkpoint), headers
+
+
+def _described(path: Path) -> tuple[BaseCheckpoint, tuple[Header, ...]]:
+    """A checkpoint without values, under the names in the file."""
+    if is_parted(path):
+        parted = read_parted_header(path)
+        headers = tuple(parted.headers.values())
+        state = {name: _without_values(name, info, parted.index) for name, info in parted.tensors.items()}
+        document = parted.document()
+        stated = _stated(document, where=f"{str(parted.index)!r}")
+        parts = tuple(header.path for header in headers)
+        return BaseCheckpoint(path=parted.index, state=state, document=document, parts=parts, **stated), headers
     header = container.read_header(path)
     document = header.document() or {}
     if "targets" in document:
@@ -100,8 +132,19 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
     if not header.tensors:
         raise FormatError(f"{str(path)!r} holds no tensors")
     stated = _stated(document, where=f"{str(path)!r}")
-    checkpoint = BaseCheckpoint(path=path, state=container.read_tensors(header), document=document, **stated)
-    return checkpoint if document else _without_prefix(checkpoint)  # the names of our own files are as they must be
+    state = {name: _without_values(name, info, path) for name, info in header.tensors.items()}
+    return BaseCheckpoint(path=path, state=state, document=document, **stated), (header,)
+
+
+def _without_values(name: str, info: TensorInfo, path: Path) -> Tensor:
+    if info.dtype not in TORCH_DTYPES:
+        raise FormatError(f"{name!r} has dtype {info.dtype}, which cannot be read", where=f"{str(path)!r}")
+    return torch.empty(info.shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]), device="meta")
+
+
+def _named(checkpoint: BaseCheckpoint) -> BaseCheckpoint:
+    """Without a prefix, except that the names of our own files are as they must be."""
+    return checkpoint if checkpoint.document else _without_prefix(checkpoint)
 
 
 def load_base(
@@ -273,14 +316,27 @@ def write_base(
         overwrite, inputs, check: as `loraio.container.write`.
         entries: further keys of the metadata, as plain JSON values.
     """
-    document = {"format_version": FORMAT_VERSION, "sha256": state_sha256(state), **entries}
+    document = base_document(state_sha256(state), network=network, network_args=network_args, heads=heads, **entries)
+    container.write(state, path, document=document, overwrite=overwrite, inputs=inputs, check=check)
+
+
+def base_document(
+    sha256: str,
+    *,
+    network: str | None,
+    network_args: Mapping[str, Any] | None = None,
+    heads: Mapping[str, int] | None = None,
+    **entries: Any,
+) -> dict[str, Any]:
+    """The metadata of a base checkpoint; arguments as `write_base`, and the digest of its state dict."""
+    document = {"format_version": FORMAT_VERSION, "sha256": sha256, **entries}
     if network is not None:
         document["network"] = network
         if network_args:
             document["network_args"] = dict(network_args)
     if heads:
         document["heads"] = dict(heads)
-    container.write(state, path, document=document, overwrite=overwrite, inputs=inputs, check=check)
+    return document
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -360,13 +416,3 @@ def _without_prefix(checkpoint: BaseCheckpoint) -> BaseCheckpoint:
             return replace(checkpoint, state=state, stripped=stripped)
         state = {name.removeprefix(shared[0]): tensor for name, tensor in state.items()}
         stripped += shared[0]
-
-
-def _read_parts(path: Path) -> BaseCheckpoint:
-    parted = read_parted_header(path)
-    tensors = {file: container.read_tensors(header) for file, header in parted.headers.items()}
-    return BaseCheckpoint(
-        path=parted.index,
-        state={name: tensors[file][name] for name, file in parted.places.items()},
-        parts=tuple(header.path for header in parted.headers.values()),
-    )

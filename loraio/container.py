@@ -44,6 +44,13 @@ TORCH_DTYPES = {
 }  # fmt: skip
 """The torch dtype of each code that a tensor of a network can have, as the attribute name in ``torch``."""
 
+_LAYOUT_ORDER = (
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
+)  # fmt: skip
+"""In which order of their dtypes the safetensors library writes tensors."""
+
+
 _CODES = {name: code for code, name in TORCH_DTYPES.items()}
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a character; the other half may be missing
@@ -338,6 +345,59 @@ def _not_safetensors(start: bytes, length: int, size: int) -> str:
 # Writing
 
 
+def layout(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], *, where: str
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """How a safetensors file starts, and where the bytes of each tensor go.
+
+    The order is that of the safetensors library, wide dtypes first and then by name, so that the file is byte for byte
+    what the library writes.
+
+    Args:
+        tensors: dtype code and shape, by name.
+        metadata: the strings under ``__metadata__``.
+        where: the file, for errors.
+
+    Returns:
+        the length, the header and its padding to a multiple of eight bytes; the tensors in the order of their bytes,
+        with offsets into what follows.
+
+    Raises:
+        FormatError: a name or a text that a safetensors file cannot hold.
+    """
+    for name in tensors:
+        if not name or name == "__metadata__":
+            raise FormatError(f"a tensor cannot be named {name!r} in a safetensors file", where=where)
+    position = 0
+    placed: dict[str, TensorInfo] = {}
+    try:
+        for name in sorted(tensors, key=lambda name: (_LAYOUT_ORDER.index(tensors[name][0]), name.encode("utf-8"))):
+            dtype, shape = tensors[name]
+            end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+            placed[name] = TensorInfo(dtype, shape, position, end)
+            position = end
+        entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        for name, info in placed.items():
+            entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.begin, info.end]}
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{error.object[:80]!r} holds half a surrogate pair", where=where) from error
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, placed
+
+
+def metadata_of(document: Mapping[str, Any], *, where: str) -> dict[str, str]:
+    """The metadata of a file that holds this document.
+
+    Raises:
+        FormatError: it is not plain JSON.
+    """
+    try:
+        return {METADATA_KEY: canonical_json(document)}
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"the metadata is not plain JSON: {error}", where=where) from error
+
+
 def write(
     tensors: Mapping[str, Tensor],
     path: str | os.PathLike[str],
@@ -350,7 +410,7 @@ def write(
     """Write one safetensors file, atomically; the same tensors and document always give the same bytes.
 
     Args:
-        tensors: any device; brought to the CPU, made contiguous, and copied where two share memory.
+        tensors: any device; brought to the CPU and made contiguous, one at a time.
         path: the file to make.
         document: goes under the header key ``loraio``, as canonical JSON.
         overwrite: replace an existing file.
@@ -361,26 +421,13 @@ def write(
         OutputExistsError, OutputError: as `loraio.outputs.staged`.
         FormatError: a tensor name, a dtype or a text that a safetensors file cannot hold.
     """
-    from safetensors.torch import save
-
     where = f"{os.fspath(path)!r}"
-    seen: set[int] = set()
-    ready: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if not name or name == "__metadata__":
-            raise FormatError(f"a tensor cannot be named {name!r} in a safetensors file", where=where)
-        dtype_code(tensor.dtype)
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage().data_ptr()
-        ready[name] = plain.clone() if storage in seen else plain
-        seen.add(storage)
-    try:
-        data = save(ready, metadata={METADATA_KEY: canonical_json(document)})
-    except UnicodeEncodeError as error:
-        raise FormatError(f"{error.object[:80]!r} holds half a surrogate pair", where=where) from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"the metadata is not plain JSON: {error}", where=where) from error
+    facts = {name: (dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    start, placed = layout(facts, metadata_of(document, where=where), where=where)
     with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(start)
+            for name in placed:
+                file.write(tensor_bytes(tensors[name]).numpy().data)
         if check is not None:
             check(temporary)

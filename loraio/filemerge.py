@@ -1,19 +1,51 @@
-"""Merge on files: a base checkpoint and an adapter give a merged checkpoint, proven before it gets its name."""
+"""Merge on files: a base checkpoint and an adapter give a merged checkpoint, proven before it gets its name.
+
+The base is read once and never held in memory. While an untouched tensor is copied, what was written is hashed; the
+digest of a target is taken from the bytes that are folded. Together they are the digest of the base, which must be the
+one that the adapter names: the proof that this is the adapter's base is also the proof that it was copied right. Only
+where another base is allowed, it is hashed before, and each tensor must then have that digest.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
+from torch import Tensor
+
+import loraio
 from loraio import container, formats
-from loraio.bases import fitted, read_base, write_base
-from loraio.errors import ConfigError, VerificationError
-from loraio.identity import check_base, state_sha256
-from loraio.merging import Landing, landing, merge
-from loraio.outputs import check_output
-from loraio.verification import WeightReport, verify_weights
+from loraio.adapter import WHOLE_DTYPES, Adapter, check_strength
+from loraio.bases import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
+from loraio.container import TORCH_DTYPES, Header, dtype_code
+from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
+from loraio.finished import FinishedParts
+from loraio.identity import check_base, state_sha256, tensor_sha256
+from loraio.merging import Landing
+from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
+from loraio.parts import INDEX_SUFFIX, is_parted, read_parted_header
+from loraio.streaming import (
+    Fold,
+    Inputs,
+    Progress,
+    SourceDiffersError,
+    Stored,
+    TensorPlan,
+    Written,
+    changed,
+    digests_of,
+    read_source,
+    write_tensors,
+)
+from loraio.verification import FoldCheck, WeightReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +53,14 @@ class MergedFile:
     """What `merge_file` wrote.
 
     Attributes:
-        path: the merged checkpoint.
+        path: the merged checkpoint; of a parted one the index.
         sha256: digest of its state dict.
         stripped: what stood before every name of the base and was taken off; empty for most files.
         weights: the evidence, taken from the file itself.
         landing: what the adapter did to the weights.
         mismatch: how the base differs from the adapter's own, where that was allowed.
+        parts: the files of a parted checkpoint; empty for others.
+        reused: how many of them an earlier run had finished, which was killed.
     """
 
     path: Path
@@ -35,6 +69,8 @@ class MergedFile:
     landing: Landing
     mismatch: tuple[str, ...] = ()
     stripped: str = ""
+    parts: tuple[Path, ...] = ()
+    reused: int = 0
 
 
 def merge_file(
@@ -46,74 +82,419 @@ def merge_file(
     overwrite: bool = False,
     allow_base_mismatch: bool = False,
     allow_noop: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> MergedFile:
-    """Write the base with the adapter folded in; `merge` for files.
+    """Write the base with the adapter folded in; `merge` for files, in memory that does not grow with them.
 
-    What was written is read again and its weights are verified against base and adapter; only then does the file get
-    its name. The new file says what was merged into what.
+    Tensors that are no targets are copied from file to file, targets are folded one at a time. What was written is
+    read again and compared, the weights with the reference of `verify`; only then does the file get its name. The new
+    checkpoint says what was merged into what, and its bytes are those of `merge` and `save_base`.
+
+    A parted base gives a parted checkpoint, unless the output is named ``*.safetensors``: then it is one file. Parts
+    that are finished are kept beside the output, in a hidden folder, until all of them are; a merge of the same files
+    that follows one that was killed goes on from them.
 
     Args:
-        base: a base checkpoint, ours or a plain state dict; see `read_base`.
+        base: a base checkpoint, ours or a plain state dict; see `read_base`. A pickle is read into memory whole.
         adapter: an adapter file.
-        output: the safetensors file to make.
+        output: the safetensors file to make. Of a parted base: a folder, or the index in a folder,
+            ``*.safetensors.index.json``; the parts keep their names.
         strength: multiplies the adapter's scale.
         overwrite: replace an existing file, but never an input.
-        allow_base_mismatch: go on where values or dtypes of the base are others; recorded in the file.
+        allow_base_mismatch: go on where values or dtypes of the base are others; recorded in the file. The base is
+            then read twice.
         allow_noop: go on where no weight changes.
+        workers: threads, by default one for each processor, but at most four. The bytes do not depend on it.
+        progress: called with the bytes that are done, and all that are to do.
 
     Raises:
-        MissingFileError, FormatError, AdapterError: an input cannot be read.
+        MissingFileError, FormatError, AdapterError: an input cannot be read, or changes while it is.
         BaseMismatchError: the adapter was made for another base.
         OutputExistsError, OutputError: the output cannot be written.
-        ConfigError: no weight would change.
+        ConfigError: no weight would change, or there are no workers.
         VerificationError: the written weights are wrong; the file was removed.
     """
-    inputs: tuple[str | os.PathLike[str], ...] = (base, adapter)
-    check_output(output, overwrite=overwrite, inputs=inputs)
-    checkpoint, loaded = read_base(base), formats.load(adapter)
+    strength = check_strength(strength)
+    count = min(os.cpu_count() or 1, 4) if workers is None else workers
+    if count < 1:
+        raise ConfigError(f"{count} workers do no work")
+    parted = _is_parted_output(output, base)
+    if not parted:
+        check_output(output, overwrite=overwrite, inputs=(base, adapter))
+    checkpoint, headers = (read_base(base), ()) if is_pickle(base) else scan_base(base)
+    loaded = formats.load(adapter)
     checkpoint = fitted(checkpoint, loaded.targets)
-    inputs = (*inputs, *checkpoint.parts)
-    mismatch = check_base(loaded, checkpoint.state, allow_mismatch=allow_base_mismatch)
-    merged = merge(checkpoint.state, loaded, strength, allow_base_mismatch=allow_base_mismatch)
-    landed = landing(checkpoint.state, merged, loaded)
-    if landed.is_noop and not allow_noop:
-        raise ConfigError(
-            "the adapter is a no-op here: no weight changes", hint="--force (allow_noop=True in Python) merges it"
-        )
-    reports: list[WeightReport] = []
-
-    def check(written: Path) -> None:
-        state = container.read_tensors(container.read_header(written))
-        report = verify_weights(checkpoint.state, loaded, state, strength, allow_base_mismatch=allow_base_mismatch)
-        if not report.ok:
-            raise VerificationError("the merged weights are wrong; nothing was written", problems=report.problems)
-        reports.append(report)
-
-    receipt: dict[str, Any] = {
-        "adapter_sha256": state_sha256(loaded.all_tensors),
-        "base_sha256": state_sha256(checkpoint.state),
-        "strength": float(strength),
-    }
-    if mismatch:
-        receipt["base_mismatch"] = list(mismatch)
-    named = checkpoint if checkpoint.network else loaded.base
-    write_base(
-        merged,
-        output,
-        network=named.network,
-        network_args=named.network_args,
-        heads={**named.heads, **loaded.heads},
+    job = _Merge(
+        checkpoint=checkpoint,
+        adapter=loaded,
+        strength=strength,
         overwrite=overwrite,
-        inputs=inputs,
-        check=check,
-        merged=[*checkpoint.document.get("merged", []), receipt],
+        allow_noop=allow_noop,
+        workers=count,
+        inputs=Inputs(),
+        files=(base, adapter, checkpoint.path, *checkpoint.parts),
+        groups=_groups(checkpoint, headers, loaded),
+        metadata={header.path.name: header.metadata for header in headers},
+        report=progress,
     )
-    digest = state_sha256(merged)
-    return MergedFile(
-        path=Path(output),
-        sha256=digest,
-        weights=reports[0],
-        landing=landed,
-        mismatch=mismatch,
-        stripped=checkpoint.stripped,
-    )
+    with _one_thread_each():
+        job.check_headers(headers)
+        if allow_base_mismatch or not job.fits or not headers:
+            job = job.hashed(allow_base_mismatch)
+        return job.write_parts(Path(output)) if parted else job.write_file(Path(output))
+
+
+def _is_parted_output(output: str | os.PathLike[str], base: str | os.PathLike[str]) -> bool:
+    name = f"{os.fspath(output)!r}"
+    if is_parted(base):
+        return Path(output).suffix != ".safetensors"
+    if os.fspath(output).endswith(INDEX_SUFFIX):
+        raise OutputError(f"{name} is an index, and the base is one file", hint="name a file, *.safetensors")
+    return False
+
+
+def _groups(
+    checkpoint: BaseCheckpoint, headers: tuple[Header, ...], adapter: Adapter
+) -> dict[str, dict[str, TensorPlan]]:
+    """What becomes of every tensor, by the file that it is in; a pickle's have none."""
+    if not headers:
+        plans = {
+            name: TensorPlan(
+                dtype=dtype_code(tensor.dtype),
+                shape=tuple(tensor.shape),
+                source=tensor,
+                folded=name in adapter.targets,
+                given=_given(adapter, name, dtype_code(tensor.dtype)),
+            )
+            for name, tensor in checkpoint.state.items()
+        }
+        return {"": plans}
+    groups: dict[str, dict[str, TensorPlan]] = {}
+    for header in headers:
+        start = header.file_bytes - max((info.end for info in header.tensors.values()), default=0)
+        mine = groups.setdefault(header.path.name, {})
+        for full, info in header.tensors.items():
+            name = full.removeprefix(checkpoint.stripped)
+            target = adapter.targets.get(name)
+            mine[name] = TensorPlan(
+                dtype=info.dtype,
+                shape=info.shape,
+                source=Stored(path=header.path, begin=start + info.begin, size=info.end - info.begin),
+                folded=target is not None,
+                given=_given(adapter, name, info.dtype),
+                expected=target.base_sha256 if target else None,
+            )
+    return groups
+
+
+def _given(adapter: Adapter, name: str, dtype: str) -> Tensor | None:
+    """What the adapter replaces a tensor by, in the dtype of the base's."""
+    if name not in adapter.whole or dtype not in WHOLE_DTYPES:
+        return None
+    return adapter.replace(name, torch.empty(0, dtype=getattr(torch, TORCH_DTYPES[dtype])))
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """The workers share the processors; each operation keeps to the one of its worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Values(Mapping[str, Tensor]):
+    """A state dict with values only where a weight differs from the adapter's, to say how."""
+
+    def __init__(self, job: _Merge, known: Mapping[str, str]) -> None:
+        self._job = job
+        self._known = known
+
+    def __getitem__(self, name: str) -> Tensor:
+        described = self._job.checkpoint.state[name]
+        target = self._job.adapter.targets.get(name)
+        if target is None or self._known.get(name) == target.base_sha256:
+            return described
+        raw = read_source(self._job.plans[name], self._job.inputs)
+        return raw.view(described.dtype).view(described.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._job.checkpoint.state)
+
+    def __len__(self) -> int:
+        return len(self._job.checkpoint.state)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Merge:
+    """One merge; ``mismatch`` and ``base_sha256`` are set where the base was hashed before."""
+
+    checkpoint: BaseCheckpoint
+    adapter: Adapter
+    strength: float
+    overwrite: bool
+    allow_noop: bool
+    workers: int
+    inputs: Inputs
+    files: tuple[str | os.PathLike[str], ...]
+    groups: Mapping[str, Mapping[str, TensorPlan]]
+    metadata: Mapping[str, Mapping[str, str]]
+    report: Callable[[int, int], None] | None
+    mismatch: tuple[str, ...] = ()
+    base_sha256: str | None = None
+
+    @property
+    def plans(self) -> dict[str, TensorPlan]:
+        """All of them."""
+        return {name: plan for group in self.groups.values() for name, plan in group.items()}
+
+    @property
+    def fits(self) -> bool:
+        """Whether the base looks like the adapter's own, as far as names, shapes and dtypes go."""
+        plans = self.plans
+        needed = {name: (target.shape, target.dtype) for name, target in self.adapter.targets.items()}
+        needed |= {name: (whole.base_shape, whole.dtype) for name, whole in self.adapter.whole.items()}
+        return all(name in plans and (plans[name].shape, plans[name].dtype) == fact for name, fact in needed.items())
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the tensors that the adapter changes."""
+        return (*self.adapter.targets, *self.adapter.whole)
+
+    def check_headers(self, headers: Sequence[Header]) -> None:
+        """From here on the files must not change; say so if they have since their headers were read."""
+        for header in headers:
+            self.inputs.signature(header.path)
+            if container.read_header(header.path) != header:
+                raise changed(header.path)
+
+    def hashed(self, allow_mismatch: bool) -> _Merge:
+        """The same merge, of a base whose digests are known and have been compared with the adapter's."""
+        plans = self.plans
+        wanted = plans if self.fits or allow_mismatch else {n: plans[n] for n in self.changed if n in plans}
+        known = digests_of(wanted, self.inputs, workers=self.workers, progress=Progress())
+        mismatch = check_base(self.adapter, _Values(self, known), allow_mismatch=allow_mismatch, known=known)
+        return replace(
+            self,
+            mismatch=mismatch,
+            base_sha256=state_sha256(self.checkpoint.state, known),
+            groups={
+                file: {name: replace(plan, expected=known[name]) for name, plan in group.items()}
+                for file, group in self.groups.items()
+            },
+        )
+
+    def write_file(self, output: Path) -> MergedFile:
+        """One file."""
+        plans, progress = self.plans, self._progress()
+
+        def metadata(written: Mapping[str, Written]) -> dict[str, str]:
+            return container.metadata_of(self._document(written), where=f"{str(output)!r}")
+
+        with staged(output, overwrite=self.overwrite, inputs=self.files) as temporary, self._explained():
+            written = self._write(plans, temporary, metadata, progress, output)
+            merged = self._conclude(written, output)
+        return merged
+
+    def write_parts(self, output: Path) -> MergedFile:
+        """The same parts as those of the base, and an index."""
+        named = output.name.endswith(INDEX_SUFFIX)
+        index = output if named else output / self.checkpoint.path.name
+        into, there = index.parent, named or output.is_dir()
+        files = [*self.groups, index.name]
+        if there:
+            for file in files:
+                check_output(into / file, overwrite=self.overwrite, inputs=self.files)
+        else:
+            check_output(into)
+        with working_folder(output) as work:
+            try:
+                finished = FinishedParts(work, self._identity())
+                written = self._parts(work, finished, output)
+                merged = self._conclude(written, index)
+                with staged(work / index.name, overwrite=True) as temporary:
+                    temporary.write_text(self._index(written), encoding="utf-8")
+            except OutputError:  # such as a disk that is full: what is finished is of use
+                raise
+            except LoraioError:
+                remove_folder(work)
+                raise
+            finished.forget()
+            if there:
+                move_files(work, into, self.groups, last=index.name)
+                remove_folder(work)
+            else:
+                name_folder(work, into)
+        return replace(merged, parts=tuple(into / file for file in self.groups), reused=finished.reused)
+
+    def _parts(self, work: Path, finished: FinishedParts, output: Path) -> dict[str, Written]:
+        progress = self._progress()
+        everything: dict[str, Written] = {}
+        for file, plans in self.groups.items():
+            source = self.inputs.signature(self.checkpoint.path.parent / file)
+            written = finished.get(file, source)
+            if written is None:
+                with staged(work / file, overwrite=True) as temporary, self._explained():
+                    written = self._write(plans, temporary, self._kept(file), progress, output)
+                finished.add(file, source, written)
+            else:
+                progress.add(sum(plan.made_size for plan in plans.values()))
+            everything |= written
+        with self._explained():
+            self._compare(everything)
+        return everything
+
+    def _kept(self, file: str) -> Callable[[Mapping[str, Written]], Mapping[str, str]]:
+        """The metadata of a part: what the base's part has."""
+        return lambda _: self.metadata[file]
+
+    def _write(
+        self,
+        plans: Mapping[str, TensorPlan],
+        path: Path,
+        metadata: Callable[[Mapping[str, Written]], Mapping[str, str]],
+        progress: Progress,
+        output: Path,
+    ) -> dict[str, Written]:
+        return write_tensors(
+            plans,
+            path,
+            metadata=metadata,
+            adapter=self.adapter,
+            strength=self.strength,
+            inputs=self.inputs,
+            workers=self.workers,
+            progress=progress,
+            where=f"{str(output)!r}",
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say how the base differs when it does."""
+        try:
+            yield
+        except SourceDiffersError as error:
+            self.inputs.check()
+            if self.base_sha256 is None:
+                name = str(error)
+                plans = {name: self.plans[name] for name in self.changed} if name else self.plans
+                known = digests_of(plans, self.inputs, workers=self.workers, progress=Progress())
+                check_base(self.adapter, _Values(self, known), known=known)
+            raise VerificationError(
+                "what was read or copied is not what the base holds; nothing was written",
+                where=f"{str(self.checkpoint.path)!r}",
+                hint="try again: the base may have changed meanwhile",
+            ) from error
+
+    def _compare(self, written: Mapping[str, Written]) -> str:
+        """The base's digest, from what was written; it must be that of the base which was hashed, or the adapter's."""
+        found = state_sha256(self.checkpoint.state, {name: tensor.source_sha256 for name, tensor in written.items()})
+        if found != (self.base_sha256 or self.adapter.base.sha256):
+            raise SourceDiffersError("")
+        return found
+
+    def _conclude(self, written: Mapping[str, Written], path: Path) -> MergedFile:
+        """The result, if everything that was written is right."""
+        self._compare(written)
+        folds = {name: written[name].fold or Fold() for name in self.adapter.targets}
+        problems = [line for name, fold in folds.items() for line in fold.check.problems(name)]
+        given = {name: plan.given for name, plan in self.plans.items() if plan.given is not None}
+        problems += [
+            f"{name!r} is not the adapter's" for name in given if written[name].sha256 != tensor_sha256(given[name])
+        ]
+        if problems:
+            raise VerificationError("the merged weights are wrong; nothing was written", problems=problems)
+        checks = sum((fold.check for fold in folds.values()), FoldCheck())
+        changes = [fold.change for fold in folds.values()]
+        landed = Landing(
+            targets=len(folds),
+            parameters=self.adapter.parameters,
+            replaced=sum(written[name].sha256 != written[name].source_sha256 for name in given),
+            smallest=min(changes),
+            median=median(changes),
+            largest=max(changes),
+        )
+        if landed.is_noop and not self.allow_noop:
+            raise ConfigError(
+                "the adapter is a no-op here: no weight changes", hint="--force (allow_noop=True in Python) merges it"
+            )
+        return MergedFile(
+            path=path,
+            sha256=self._sha256(written),
+            weights=WeightReport(
+                folded=len(folds),
+                replaced=len(given),
+                untouched=len(written) - len(folds) - len(given),
+                values=checks.values,
+                max_ulp=checks.max_ulp,
+                not_correctly_rounded=checks.wrong,
+                problems=(),
+            ),
+            landing=landed,
+            mismatch=self.mismatch,
+            stripped=self.checkpoint.stripped,
+        )
+
+    def _sha256(self, written: Mapping[str, Written]) -> str:
+        given = {name: plan.given for name, plan in self.plans.items() if plan.given is not None}
+        state = {**self.checkpoint.state, **given}
+        return state_sha256(state, {name: tensor.sha256 for name, tensor in written.items()})
+
+    def _document(self, written: Mapping[str, Written]) -> dict[str, Any]:
+        """The metadata of the merged checkpoint; without tensors a stand-in of the same length."""
+        receipt: dict[str, Any] = {
+            "adapter_sha256": state_sha256(self.adapter.all_tensors),
+            "base_sha256": self.base_sha256 or self.adapter.base.sha256,
+            "strength": self.strength,
+        }
+        if self.mismatch:
+            receipt["base_mismatch"] = list(self.mismatch)
+        named = self.checkpoint if self.checkpoint.network else self.adapter.base
+        return base_document(
+            self._sha256(written) if written else "0" * 64,
+            network=named.network,
+            network_args=named.network_args,
+            heads={**named.heads, **self.adapter.heads},
+            merged=[*self.checkpoint.document.get("merged", []), receipt],
+        )
+
+    def _index(self, written: Mapping[str, Written]) -> str:
+        """The base's index, with what was merged."""
+        parted = read_parted_header(self.checkpoint.path)
+        metadata = dict(parted.metadata)
+        if isinstance(metadata.get("total_size"), int):
+            metadata["total_size"] += sum(plan.made_size - plan.size for plan in self.plans.values())
+        index = {
+            "metadata": {**metadata, container.METADATA_KEY: self._document(written)},
+            "weight_map": {name.removeprefix(self.checkpoint.stripped): file for name, file in parted.places.items()},
+        }
+        return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a finished part to be of use."""
+        targets = hashlib.sha256(repr(sorted(self.adapter.targets.items())).encode()).hexdigest()
+        return {
+            "adapter_sha256": state_sha256(self.adapter.all_tensors),
+            "base_sha256": self.base_sha256 or self.adapter.base.sha256,
+            "loraio": loraio.__version__,
+            "parts": list(self.groups),
+            "strength": self.strength,
+            "stripped": self.checkpoint.stripped,
+            "targets_sha256": targets,
+            "torch": torch.__version__,
+        }
+
+    def _progress(self) -> Progress:
+        if self.report is None:
+            return Progress()
+        report, total, done = self.report, sum(plan.made_size for plan in self.plans.values()), 0
+
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            report(done, total)
+
+        return Progress(add)

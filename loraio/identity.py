@@ -262,7 +262,7 @@ def check_base(
         adapter: the adapter.
         state: the base model's state dict.
         allow_mismatch: let values and dtypes differ; names and shapes never may.
-        known: digests of the state's tensors, when the caller has them already.
+        known: digests of the state's tensors, when the caller has them already; of the targets alone where one differs.
 
     Returns:
         what differs and was allowed, a line for each; empty when nothing does.

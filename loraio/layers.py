@@ -31,7 +31,7 @@ class LayerType:
         dims: number of dimensions of the weight.
         parameters: names of its weights inside the module.
         grouped: whether it may have groups.
-        is_view: whether the matrix of a contiguous weight is a view of it.
+        slices: what a slice of the weight along its first dimension is in the matrix: "rows", "columns", or "neither".
     """
 
     name: str
@@ -39,7 +39,7 @@ class LayerType:
     dims: int
     parameters: tuple[str, ...] = ("weight",)
     grouped: bool = False
-    is_view: bool = True
+    slices: str = "rows"
 
     def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
         """(out, fan_in) of a weight of this shape; fan_in is the product of all dimensions but the output one."""
@@ -58,7 +58,7 @@ class LayerType:
 class TransposedConvolution(LayerType):
     """A layer whose weight is (in, out / groups, kernel...); the groups part its first dimension."""
 
-    is_view: bool = False
+    slices: str = "neither"
 
     def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
         """(out, in / groups * kernel)."""
@@ -78,6 +78,8 @@ class TransposedConvolution(LayerType):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table(LayerType):
     """A layer whose weight is (entries, features): a look-up table, which is a matrix transposed."""
+
+    slices: str = "columns"
 
     def matrix_shape(self, shape: Sequence[int], groups: int = 1) -> tuple[int, int]:
         """(features, entries)."""

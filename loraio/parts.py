@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraio import container
-from loraio.container import Header, TensorInfo
+from loraio.container import METADATA_KEY, Header, TensorInfo
 from loraio.errors import FormatError, LoraioError, MissingFileError
 from loraio.registry import known
 
@@ -25,11 +25,24 @@ class PartedHeader:
         index: the index.
         places: name of the file that holds each tensor, by the tensor's name, in the order of the index.
         headers: of the parts, by file name.
+        metadata: what else the index says, under its key ``metadata``.
     """
 
     index: Path
     places: Mapping[str, str]
     headers: Mapping[str, Header]
+    metadata: Mapping[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        """The document of loraio, which a parted checkpoint has in its index; empty when there is none.
+
+        Raises:
+            FormatError: it is not an object.
+        """
+        document = self.metadata.get(METADATA_KEY, {})
+        if not isinstance(document, dict):
+            raise FormatError("the loraio metadata is not a JSON object", where=f"{str(self.index)!r}")
+        return document
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -96,7 +109,10 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
     ]
     if problems:
         raise refusal("index and parts do not belong together", problems=problems, where=where)
-    return PartedHeader(index=index, places=places, headers=headers)
+    metadata = document.get("metadata")
+    return PartedHeader(
+        index=index, places=places, headers=headers, metadata=metadata if isinstance(metadata, dict) else {}
+    )
 
 
 def _is_folder(path: Path) -> bool:

@@ -6,11 +6,13 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loraio.adapter import Adapter, check_strength
+from loraio.adapter import Adapter, check_strength, parts_of
 from loraio.attachment import attach, refuse_attached
 from loraio.bases import load_state
 from loraio.container import tensor_bytes
@@ -40,6 +42,16 @@ attached networks run the same kernels on the same bits and differ by none; anot
 
 MAX_SHARE_OF_EFFECT = 0.05
 """But never by more than this share of what the adapter does to them, or the comparison would prove nothing."""
+
+NEAR = 0.49
+"""Half-precision weights that are surely nearer to their sums than this, in ulp, are not looked at in float64."""
+
+UNDERFLOW = 2.0**-10
+"""What products that are too small for float32 may hide, in ulp of a half-precision dtype: 2**-149 each, the ulp of
+bfloat16 is at least 2**-133."""
+
+_NARROW = (torch.bfloat16, torch.float16)
+_EXPONENT = np.int32(0x7F800000)  # its bits in a float32: what is left is the power of two below the number
 
 BATCH = 64
 """Samples in one forward pass."""
@@ -201,14 +213,11 @@ def verify_weights(
                 f"{name!r} is {found.dtype} {tuple(found.shape)}, it must be {wanted.dtype} {tuple(wanted.shape)}"
             )
         elif name in adapter.targets:
-            distance = _ulps(adapter, name, base, found, strength)
-            above = int((distance > MAX_ULP).sum())
-            worst, wrong, values = max(worst, float(distance.max())), wrong + above, values + base.numel()
-            if above:
-                problems.append(
-                    f"{name!r}: {above} of {base.numel()} weights are not the sum rounded to nearest, "
-                    f"the worst by {float(distance.max()):.3g} ulp"
-                )
+            check = FoldCheck()
+            for at, part in parts_of(adapter, name):
+                check += check_fold(part, base[at], found[at], strength, told=check.max_ulp)
+            worst, wrong, values = max(worst, check.max_ulp), wrong + check.wrong, values + check.values
+            problems += check.problems(name)
         elif not tensor_bytes(found).equal(tensor_bytes(wanted)):
             is_whole = name in adapter.whole
             problems.append(f"{name!r} is not the adapter's" if is_whole else f"{name!r} is no target and was changed")
@@ -223,25 +232,117 @@ def verify_weights(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldCheck:
+    """Folded weights against the reference; of two parts of a weight the sum is that of both together.
+
+    Attributes:
+        values: how many were looked at.
+        wrong: how many are farther than `MAX_ULP`.
+        max_ulp: the largest distance.
+    """
+
+    values: int = 0
+    wrong: int = 0
+    max_ulp: float = 0.0
+
+    def __add__(self, other: FoldCheck) -> FoldCheck:
+        return FoldCheck(
+            values=self.values + other.values,
+            wrong=self.wrong + other.wrong,
+            max_ulp=max(self.max_ulp, other.max_ulp),
+        )
+
+    def problems(self, name: str) -> list[str]:
+        """A line for the weight of that name, or none."""
+        if not self.wrong:
+            return []
+        return [
+            f"{name!r}: {self.wrong} of {self.values} weights are not the sum rounded to nearest, "
+            f"the worst by {self.max_ulp:.3g} ulp"
+        ]
+
+
+def check_fold(part: Adapter, base: Tensor, found: Tensor, strength: float, *, told: float = 0.0) -> FoldCheck:
+    """Compare folded weights with the reference.
+
+    Args:
+        part: an adapter of one target, as `loraio.adapter.parts_of` gives them.
+        base: the base weight, or the slice of it that ``part`` is for.
+        found: what should be that weight with the adapter folded in, shape and dtype of ``base``.
+        strength: that of the merge.
+        told: a distance in ulp that is known already: smaller ones need not be told.
+
+    Returns:
+        the check; its ``max_ulp`` may be 0 where no weight is farther off than ``told``.
+    """
+    name = next(iter(part.targets))
+    with np.errstate(over="ignore", invalid="ignore"):  # where the base or a sum is not finite
+        near = _near_half(part, name, base, found, strength, told) if base.dtype in _NARROW else None
+        return near or _from_all(part, name, base, found, strength)
+
+
+def _from_all(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float) -> FoldCheck:
+    target = adapter.targets[name]
+    layer = LAYER_TYPES[target.layer]
+    weight, values = (layer.to_matrix(t.detach().cpu().double(), target.groups).numpy() for t in (base, found))
+    factors = {short: factor.detach().cpu().double().numpy() for short, factor in adapter.factors_of(name).items()}
+    exact, error = KINDS[target.kind].reference(weight, factors, scale=target.scale, strength=strength)
+    distance = _distance(values, exact, error, base.dtype)
+    return FoldCheck(values=base.numel(), wrong=int((distance > MAX_ULP).sum()), max_ulp=float(distance.max()))
+
+
+def _near_half(
+    adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float, told: float
+) -> FoldCheck | None:
+    """`check_fold` by way of float32, which is enough to see that most half-precision weights are near their sums.
+
+    Only those that may be as far off as `NEAR`, or as ``told``, are looked at in float64; if none is, or not all is
+    finite, there is no answer. Nothing rests on float32 but which weights these are.
+    """
+    target = adapter.targets[name]
+    layer, kind = LAYER_TYPES[target.layer], KINDS[target.kind]
+    weight, values = (layer.to_matrix(t.detach().cpu().float(), target.groups).numpy() for t in (base, found))
+    factors = {short: factor.detach().cpu() for short, factor in adapter.factors_of(name).items()}
+    narrow = {short: factor.float().numpy() for short, factor in factors.items()}
+    reference, margin = kind.reference(weight, narrow, scale=target.scale, strength=strength)
+    margin *= 2  # the factors and their scale may have been rounded to float32 too
+    off = np.abs(values - reference)
+    off += margin
+    np.abs(reference, out=reference)
+    reference -= margin  # towards zero, where the numbers are denser
+    info = torch.finfo(base.dtype)
+    bits = reference.view(np.int32)
+    bits &= _EXPONENT
+    np.maximum(bits, np.float32(info.tiny).view(np.int32), out=bits)  # positive numbers are ordered as their bits are
+    power = bits.view(np.float32)
+    least = max(NEAR, min(told, MAX_ULP)) - UNDERFLOW
+    power *= np.float32(info.eps * least)
+    doubtful = ~(off <= power)
+    if not np.isfinite(off.max()) or not doubtful.any():
+        return None if told < NEAR or not np.isfinite(off.max()) else FoldCheck(values=base.numel())
+    at = np.divmod(np.flatnonzero(doubtful), doubtful.shape[1])
+    wide = {short: factor.double().numpy() for short, factor in factors.items()}
+    exact, error = kind.reference(weight, wide, scale=target.scale, strength=strength, at=at)
+    distance = _distance(values[at].astype(np.float64), exact, error, base.dtype)
+    worst = float(distance.max())
+    if worst < NEAR and told < NEAR:
+        return None
+    return FoldCheck(values=base.numel(), wrong=int((distance > MAX_ULP).sum()), max_ulp=worst)
+
+
 def _fits(state_dict: Mapping[str, Tensor], adapter: Adapter, merged: Mapping[str, Tensor]) -> bool:
     needed = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state_dict.items()}
     needed |= {name: (whole.shape, state_dict[name].dtype) for name, whole in adapter.whole.items()}
     return needed == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in merged.items()}
 
 
-def _ulps(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float) -> Tensor:
-    """Distance of each found weight from the exact sum, beyond the reference's own error, in ulp of its dtype."""
-    target = adapter.targets[name]
-    layer = LAYER_TYPES[target.layer]
-    matrix = layer.to_matrix(base.detach().cpu().double(), target.groups).numpy()
-    factors = {short: factor.detach().cpu().double().numpy() for short, factor in adapter.factors_of(name).items()}
-    reference, error = KINDS[target.kind].reference(matrix, factors, scale=target.scale, strength=strength)
-    exact = layer.from_matrix(torch.from_numpy(reference), target.shape, target.groups)
-    slack = layer.from_matrix(torch.from_numpy(error), target.shape, target.groups)
-    values = found.detach().cpu().double()
-    beyond = ((values - exact).abs() - slack).clamp(min=0)
-    distance = (beyond / ulp(exact, base.dtype)).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    same = torch.where(exact.isnan(), values.isnan(), values == exact)  # also where the base is not finite
+def _distance(values: Any, exact: Any, error: Any, dtype: torch.dtype) -> Tensor:
+    """Distance of numbers from exact ones, beyond the error of these, in ulp of a dtype; float64 in and out."""
+    found, reference, slack = (torch.from_numpy(array) for array in (values, exact, error))
+    beyond = ((found - reference).abs() - slack).clamp(min=0)
+    distance = (beyond / ulp(reference, dtype)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    same = torch.where(reference.isnan(), found.isnan(), found == reference)  # also where the base is not finite
     return torch.where(same, 0.0, distance)
 
 

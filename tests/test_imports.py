@@ -18,6 +18,8 @@ LINES = [
     {"cli"},
     {"training"},
     {"filemerge"},
+    {"finished"},
+    {"streaming"},
     {"bank", "verification"},
     {"attachment", "merging", "mixing"},
     {"formats", "bases"},

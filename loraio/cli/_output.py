@@ -123,6 +123,26 @@ def size(count: int) -> str:
 
 
 @contextlib.contextmanager
+def byte_progress(label: str, *, as_json: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Where copying is reported to: a bar on stderr with rate and time left; None where that is no terminal."""
+    if as_json or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
 def progress(*, lines: bool = True) -> Iterator[Callable[[Progress], None]]:
     """Where training loops report to, on stderr: bars on a terminal, elsewhere lines, unless they would be in the way.
 

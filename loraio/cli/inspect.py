@@ -30,7 +30,7 @@ def inspect(file: str, as_json: bool) -> None:
     header: Header | PartedHeader
     if parts.is_parted(file):
         header = parts.read_parted_header(file)
-        facts = _base_facts(header.tensors, {}, parts=list(header.headers))
+        facts = _base_facts(header.tensors, header.document(), parts=list(header.headers))
     else:
         header = container.read_header(file)
         document = header.document() or {}

@@ -13,35 +13,61 @@ from loraio.cli import _options, _output
 @click.command(epilog=_options.example("loraio merge base.safetensors three.safetensors -o merged.safetensors"))
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
-@click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The merged checkpoint to make.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    required=True,
+    help="The merged checkpoint to make: a file; of a parted base a folder, or an index in one, or *.safetensors.",
+)
 @_options.strength_option
 @_options.mismatch_option
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Threads.  [default: one for each processor, at most 4]",
+)
 @_options.force_option
 @_options.json_option
 def merge(
-    base: str, adapter: str, output: str, strength: float, allow_base_mismatch: bool, force: bool, as_json: bool
+    base: str,
+    adapter: str,
+    output: str,
+    strength: float,
+    allow_base_mismatch: bool,
+    workers: int | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Fold ADAPTER into BASE for good.
 
     Each weight becomes W + strength * scale * (B @ A), rounded once. The weights of what was
-    written are verified before the file gets its name.
+    written are verified before the file gets its name. A base in several parts gives the same
+    parts; one that was killed goes on where it was.
     """
     import loraio
 
-    merged = loraio.merge_file(
-        base,
-        adapter,
-        output,
-        strength=strength,
-        overwrite=force,
-        allow_base_mismatch=allow_base_mismatch,
-        allow_noop=force,
-    )
+    with _output.byte_progress(output, as_json=as_json) as progress:
+        merged = loraio.merge_file(
+            base,
+            adapter,
+            output,
+            strength=strength,
+            overwrite=force,
+            allow_base_mismatch=allow_base_mismatch,
+            allow_noop=force,
+            workers=workers,
+            progress=progress,
+        )
     weights = merged.weights
     facts: dict[str, Any] = {"folded": weights.folded, "replaced": weights.replaced, "untouched": weights.untouched}
     facts["max_ulp"] = weights.max_ulp
     facts |= {"stripped": merged.stripped, "landing": asdict(merged.landing), "base_mismatch": list(merged.mismatch)}
+    facts |= {"parts": [str(part) for part in merged.parts], "reused": merged.reused}
     _output.note_stripped(merged.stripped, as_json=as_json)
+    if merged.reused and not as_json:
+        _output.note(f"note: {merged.reused} of {len(merged.parts)} parts had been finished by an earlier run")
     for line in () if as_json else merged.mismatch:
         _output.note(f"note: another base: {line}")
     if as_json:

@@ -26,8 +26,8 @@ class Kind(Protocol):
         ...
 
     @property
-    def by_row(self) -> tuple[str, ...]:
-        """The factors whose first dimension is the matrix's rows; of the others every row needs all."""
+    def columns_apart(self) -> bool:
+        """Whether a column of the new matrix needs that column of the old one alone; of rows that is always so."""
         ...
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -38,27 +38,26 @@ class Kind(Protocol):
         """Start values: on the CPU, drawn from ``generator``, such that `fold` gives the base weight."""
         ...
 
-    def fold(
-        self,
-        weight: Tensor,
-        factors: Mapping[str, Tensor],
-        *,
-        scale: float,
-        strength: float = 1.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
         """The new weight matrix, differentiable, in the dtype that weight and factors share.
 
-        Each row depends on the same row of the weight and of the factors in `by_row`, and on the other factors.
-        Strength 0 is the base weight, strength 1 the adapter as trained. With ``out``, which may be ``weight``, the
-        result may be written there; nothing is differentiable then.
+        Strength 0 is the base weight, strength 1 the adapter as trained.
         """
         ...
 
     def reference(
-        self, weight: Any, factors: Mapping[str, Any], *, scale: float, strength: float = 1.0
+        self,
+        weight: Any,
+        factors: Mapping[str, Any],
+        *,
+        scale: float,
+        strength: float = 1.0,
+        at: tuple[Any, Any] | None = None,
     ) -> tuple[Any, Any]:
-        """The same matrix by another route, and a bound on its error; NumPy float64 arrays in and out.
+        """The same matrix by another route, and a bound on the error of both; NumPy arrays in and out.
+
+        The factors' dtype is that of the sums: float64, or float32 for a first look. With ``at``, rows and columns,
+        only the elements there.
 
         Only verification calls it. It shares no code with `fold`, so that a mistake in one shows against the other.
         """

@@ -24,7 +24,7 @@ class Dora:
     """
 
     name = "dora"
-    by_row: tuple[str, ...] = ("lora_B", "magnitude")
+    columns_apart = False  # a row's length is that of all its columns
     _lora = Lora()
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
@@ -53,15 +53,7 @@ class Dora:
         factors = self._lora.init(weight, rank, method=method, generator=generator)
         return {**factors, "magnitude": weight.detach().cpu().double().norm(dim=1)}
 
-    def fold(
-        self,
-        weight: Tensor,
-        factors: Mapping[str, Tensor],
-        *,
-        scale: float,
-        strength: float = 1.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
         """The new matrix; weight and factors in one dtype, on one device. A row of zeros stays zero.
 
         >>> import torch
@@ -75,21 +67,29 @@ class Dora:
         return folded if strength == 1 else weight + strength * (folded - weight)
 
     def reference(
-        self, weight: Any, factors: Mapping[str, Any], *, scale: float, strength: float = 1.0
+        self,
+        weight: Any,
+        factors: Mapping[str, Any],
+        *,
+        scale: float,
+        strength: float = 1.0,
+        at: tuple[Any, Any] | None = None,
     ) -> tuple[Any, Any]:
-        """The same in NumPy float64 by another route, and a bound on the rounding error of both.
+        """The same in NumPy by another route, and a bound on the rounding error of both.
 
         An error in V moves a row by itself and by what it does to the row's length; the length's own sum of fan_in
         squares adds (fan_in + 10) roundings (Higham 2002, section 3.1).
         """
         import numpy as np
 
+        eps = np.finfo(factors["lora_A"].dtype).eps
         direction, error = self._lora.reference(weight, factors, scale=scale)
         length = np.sqrt(np.square(direction).sum(axis=1, keepdims=True))
         safe = np.where(length == 0, 1.0, length)
         quotient = factors["magnitude"][:, None] / safe
         folded = direction * quotient
-        relative = (weight.shape[1] + 10) * 2.0**-52 + np.linalg.norm(error, axis=1, keepdims=True) / safe
+        relative = (weight.shape[1] + 10) * eps + np.linalg.norm(error, axis=1, keepdims=True) / safe
         error = np.abs(quotient) * error + np.abs(folded) * relative
         result = weight + strength * (folded - weight)
-        return result, abs(strength) * error + 2.0**-50 * (np.abs(weight) + abs(strength) * np.abs(folded))
+        error = abs(strength) * error + 4 * eps * (np.abs(weight) + abs(strength) * np.abs(folded))
+        return (result, error) if at is None else (result[at], error[at])

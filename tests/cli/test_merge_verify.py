@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from click.testing import Result
 
 import loraio
 from loraio import container
+from loraio.cli import _output
+from loraio.errors import OutputError
+from loraio.finished import FinishedParts
 
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
@@ -35,7 +41,7 @@ def test_the_merged_checkpoint_is_the_library_s(run: Run, files: Path, tmp_path:
 def test_merge_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: Path) -> None:
     path = tmp_path / "merged.safetensors"
     found = run_json(*words("merge", files, "-o", path, "--strength", 0.5))
-    facts = {"folded", "replaced", "untouched", "max_ulp", "landing", "base_mismatch"}
+    facts = {"folded", "replaced", "untouched", "max_ulp", "landing", "base_mismatch", "parts", "reused"}
     assert found.keys() == {"schema", "file", "sha256", "strength", "stripped", *facts}
     assert found["landing"].keys() == {"targets", "parameters", "replaced", "smallest", "median", "largest"}
     assert (found["file"], found["strength"], found["folded"], found["untouched"]) == (str(path), 0.5, 3, 5)
@@ -50,6 +56,49 @@ def test_merge_refuses_an_existing_output_without_force(run: Run, files: Path, t
     assert path.read_bytes() == b"mine"
     run(*words("merge", files, "-o", path, "--force"))
     assert path.read_bytes() == (files / "merged.safetensors").read_bytes()
+
+
+def test_merge_gives_a_parted_base_s_parts_and_says_how_many_it_had_already(
+    run: Run,
+    run_json: RunJson,
+    files: Path,
+    write_parts: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index = write_parts(loraio.read_base(files / "base.safetensors").state, tmp_path / "parts")
+    three, merged = files / "three.safetensors", loraio.read_base(files / "merged.safetensors").document["sha256"]
+    found = run_json("merge", index, three, "-o", tmp_path / "json", "--workers", 1)
+    assert (found["sha256"], found["reused"]) == (merged, 0)
+    assert found["parts"] == [str(tmp_path / f"json/a-{number}-of-2.safetensors") for number in (1, 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(FinishedParts, "forget", failing)
+        assert "No space left" in run("merge", index, three, "-o", tmp_path / "m", code=1).stderr
+    assert "2 of 2 parts had been finished by an earlier run" in run("merge", index, three, "-o", tmp_path / "m").stderr
+    assert loraio.read_base(tmp_path / "m").document["sha256"] == merged
+
+
+def failing(_: object) -> None:
+    raise OutputError("No space left on device")
+
+
+def test_a_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "stderr", shown)
+    with _output.byte_progress("merged", as_json=False) as report:
+        assert report is not None
+        report(3_000_000, 4_000_000)
+    assert re.search(r"merged .*3\.0/4\.0 MB", shown.getvalue())
+    with _output.byte_progress("merged", as_json=True) as report:
+        assert report is None
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with _output.byte_progress("merged", as_json=False) as report:
+        assert report is None
 
 
 @pytest.mark.parametrize("name", ["base", "three"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from torch import Tensor
 
 import loraio
 from loraio.adapter import Adapter
+from loraio.bases import write_base
 from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
 from loraio.lowrank import round_once
@@ -51,6 +54,23 @@ def test_every_folded_weight_is_the_exact_sum_rounded_to_nearest(
                 assert abs(Fraction(value) - sum_) <= doubt
             else:  # a float64 sum within its doubt of a tie may fall on either side: one weight in 10**8
                 assert nearest_float(sum_ - doubt, weight.dtype) <= value <= nearest_float(sum_ + doubt, weight.dtype)
+
+
+@MERGES
+@given(states_and_adapters(), strengths, st.integers(1, 3))
+def test_a_merge_of_files_writes_what_a_merge_in_memory_gives(
+    drawn: tuple[dict[str, Tensor], Adapter], strength: float, workers: int
+) -> None:
+    state, adapter = drawn
+    with TemporaryDirectory() as name:
+        base, path, output = (Path(name, f"{word}.safetensors") for word in ("base", "adapter", "merged"))
+        write_base(state, base, network=None)
+        loraio.save(adapter, path)
+        loraio.merge_file(base, path, output, strength=strength, workers=workers, allow_noop=True)
+        receipt = loraio.read_base(output).document["merged"]
+        merged = loraio.merge(state, adapter, strength)
+        write_base(merged, path, network=adapter.base.network, merged=receipt, overwrite=True)
+        assert output.read_bytes() == path.read_bytes()
 
 
 @MERGES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import loraio
-from loraio import container, filemerge
+from loraio import container, streaming
 from loraio.errors import BaseMismatchError, OutputExistsError, VerificationError
 
 
@@ -63,16 +64,21 @@ def test_a_plain_pickled_state_dict_can_be_merged_without_its_network(
     assert result.sha256 == loraio.read_base(files / "merged.safetensors").document["sha256"]
 
 
-def test_a_file_that_reads_back_wrong_is_not_kept(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = container.read_tensors
+@pytest.mark.parametrize("name", ["conv1.weight", "conv1.bias"])
+def test_a_file_that_reads_back_wrong_is_not_kept(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    header = container.read_header(files / "merged.safetensors")
+    damaged_byte = 8 + header.header_bytes + header.tensors[name].begin + 2
+    real = streaming._read
 
-    def damaged(header: container.Header) -> dict[str, Tensor]:
-        tensors = real(header)
-        if header.path.name.startswith("."):  # the temporary file
-            tensors["conv1.weight"][0] += 1
-        return tensors
+    def damaged(file: FileIO, begin: int, count: int, path: Path) -> Tensor:
+        raw = real(file, begin, count, path)
+        if path.name.startswith(".") and begin <= damaged_byte < begin + count:  # the temporary file
+            raw[damaged_byte - begin] ^= 16
+        return raw
 
-    monkeypatch.setattr(filemerge.container, "read_tensors", damaged)
+    monkeypatch.setattr(streaming, "_read", damaged)
     target = tmp_path / "m.safetensors"
     target.write_bytes(b"old")
     with pytest.raises(VerificationError, match="nothing was written"):

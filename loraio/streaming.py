@@ -1,0 +1,434 @@
+"""A merged checkpoint written tensor by tensor: what that takes of memory does not grow with the checkpoint.
+
+A tensor of the output is one of three things: bytes of the base, which the system copies from file to file; a folded
+weight, made from the base's in slices; or a tensor that the adapter gives. Everything that was written is read back:
+from that comes its digest, and a folded slice is compared with the reference while the slice of the base is still at
+hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from io import FileIO
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from loraio.adapter import Adapter, parts_of
+from loraio.container import TORCH_DTYPES, layout, read_header, tensor_bytes
+from loraio.errors import FormatError, MissingFileError, VerificationError
+from loraio.outputs import copy_range, write_all
+from loraio.verification import FoldCheck, check_fold
+
+T = TypeVar("T")
+
+BLOCK = 1 << 22
+"""Bytes that are copied before they are read back: few enough to be still in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Bytes in a file: ``size`` of them, from ``begin`` on."""
+
+    path: Path
+    begin: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """What one tensor of the output is made of.
+
+    Attributes:
+        dtype: safetensors code.
+        shape: of the base's tensor.
+        source: where its bytes are, or those of the base's tensor that is folded or replaced: in a file, or in memory.
+        folded: whether an adapter is folded in.
+        given: what the base's tensor is replaced by, in its dtype; the shape may be another.
+        expected: the digest that the source must have; None where it is looked at later.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    source: Stored | Tensor
+    folded: bool = False
+    given: Tensor | None = None
+    expected: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the source."""
+        return self.source.size if isinstance(self.source, Stored) else self.source.nbytes
+
+    @property
+    def made(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of the tensor in the output."""
+        return self.dtype, self.shape if self.given is None else tuple(self.given.shape)
+
+    @property
+    def made_size(self) -> int:
+        """Bytes of the tensor in the output."""
+        return self.size if self.given is None else self.given.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fold:
+    """What became of a weight that was folded.
+
+    Attributes:
+        check: against the reference.
+        length: squared Euclidean length of the base weight.
+        moved: that of the change.
+    """
+
+    check: FoldCheck = field(default_factory=FoldCheck)
+    length: float = 0.0
+    moved: float = 0.0
+
+    @classmethod
+    def of(cls, check: FoldCheck, base: Tensor, found: Tensor) -> Fold:
+        """Of a slice of the weight, before and after."""
+        wide = torch.promote_types(base.dtype, torch.float32)
+        plain = base.to(wide).flatten()
+        moved = found.to(wide).flatten() - plain
+        if base.dtype == torch.float32:
+            plain, moved = plain.double(), moved.double()
+        change = float(moved.dot(moved))
+        if not change and not found.equal(base):  # too small to be squared
+            change = sys.float_info.min
+        return cls(check=check, length=float(plain.dot(plain)), moved=change)
+
+    def __add__(self, other: Fold) -> Fold:
+        return Fold(check=self.check + other.check, length=self.length + other.length, moved=self.moved + other.moved)
+
+    @property
+    def change(self) -> float:
+        """Length of the change relative to that of the weight; infinite where a weight of zeros changes."""
+        if not self.moved:
+            return 0.0
+        return math.sqrt(self.moved / self.length) if self.length else math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """One tensor of the output, as it was found there.
+
+    Attributes:
+        sha256: digest of what is in the output.
+        source_sha256: digest of what it was made from; of copied bytes the same.
+        fold: what became of a weight that was folded.
+    """
+
+    sha256: str
+    source_sha256: str
+    fold: Fold | None = None
+
+
+class SourceDiffersError(Exception):
+    """The bytes of a tensor are not those that were expected."""
+
+
+class Inputs:
+    """Files that must not change while they are read.
+
+    They are read by their paths, again and again and from several threads; every time it must be the file of the first
+    time: the same inode, length and time of change.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[int, ...]] = {}
+
+    def open(self, path: Path) -> FileIO:
+        """The file, unbuffered, for reading.
+
+        Raises:
+            MissingFileError: it cannot be opened any more.
+            FormatError: it changed.
+        """
+        try:
+            file = FileIO(path)
+        except OSError as error:
+            raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+        try:
+            self._compare(path, os.fstat(file.fileno()))
+        except FormatError:
+            file.close()
+            raise
+        return file
+
+    def check(self) -> None:
+        """Raise FormatError if one of the files is no longer what it was."""
+        for path in list(self._seen):
+            self.open(path).close()
+
+    def signature(self, path: Path) -> list[int]:
+        """What is compared, as plain numbers."""
+        self.open(path).close()
+        return list(self._seen[path])
+
+    def _compare(self, path: Path, found: os.stat_result) -> None:
+        if self._seen.setdefault(path, signature_of(found)) != signature_of(found):
+            raise changed(path)
+
+
+def signature_of(found: os.stat_result) -> tuple[int, ...]:
+    """What of a file is another when somebody writes to it."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def changed(path: Path) -> FormatError:
+    """The error for a file that somebody else writes to."""
+    return FormatError("the file changed while it was being read", where=f"{str(path)!r}", hint="try again")
+
+
+class Progress:
+    """Counts bytes, from several threads, and stops all of them when one has failed."""
+
+    def __init__(self, report: Callable[[int], None] | None = None) -> None:
+        self._report = report
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def add(self, count: int) -> None:
+        """So many bytes are done.
+
+        Raises:
+            StoppedError: the work has come to nothing in another thread.
+        """
+        if self.stopped:
+            raise StoppedError
+        if self._report is not None:
+            with self._lock:
+                self._report(count)
+
+
+class StoppedError(Exception):
+    """Another thread has failed."""
+
+
+def digests_of(plans: Mapping[str, TensorPlan], inputs: Inputs, *, workers: int, progress: Progress) -> dict[str, str]:
+    """SHA-256 of the sources of some tensors, by name."""
+
+    def job(name: str) -> str:
+        plan, whole = plans[name], hashlib.sha256()
+        with _opened(plan.source, inputs) as source:
+            for start in range(0, plan.size, BLOCK):
+                whole.update(source.read(start, min(BLOCK, plan.size - start)).numpy().data)
+                progress.add(0)
+        return whole.hexdigest()
+
+    return _each(plans, job, workers=workers, progress=progress)
+
+
+def read_source(plan: TensorPlan, inputs: Inputs) -> Tensor:
+    """All bytes of a tensor's source, as a flat uint8 tensor."""
+    with _opened(plan.source, inputs) as source:
+        return source.read(0, plan.size)
+
+
+def write_tensors(
+    plans: Mapping[str, TensorPlan],
+    path: Path,
+    *,
+    metadata: Callable[[Mapping[str, Written]], Mapping[str, str]],
+    adapter: Adapter,
+    strength: float,
+    inputs: Inputs,
+    workers: int,
+    progress: Progress,
+    where: str,
+) -> dict[str, Written]:
+    """Write one safetensors file, tensor by tensor, and look at what was written.
+
+    Args:
+        plans: of all tensors, by name.
+        path: the file, which is there already and is written over.
+        metadata: gives the file's metadata when everything else is written; called first with nothing, for its length,
+            which must not depend on what it is called with.
+        adapter: what is folded in.
+        strength: multiplies its scale.
+        inputs: the files that the plans name.
+        workers: threads; the bytes do not depend on how many there are.
+        progress: is told about the bytes of the output.
+        where: the output's name, for errors.
+
+    Raises:
+        SourceDiffersError: a source has not the digest that its plan expects.
+        FormatError, MissingFileError: a source changed or went away.
+        AdapterError: a sum overflows.
+        VerificationError: the header reads back wrong; what the weights are is for the caller to judge.
+    """
+    facts = {name: plan.made for name, plan in plans.items()}
+    start, placed = layout(facts, metadata({}), where=where)
+
+    def job(name: str) -> Written:
+        plan, place = plans[name], len(start) + placed[name].begin
+        with _opened(plan.source, inputs) as source, FileIO(path, "r+") as target:
+            if plan.folded:
+                made = _fold(name, plan, source, target, place, adapter=adapter, strength=strength, progress=progress)
+            elif plan.given is not None:
+                made = _give(plan.given, plan, source, target, place, progress=progress)
+            else:
+                made = _copy(plan, source, target, place, progress=progress)
+        if plan.expected not in (None, made.source_sha256):
+            raise SourceDiffersError(name)
+        return made
+
+    with FileIO(path, "r+") as file:
+        file.truncate(len(start) + sum(plan.made_size for plan in plans.values()))
+    written = _each(placed, job, workers=workers, progress=progress)
+    end, _ = layout(facts, metadata(written), where=where)
+    with FileIO(path, "r+") as file:
+        write_all(file, memoryview(end))
+    inputs.check()
+    if read_header(path).tensors != placed:
+        raise VerificationError("the header that was written is another one; nothing was written", where=where)
+    return written
+
+
+def _fold(
+    name: str,
+    plan: TensorPlan,
+    source: _Source,
+    target: FileIO,
+    place: int,
+    *,
+    adapter: Adapter,
+    strength: float,
+    progress: Progress,
+) -> Written:
+    before, after, fold = hashlib.sha256(), hashlib.sha256(), Fold()
+    dtype = getattr(torch, TORCH_DTYPES[plan.dtype])
+    row = plan.size // plan.shape[0]
+    for at, part in parts_of(adapter, name):
+        start, shape = at.start * row, (at.stop - at.start, *plan.shape[1:])
+        raw = source.read(start, shape[0] * row)
+        before.update(raw.numpy().data)
+        base = raw.view(dtype).view(shape)
+        target.seek(place + start)
+        write_all(target, tensor_bytes(part.fold(name, base, strength=strength)).numpy().data)
+        raw = _read(target, place + start, shape[0] * row, Path(os.fsdecode(target.name)))
+        after.update(raw.numpy().data)
+        found = raw.view(dtype).view(shape)
+        fold += Fold.of(check_fold(part, base, found, strength, told=fold.check.max_ulp), base, found)
+        progress.add(len(raw))
+    return Written(sha256=after.hexdigest(), source_sha256=before.hexdigest(), fold=fold)
+
+
+def _give(
+    given: Tensor, plan: TensorPlan, source: _Source, target: FileIO, place: int, *, progress: Progress
+) -> Written:
+    before = hashlib.sha256()
+    for start in range(0, plan.size, BLOCK):
+        before.update(source.read(start, min(BLOCK, plan.size - start)).numpy().data)
+    written = _copy(replace(plan, source=given), _InMemory(tensor_bytes(given)), target, place, progress=progress)
+    return replace(written, source_sha256=before.hexdigest())
+
+
+def _copy(plan: TensorPlan, source: _Source, target: FileIO, place: int, *, progress: Progress) -> Written:
+    whole = hashlib.sha256()
+    for start in range(0, plan.size, BLOCK):
+        count = min(BLOCK, plan.size - start)
+        source.copy(start, target, place + start, count)
+        whole.update(_read(target, place + start, count, Path(os.fsdecode(target.name))).numpy().data)
+        progress.add(count)
+    return Written(sha256=whole.hexdigest(), source_sha256=whole.hexdigest())
+
+
+class _Source(Protocol):
+    """The bytes of one tensor."""
+
+    def read(self, start: int, count: int) -> Tensor:
+        """Some of them, as a flat uint8 tensor."""
+        ...
+
+    def copy(self, start: int, target: FileIO, place: int, count: int) -> None:
+        """Put some of them into a file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _InMemory:
+    data: Tensor
+
+    def read(self, start: int, count: int) -> Tensor:
+        return self.data[start : start + count]
+
+    def copy(self, start: int, target: FileIO, place: int, count: int) -> None:
+        target.seek(place)
+        write_all(target, self.read(start, count).numpy().data)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFile:
+    stored: Stored
+    file: FileIO
+
+    def read(self, start: int, count: int) -> Tensor:
+        return _read(self.file, self.stored.begin + start, count, self.stored.path)
+
+    def copy(self, start: int, target: FileIO, place: int, count: int) -> None:
+        if copy_range(self.file, self.stored.begin + start, target, place, count) < count:
+            raise changed(self.stored.path)
+
+
+@contextlib.contextmanager
+def _opened(source: Stored | Tensor, inputs: Inputs) -> Iterator[_Source]:
+    if isinstance(source, Tensor):
+        yield _InMemory(tensor_bytes(source))
+        return
+    with inputs.open(source.path) as file:
+        yield _InFile(source, file)
+
+
+def _read(file: FileIO, begin: int, count: int, path: Path) -> Tensor:
+    """Bytes of a file, as a flat uint8 tensor that is aligned for every dtype."""
+    raw = torch.empty(count, dtype=torch.uint8)
+    rest = raw.numpy().data
+    file.seek(begin)
+    try:
+        while len(rest):
+            read = file.readinto(rest)
+            if not read:
+                raise changed(path)
+            rest = rest[read:]
+    except OSError as error:
+        raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    return raw
+
+
+def _each(names: Iterable[str], job: Callable[[str], T], *, workers: int, progress: Progress) -> dict[str, T]:
+    """What a job gives for each name, in threads; the first exception of any of them ends all."""
+    names = list(names)
+
+    def guarded(name: str) -> T:
+        try:
+            return job(name)
+        except BaseException:
+            progress.stopped = True
+            raise
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        futures = [pool.submit(guarded, name) for name in names]
+        try:
+            results = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:  # an interrupt
+            progress.stopped = True
+            raise
+        finally:
+            for future in futures:
+                future.cancel()
+    failures = [failure for future in results.done if not future.cancelled() and (failure := future.exception())]
+    if failures:
+        raise next((failure for failure in failures if not isinstance(failure, StoppedError)), failures[0])
+    return {name: future.result() for name, future in zip(names, futures, strict=True)}
