@@ -34,8 +34,8 @@ class Pair(NamedTuple):
     """One weight and what is added to it: ``weight + scale * (B @ A)``."""
 
     weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
+    lora_A: Tensor  # noqa: N815  # as everywhere
+    lora_B: Tensor  # noqa: N815
     scale: float
 
     def fold(self, dtype: torch.dtype) -> Tensor:
@@ -69,15 +69,17 @@ class Geometry(NamedTuple):
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the input; of the input only shape and layout count.
 
-        A kernel of one point that skips points needs no convolution: a matrix product gives the gradients of the points
-        that it meets, and the others have none. oneDNN takes four times as long for it on a CPU (seen in v3.12).
+        A kernel of one point needs no convolution on a CPU: a matrix product gives the gradients of the points that it
+        meets, and those that its strides skip have none. oneDNN takes up to four times as long (seen in v3.12).
         """
         plain = self.groups == 1 and not any(self.padding) and weight.numel() == weight.shape[0] * weight.shape[1]
-        if not plain or x.dim() != 4 or self.stride == (1, 1):
+        if not plain or x.device.type != "cpu" or not x.is_contiguous():
             return self._gradients(grad, x, weight, (True, False, False))[0]
-        gradient = torch.zeros_like(x)
         met = (weight.flatten(1).t() @ grad.flatten(2)).view(-1, x.shape[1], *grad.shape[2:])
-        gradient[:, :, :: self.stride[0], :: self.stride[1]] = met
+        if met.shape == x.shape:
+            return met
+        gradient = torch.zeros_like(x)
+        gradient[(..., *(slice(None, None, stride) for stride in self.stride))] = met
         return gradient
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ class _Convolution(torch.autograd.Function):
     """A convolution with a folded weight. Its backward pass is made of differentiable operations only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -151,9 +153,9 @@ class _Convolution(torch.autograd.Function):
         return geometry.convolve(x, Pair(weight, lora_A, lora_B, scale).fold(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, *tensors = ctx.saved_tensors
-        pair, geometry = Pair(*tensors, ctx.scale), ctx.geometry
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, lora_A, lora_B = ctx.saved_tensors
+        pair, geometry = Pair(weight, lora_A, lora_B, ctx.scale), ctx.geometry
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         out, rank = pair.lora_B.shape
         fan_in, groups = pair.lora_A.shape[1], geometry.groups
@@ -188,7 +190,7 @@ class _Projection(torch.autograd.Function):
     """A matrix product with a folded weight, made as `folding_is_cheaper` says; also differentiable twice."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -205,9 +207,9 @@ class _Projection(torch.autograd.Function):
         return F.linear(x, weight, bias).addmm_(x @ lora_A.t(), lora_B.t(), alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, *tensors = ctx.saved_tensors
-        pair = Pair(*tensors, ctx.scale)
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, lora_A, lora_B = ctx.saved_tensors
+        pair = Pair(weight, lora_A, lora_B, ctx.scale)
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         down, up = pair.lora_A.to(x.dtype), pair.lora_B.to(x.dtype)
         grad_x = grad_A = grad_B = None
@@ -227,13 +229,13 @@ class _FrozenNorm(torch.autograd.Function):
     """Batch normalisation of which nothing learns: a factor for each channel, so that its input need not be kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Any, plain: Callable[[Any, Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, module: Any, plain: Callable[[Any, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(module.running_var, module.weight)
         ctx.eps, ctx.dtype = module.eps, x.dtype
         return plain(module, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         variance, weight = ctx.saved_tensors
         factor = (variance + ctx.eps).rsqrt()
         factor = factor if weight is None else factor * weight
@@ -271,7 +273,7 @@ _PLAIN = (Tensor, nn.Parameter)
 def _is_transformed() -> bool:
     """Whether torch.func, forward-mode differentiation or tracing is at work, which no function of ours knows."""
     functorch: bool = torch._C._are_functorch_transforms_active()
-    return functorch or forward_ad._current_level >= 0 or bool(torch.jit.is_tracing())
+    return functorch or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
 
 
 def _in_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:

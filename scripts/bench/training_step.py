@@ -43,8 +43,9 @@ NETWORKS = {"digit-cnn": (64, 28), "torchvision:mobilenet_v3_small": (8, 224), "
 
 RANK = 8
 
-TOLERANCE = 1e-3
-"""Of the largest gradient of a factor: float32 through fifty layers, summed in another order."""
+TOLERANCE = 1e-2
+"""Of the largest gradient of a factor: float32 through fifty layers of an untrained network, whose ReLUs near zero go
+one way or the other; what is wrong is off by a multiple of that."""
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-6, fused=True),
