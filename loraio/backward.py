@@ -5,7 +5,10 @@ multiply it by A and by B. But only those products are asked for, and they come 
 as the rank: ``dB = s * dy . conv(x, A)``, and ``dA`` is s times the weight gradient of ``conv(x, A)`` for the output
 gradient ``B^T dy`` (Hu et al. 2021, arXiv:2106.09685, section 4.1, where the two are layers of their own). The forward
 pass stays one convolution with the folded weight, which is not kept: the backward pass folds it once more where the
-input needs a gradient. So neither pass keeps more than full fine-tuning does.
+input needs a gradient. So neither pass keeps more than full fine-tuning does. Where the whole weight gradient is less
+work, as for depthwise convolutions, it is computed and multiplied: `thin_is_cheaper` says where.
+
+Batch normalisation that is frozen multiplies each channel by a number; nothing but that number is kept for it.
 
 `FORWARDS` holds a forward method for each layer type that has such a step. It goes the plain way, through the
 parametrized weight, whenever anything is out of the ordinary.
@@ -13,7 +16,7 @@ parametrized weight, whenever anything is out of the ordinary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +37,8 @@ class Pair(NamedTuple):
     """One weight and what is added to it: ``weight + scale * (B @ A)``."""
 
     weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
     scale: float
 
     def fold(self, dtype: torch.dtype) -> Tensor:
@@ -51,6 +54,11 @@ class Pair(NamedTuple):
         grad_A = self.scale * (self.lora_B.to(matrix.dtype).t() @ matrix)
         grad_B = self.scale * (matrix @ self.lora_A.to(matrix.dtype).t())
         return grad_A.to(self.lora_A.dtype), grad_B.to(self.lora_B.dtype)
+
+
+def _pair(tensors: Sequence[Tensor], scale: float) -> Pair:
+    weight, lora_A, lora_B = tensors
+    return Pair(weight, lora_A, lora_B, scale)
 
 
 class Geometry(NamedTuple):
@@ -79,7 +87,8 @@ class Geometry(NamedTuple):
         if met.shape == x.shape:
             return met
         gradient = torch.zeros_like(x)
-        gradient[(..., *(slice(None, None, stride) for stride in self.stride))] = met
+        met_points = (slice(None), slice(None), *(slice(None, None, stride) for stride in self.stride))
+        gradient[met_points] = met
         return gradient
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -138,7 +147,7 @@ class _Convolution(torch.autograd.Function):
     """A convolution with a folded weight. Its backward pass is made of differentiable operations only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -153,44 +162,52 @@ class _Convolution(torch.autograd.Function):
         return geometry.convolve(x, Pair(weight, lora_A, lora_B, scale).fold(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, *tensors = ctx.saved_tensors
-        pair, geometry = Pair(*tensors, ctx.scale), ctx.geometry
+        pair, geometry = _pair(tensors, ctx.scale), ctx.geometry
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         out, rank = pair.lora_B.shape
         fan_in, groups = pair.lora_A.shape[1], geometry.groups
         positions = grad.numel() // out
         thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=groups, positions=positions)
-        full = not thin and (needs_A or needs_B)
-        grad_x = grad_A = grad_B = grad_bias = None
+        grad_x = grad_A = grad_B = None
         if needs_x:
             grad_x = geometry.input_gradient(grad, x, pair.fold(x.dtype))
-        if needs_bias:
-            grad_bias = grad.transpose(0, 1).reshape(out, -1).sum(1)
-        if full:
-            grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
         if thin and (needs_A or needs_B):
-            down = pair.lora_A.to(x.dtype).view(rank, *pair.weight.shape[1:])
-            down = down.repeat(groups, *(1,) * (down.dim() - 1)) if groups > 1 else down
-            rows = grad.reshape(len(grad), groups, out // groups, -1)
-            if needs_A:
-                across = pair.lora_B.to(x.dtype).view(groups, -1, rank).transpose(1, 2) @ rows
-                across = across.view(len(grad), groups * rank, *grad.shape[2:])
-                grad_A = geometry.weight_gradient(across, x, down).reshape(groups, rank, fan_in).sum(0)
-                grad_A = pair.scale * grad_A.to(pair.lora_A.dtype)
-            if needs_B:
-                hidden = geometry.convolve(x, down).reshape(len(grad), groups, rank, -1)
-                # the thin factor first: many times as fast as the other way round
-                grad_B = (hidden @ rows.transpose(2, 3)).sum(0).transpose(1, 2).reshape(out, rank)
-                grad_B = pair.scale * grad_B.to(pair.lora_B.dtype)
+            grad_A, grad_B = _thin_gradients(pair, geometry, grad, x, needs_A=needs_A, needs_B=needs_B)
+        elif needs_A or needs_B:
+            grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
+        grad_bias = grad.transpose(0, 1).reshape(out, -1).sum(1) if needs_bias else None
         return grad_x, None, grad_A, grad_B, grad_bias, None, None
+
+
+def _thin_gradients(
+    pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, *, needs_A: bool, needs_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B by way of as many channels as the rank, for each group."""
+    (out, rank), fan_in, groups = pair.lora_B.shape, pair.lora_A.shape[1], geometry.groups
+    down = pair.lora_A.to(x.dtype).view(rank, *pair.weight.shape[1:])
+    down = down.repeat(groups, *(1,) * (down.dim() - 1)) if groups > 1 else down
+    rows = grad.reshape(len(grad), groups, out // groups, -1)
+    grad_A = grad_B = None
+    if needs_A:
+        across = pair.lora_B.to(x.dtype).view(groups, -1, rank).transpose(1, 2) @ rows
+        across = across.view(len(grad), groups * rank, *grad.shape[2:])
+        grad_A = geometry.weight_gradient(across, x, down).reshape(groups, rank, fan_in).sum(0)
+        grad_A = pair.scale * grad_A.to(pair.lora_A.dtype)
+    if needs_B:
+        hidden = geometry.convolve(x, down).reshape(len(grad), groups, rank, -1)
+        # the thin factor first: many times as fast as the other way round
+        grad_B = (hidden @ rows.transpose(2, 3)).sum(0).transpose(1, 2).reshape(out, rank)
+        grad_B = pair.scale * grad_B.to(pair.lora_B.dtype)
+    return grad_A, grad_B
 
 
 class _Projection(torch.autograd.Function):
     """A matrix product with a folded weight, made as `folding_is_cheaper` says; also differentiable twice."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -207,9 +224,9 @@ class _Projection(torch.autograd.Function):
         return F.linear(x, weight, bias).addmm_(x @ lora_A.t(), lora_B.t(), alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, *tensors = ctx.saved_tensors
-        pair = Pair(*tensors, ctx.scale)
+        pair = _pair(tensors, ctx.scale)
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         down, up = pair.lora_A.to(x.dtype), pair.lora_B.to(x.dtype)
         grad_x = grad_A = grad_B = None
@@ -229,13 +246,13 @@ class _FrozenNorm(torch.autograd.Function):
     """Batch normalisation of which nothing learns: a factor for each channel, so that its input need not be kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Any, plain: Callable[[Any, Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, module: Any, plain: Callable[[Any, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(module.running_var, module.weight)
         ctx.eps, ctx.dtype = module.eps, x.dtype
         return plain(module, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         variance, weight = ctx.saved_tensors
         factor = (variance + ctx.eps).rsqrt()
         factor = factor if weight is None else factor * weight
@@ -273,7 +290,7 @@ _PLAIN = (Tensor, nn.Parameter)
 def _is_transformed() -> bool:
     """Whether torch.func, forward-mode differentiation or tracing is at work, which no function of ours knows."""
     functorch: bool = torch._C._are_functorch_transforms_active()
-    return functorch or forward_ad._current_level >= 0 or bool(torch.jit.is_tracing())
+    return functorch or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def _in_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
