@@ -143,6 +143,13 @@ def thin_is_cheaper(*, rank: int, out: int, fan_in: int, groups: int, positions:
     return THIN * thin < out * fan_in * (positions + 2 * rank)
 
 
+def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any) -> Any:
+    if not torch.is_autocast_enabled(device):
+        return function(*arguments)
+    with torch.autocast(device, enabled=False):  # would round the base weight itself, before the fold
+        return function(*arguments)
+
+
 class _Convolution(torch.autograd.Function):
     """A convolution with a folded weight. Its backward pass is made of differentiable operations only."""
 
@@ -163,6 +170,11 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        return _without_autocast(_Convolution.gradients, grad.device.type, ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> Any:
+        """One for each argument of `forward`."""
         x, *tensors = ctx.saved_tensors
         pair, geometry = _pair(tensors, ctx.scale), ctx.geometry
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
@@ -225,19 +237,28 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        return _without_autocast(_Projection.gradients, grad.device.type, ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> Any:
+        """One for each argument of `forward`."""
         x, *tensors = ctx.saved_tensors
         pair = _pair(tensors, ctx.scale)
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         down, up = pair.lora_A.to(x.dtype), pair.lora_B.to(x.dtype)
+        (out, rank), fan_in = up.shape, down.shape[1]
+        thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=1, positions=len(x))
         grad_x = grad_A = grad_B = None
-        across = grad @ up if needs_A or (needs_x and not ctx.folding) else None
+        across = grad @ up if (needs_A and thin) or (needs_x and not ctx.folding) else None
         if needs_x:
-            grad_x = grad @ pair.fold(x.dtype) if across is None or ctx.folding else grad @ pair.weight
+            grad_x = grad @ (pair.fold(x.dtype) if ctx.folding else pair.weight)
             if across is not None and not ctx.folding:
                 grad_x = grad_x.addmm(across, down, alpha=pair.scale)
-        if across is not None and needs_A:
+        if not thin and (needs_A or needs_B):
+            grad_A, grad_B = pair.from_full(grad.t() @ x)
+        elif across is not None and needs_A:
             grad_A = pair.scale * (across.t() @ x).to(pair.lora_A.dtype)
-        if needs_B:
+        if thin and needs_B:
             grad_B = pair.scale * (grad.t() @ (x @ down.t())).to(pair.lora_B.dtype)
         return grad_x, None, grad_A, grad_B, grad.sum(0) if needs_bias else None, None, None
 
@@ -302,14 +323,6 @@ def _in_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return (x, bias) if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) else None
 
 
-def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any) -> Tensor:
-    if not torch.is_autocast_enabled(device):
-        result: Tensor = function(*arguments)
-        return result
-    with torch.autocast(device, enabled=False):
-        return _without_autocast(function, device, *arguments)
-
-
 def _project(x: Tensor, pair: Pair, bias: Tensor | None) -> Tensor:
     """The product for a matrix of rows."""
     out, fan_in = pair.lora_B.shape[0], pair.lora_A.shape[1]
@@ -343,7 +356,8 @@ def _convolution_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[An
         if pair is None or ready is None:
             return plain(module, x)
         x, bias = ready
-        return _without_autocast(convolved, x.device.type, module, x, pair, bias)
+        result: Tensor = _without_autocast(convolved, x.device.type, module, x, pair, bias)
+        return result
 
     def convolved(module: Any, x: Tensor, pair: Pair, bias: Tensor | None) -> Tensor:
         x, padding = _padded(module, x)
@@ -365,7 +379,7 @@ def _linear_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Te
             return plain(module, x)
         x, bias = ready
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        result = _without_autocast(_project, x.device.type, rows, pair, bias)
+        result: Tensor = _without_autocast(_project, x.device.type, rows, pair, bias)
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     return forward
