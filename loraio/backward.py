@@ -5,7 +5,10 @@ multiply it by A and by B. But only those products are asked for, and they come 
 as the rank: ``dB = s * dy . conv(x, A)``, and ``dA`` is s times the weight gradient of ``conv(x, A)`` for the output
 gradient ``B^T dy`` (Hu et al. 2021, arXiv:2106.09685, section 4.1, where the two are layers of their own). The forward
 pass stays one convolution with the folded weight, which is not kept: the backward pass folds it once more where the
-input needs a gradient. So neither pass keeps more than full fine-tuning does.
+input needs a gradient. So neither pass keeps more than full fine-tuning does. Where the whole weight gradient is less
+work, as for depthwise convolutions, it is computed and multiplied: `thin_is_cheaper` says where.
+
+Batch normalisation that is frozen multiplies each channel by a number; nothing but that number is kept for it.
 
 `FORWARDS` holds a forward method for each layer type that has such a step. It goes the plain way, through the
 parametrized weight, whenever anything is out of the ordinary.
@@ -13,7 +16,7 @@ parametrized weight, whenever anything is out of the ordinary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +37,7 @@ class Pair(NamedTuple):
     """One weight and what is added to it: ``weight + scale * (B @ A)``."""
 
     weight: Tensor
-    lora_A: Tensor  # noqa: N815  # as everywhere
+    lora_A: Tensor  # noqa: N815
     lora_B: Tensor  # noqa: N815
     scale: float
 
@@ -51,6 +54,11 @@ class Pair(NamedTuple):
         grad_A = self.scale * (self.lora_B.to(matrix.dtype).t() @ matrix)
         grad_B = self.scale * (matrix @ self.lora_A.to(matrix.dtype).t())
         return grad_A.to(self.lora_A.dtype), grad_B.to(self.lora_B.dtype)
+
+
+def _pair(tensors: Sequence[Tensor], scale: float) -> Pair:
+    weight, lora_A, lora_B = tensors
+    return Pair(weight, lora_A, lora_B, scale)
 
 
 class Geometry(NamedTuple):
@@ -79,7 +87,8 @@ class Geometry(NamedTuple):
         if met.shape == x.shape:
             return met
         gradient = torch.zeros_like(x)
-        gradient[(..., *(slice(None, None, stride) for stride in self.stride))] = met
+        met_points = (slice(None), slice(None), *(slice(None, None, stride) for stride in self.stride))
+        gradient[met_points] = met
         return gradient
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -134,6 +143,13 @@ def thin_is_cheaper(*, rank: int, out: int, fan_in: int, groups: int, positions:
     return THIN * thin < out * fan_in * (positions + 2 * rank)
 
 
+def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any) -> Any:
+    if not torch.is_autocast_enabled(device):
+        return function(*arguments)
+    with torch.autocast(device, enabled=False):  # would round the base weight itself, before the fold
+        return function(*arguments)
+
+
 class _Convolution(torch.autograd.Function):
     """A convolution with a folded weight. Its backward pass is made of differentiable operations only."""
 
@@ -154,36 +170,49 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, lora_A, lora_B = ctx.saved_tensors
-        pair, geometry = Pair(weight, lora_A, lora_B, ctx.scale), ctx.geometry
+        return _without_autocast(_Convolution.gradients, grad.device.type, ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> Any:
+        """One for each argument of `forward`."""
+        x, *tensors = ctx.saved_tensors
+        pair, geometry = _pair(tensors, ctx.scale), ctx.geometry
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         out, rank = pair.lora_B.shape
         fan_in, groups = pair.lora_A.shape[1], geometry.groups
         positions = grad.numel() // out
         thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=groups, positions=positions)
-        full = not thin and (needs_A or needs_B)
-        grad_x = grad_A = grad_B = grad_bias = None
+        grad_x = grad_A = grad_B = None
         if needs_x:
             grad_x = geometry.input_gradient(grad, x, pair.fold(x.dtype))
-        if needs_bias:
-            grad_bias = grad.transpose(0, 1).reshape(out, -1).sum(1)
-        if full:
-            grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
         if thin and (needs_A or needs_B):
-            down = pair.lora_A.to(x.dtype).view(rank, *pair.weight.shape[1:])
-            down = down.repeat(groups, *(1,) * (down.dim() - 1)) if groups > 1 else down
-            rows = grad.reshape(len(grad), groups, out // groups, -1)
-            if needs_A:
-                across = pair.lora_B.to(x.dtype).view(groups, -1, rank).transpose(1, 2) @ rows
-                across = across.view(len(grad), groups * rank, *grad.shape[2:])
-                grad_A = geometry.weight_gradient(across, x, down).reshape(groups, rank, fan_in).sum(0)
-                grad_A = pair.scale * grad_A.to(pair.lora_A.dtype)
-            if needs_B:
-                hidden = geometry.convolve(x, down).reshape(len(grad), groups, rank, -1)
-                # the thin factor first: many times as fast as the other way round
-                grad_B = (hidden @ rows.transpose(2, 3)).sum(0).transpose(1, 2).reshape(out, rank)
-                grad_B = pair.scale * grad_B.to(pair.lora_B.dtype)
+            grad_A, grad_B = _thin_gradients(pair, geometry, grad, x, needs_A=needs_A, needs_B=needs_B)
+        elif needs_A or needs_B:
+            grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
+        grad_bias = grad.transpose(0, 1).reshape(out, -1).sum(1) if needs_bias else None
         return grad_x, None, grad_A, grad_B, grad_bias, None, None
+
+
+def _thin_gradients(
+    pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, *, needs_A: bool, needs_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B by way of as many channels as the rank, for each group."""
+    (out, rank), fan_in, groups = pair.lora_B.shape, pair.lora_A.shape[1], geometry.groups
+    down = pair.lora_A.to(x.dtype).view(rank, *pair.weight.shape[1:])
+    down = down.repeat(groups, *(1,) * (down.dim() - 1)) if groups > 1 else down
+    rows = grad.reshape(len(grad), groups, out // groups, -1)
+    grad_A = grad_B = None
+    if needs_A:
+        across = pair.lora_B.to(x.dtype).view(groups, -1, rank).transpose(1, 2) @ rows
+        across = across.view(len(grad), groups * rank, *grad.shape[2:])
+        grad_A = geometry.weight_gradient(across, x, down).reshape(groups, rank, fan_in).sum(0)
+        grad_A = pair.scale * grad_A.to(pair.lora_A.dtype)
+    if needs_B:
+        hidden = geometry.convolve(x, down).reshape(len(grad), groups, rank, -1)
+        # the thin factor first: many times as fast as the other way round
+        grad_B = (hidden @ rows.transpose(2, 3)).sum(0).transpose(1, 2).reshape(out, rank)
+        grad_B = pair.scale * grad_B.to(pair.lora_B.dtype)
+    return grad_A, grad_B
 
 
 class _Projection(torch.autograd.Function):
@@ -208,19 +237,28 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, lora_A, lora_B = ctx.saved_tensors
-        pair = Pair(weight, lora_A, lora_B, ctx.scale)
+        return _without_autocast(_Projection.gradients, grad.device.type, ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> Any:
+        """One for each argument of `forward`."""
+        x, *tensors = ctx.saved_tensors
+        pair = _pair(tensors, ctx.scale)
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         down, up = pair.lora_A.to(x.dtype), pair.lora_B.to(x.dtype)
+        (out, rank), fan_in = up.shape, down.shape[1]
+        thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=1, positions=len(x))
         grad_x = grad_A = grad_B = None
-        across = grad @ up if needs_A or (needs_x and not ctx.folding) else None
+        across = grad @ up if (needs_A and thin) or (needs_x and not ctx.folding) else None
         if needs_x:
-            grad_x = grad @ pair.fold(x.dtype) if across is None or ctx.folding else grad @ pair.weight
+            grad_x = grad @ (pair.fold(x.dtype) if ctx.folding else pair.weight)
             if across is not None and not ctx.folding:
                 grad_x = grad_x.addmm(across, down, alpha=pair.scale)
-        if across is not None and needs_A:
+        if not thin and (needs_A or needs_B):
+            grad_A, grad_B = pair.from_full(grad.t() @ x)
+        elif across is not None and needs_A:
             grad_A = pair.scale * (across.t() @ x).to(pair.lora_A.dtype)
-        if needs_B:
+        if thin and needs_B:
             grad_B = pair.scale * (grad.t() @ (x @ down.t())).to(pair.lora_B.dtype)
         return grad_x, None, grad_A, grad_B, grad.sum(0) if needs_bias else None, None, None
 
@@ -273,7 +311,7 @@ _PLAIN = (Tensor, nn.Parameter)
 def _is_transformed() -> bool:
     """Whether torch.func, forward-mode differentiation or tracing is at work, which no function of ours knows."""
     functorch: bool = torch._C._are_functorch_transforms_active()
-    return functorch or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+    return functorch or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def _in_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
@@ -283,14 +321,6 @@ def _in_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
         dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), None if bias is None else bias.to(dtype)
     return (x, bias) if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) else None
-
-
-def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any) -> Tensor:
-    if not torch.is_autocast_enabled(device):
-        result: Tensor = function(*arguments)
-        return result
-    with torch.autocast(device, enabled=False):
-        return _without_autocast(function, device, *arguments)
 
 
 def _project(x: Tensor, pair: Pair, bias: Tensor | None) -> Tensor:
@@ -326,7 +356,8 @@ def _convolution_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[An
         if pair is None or ready is None:
             return plain(module, x)
         x, bias = ready
-        return _without_autocast(convolved, x.device.type, module, x, pair, bias)
+        result: Tensor = _without_autocast(convolved, x.device.type, module, x, pair, bias)
+        return result
 
     def convolved(module: Any, x: Tensor, pair: Pair, bias: Tensor | None) -> Tensor:
         x, padding = _padded(module, x)
@@ -348,7 +379,7 @@ def _linear_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Te
             return plain(module, x)
         x, bias = ready
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        result = _without_autocast(_project, x.device.type, rows, pair, bias)
+        result: Tensor = _without_autocast(_project, x.device.type, rows, pair, bias)
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     return forward
