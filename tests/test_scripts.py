@@ -110,3 +110,19 @@ def test_adapters_go_on_and_off_networks_of_several_families(
         assert row["ok"]
         assert row["max_ulp"] <= 0.5
         assert row["targets"] > 20
+
+
+@pytest.mark.parametrize(
+    "words", [["mixed_batches.py", "--rounds", "2"], ["bank.py", "--rounds", "2", "--registered", "30"]]
+)
+def test_the_benchmarks_of_the_bank_check_their_answers_and_run(words: list[str]) -> None:
+    """In processes of their own: they set threads and gradients for the whole of it."""
+    command = [sys.executable, ROOT / "scripts/bench" / words[0], *words[1:], "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = found["ways"] if "ways" in found else found["banks"]
+    assert len(rows) >= 3
+    assert all(row["ratio"] > 0 for row in rows.values())
