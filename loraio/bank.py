@@ -32,7 +32,16 @@ from loraio.formats.pack import (
 )
 from loraio.identity import identity_of
 from loraio.layers import TargetModule, target_modules
-from loraio.mixing import CACHE_BYTES, Folded, Route, UnfitError, find_route, gathered, run_groups, run_layers
+from loraio.mixing import (
+    Folded,
+    Route,
+    UnfitError,
+    find_route,
+    gathered,
+    run_groups,
+    run_layers,
+    takes_layers,
+)
 from loraio.registry import lookup
 
 MAX_BYTES = 2 << 30
@@ -260,7 +269,7 @@ class Bank:
         if plan not in live.routes:
             live.routes[plan] = find_route(model, [modules[name] for name in targets], x)
         route = live.routes[plan]
-        if route is None or route.row_bytes * len(x) > CACHE_BYTES:
+        if route is None or not takes_layers(route, len(x), sum(bytes_of.values())):
             return run_groups(model, modules, x, sizes, folded)
         held = list(folded)
         base = self._folded(live, bases, None, digest)

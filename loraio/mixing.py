@@ -24,8 +24,7 @@ from loraio.errors import StateError
 from loraio.layers import TargetModule
 
 CACHE_BYTES = 1 << 22
-"""The layers route is taken where no input or output of a target is larger than this, for the whole batch: 4 MiB, a
-few times a core's own cache. Larger ones cost more to move than calls do, and groups move them in smaller parts."""
+"""Inputs and outputs of layers that are no larger, 4 MiB, are cheap to move: a few times a core's own cache."""
 
 PROBES = (2, 3)
 """Batch sizes that `find_route` watches the network with."""
@@ -145,6 +144,16 @@ def find_route(model: nn.Module, modules: Sequence[TargetModule], x: Tensor) -> 
         if few and more and few.agrees(more):
             return Route(max(few.row_bytes, more.row_bytes), packed)
     return None
+
+
+def takes_layers(route: Route, samples: int, weight_bytes: int) -> bool:
+    """Whether the layers route is the cheaper one: where moving activations costs less than repeating the weights.
+
+    Groups read every weight once for each adapter, and bring it into the order that convolutions want, but move the
+    activations in parts small enough for a cache; layers the other way round. So it is layers where the largest input
+    or output of a target, for the whole batch, is no larger than the targets' weights together, or than `CACHE_BYTES`.
+    """
+    return route.row_bytes * samples <= max(CACHE_BYTES, weight_bytes)
 
 
 def gathered(outputs: Any, order: Tensor) -> Any:
@@ -335,7 +344,7 @@ def _parted(
             convolution(part, _packed(use, key, numbers), bias, *numbers, "none", [], "")
             for part, use in zip(x.split(sizes), uses, strict=True)
         ]
-    return torch.cat(parts)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _packed(use: _Use, key: tuple[Any, ...], numbers: Sequence[Any]) -> Tensor:

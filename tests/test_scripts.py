@@ -123,3 +123,19 @@ def test_the_streamed_merge_is_measured_after_it_is_checked() -> None:
         assert row["ratio"] == row["ratios"][0] > 0
         assert row["seconds_in_all_workers"]["merge_file"] > 0
         assert row["peak_anonymous_mb"] > row["import_anonymous_mb"] * 0.9
+
+
+@pytest.mark.parametrize(
+    "words", [["mixed_batches.py", "--rounds", "2"], ["bank.py", "--rounds", "2", "--registered", "30"]]
+)
+def test_the_benchmarks_of_the_bank_check_their_answers_and_run(words: list[str]) -> None:
+    """In processes of their own: they set threads and gradients for the whole of it."""
+    command = [sys.executable, ROOT / "scripts/bench" / words[0], *words[1:], "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = found["ways"] if "ways" in found else found["banks"]
+    assert len(rows) >= 3
+    assert all(row["ratio"] > 0 for row in rows.values())

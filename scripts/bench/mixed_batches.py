@@ -116,16 +116,16 @@ def measure(ways: Mapping[str, Callable[[], Tensor]], rounds: int) -> dict[str, 
     }
 
 
-def forced(cache_bytes: float, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The bank with another threshold between its routes."""
+def forced(layers: bool, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The bank with one of its routes wherever there is a choice."""
 
     def forward() -> Tensor:
-        before = bank_module.CACHE_BYTES
-        bank_module.CACHE_BYTES = cache_bytes
+        before = bank_module.takes_layers
+        bank_module.takes_layers = lambda *_: layers
         try:
             return run()
         finally:
-            bank_module.CACHE_BYTES = before
+            bank_module.takes_layers = before
 
     return forward
 
@@ -155,7 +155,7 @@ def main() -> None:
         outputs: Tensor = bank.forward(model, x, names)
         return outputs
 
-    ways = {"base": lambda: model(x), "bank": mixed, "groups": forced(0, mixed), "layers": forced(1e18, mixed)}
+    ways = {"base": lambda: model(x), "bank": mixed, "groups": forced(False, mixed), "layers": forced(True, mixed)}
     peer = peft_forward(model, adapters, names)
     if not isinstance(peer, str):
         ways["PEFT"] = lambda: peer(x)

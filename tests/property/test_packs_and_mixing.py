@@ -156,9 +156,9 @@ def test_a_batch_mixed_at_random_is_each_of_its_samples_alone(data: st.DataObjec
                 with bank.attach(model, name, strength):
                     rows.append(model(x[row : row + 1]))
     expected = torch.cat(rows)
-    for cache in (0, 1 << 30):
+    for layers in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bank_module, "CACHE_BYTES", cache)
+            patch.setattr(bank_module, "takes_layers", lambda *_, layers=layers: layers)
             found = bank.forward(model, x, chosen, strength=strengths)
         # a row may cancel to less than its terms: the tolerance is of the largest output
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max().clamp(min=1)

@@ -154,7 +154,7 @@ def test_layers_give_what_one_by_one_gives(
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_groups_give_what_one_by_one_gives(kind: str, routes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(bank_module, "takes_layers", lambda *_: False)
     model = ready(Convolutions())
     assert_mixed_is_one_by_one(model, bank_for(model, kind=kind), samples(2, 12, 5))
     assert routes == ["groups"] * 2
@@ -163,7 +163,7 @@ def test_groups_give_what_one_by_one_gives(kind: str, routes: list[str], monkeyp
 def test_groups_compute_the_bits_of_the_attached_model(digits_test: loraio.Dataset, base: nn.Module) -> None:
     bank, x = bank_for(base), digits_test.images[:12]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bank_module, "CACHE_BYTES", 0)
+        patch.setattr(bank_module, "takes_layers", lambda *_: False)
         found = bank.forward(base, x, NAMES)
     for name in "abc":
         rows = [row for row, own in enumerate(NAMES) if own == name]
@@ -255,9 +255,9 @@ def test_outputs_may_be_dicts_tuples_and_lists() -> None:
     nested = Calls(lambda m, x: {"out": (m.l(x), [m.l(x) * 2])}, l=plain)
     x, bank = samples(5), bank_for(nested)
     expected = torch.cat([part["out"][0] for part in one_by_one(nested, bank, x, NAMES)])
-    for cache in (mixing.CACHE_BYTES, 0):
+    for layers in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bank_module, "CACHE_BYTES", cache)
+            patch.setattr(bank_module, "takes_layers", lambda *_, layers=layers: layers)
             found = bank.forward(nested.eval(), x, NAMES)
         assert torch.allclose(found["out"][0], expected, atol=1e-5)
         assert torch.allclose(found["out"][1][0], 2 * expected, atol=1e-5)
@@ -269,7 +269,7 @@ def test_outputs_without_a_row_for_each_sample_are_refused(
 ) -> None:
     model = Calls(output, l=nn.Linear(5, 4)).eval()
     bank = bank_for(model)
-    monkeypatch.setattr(bank_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(bank_module, "takes_layers", lambda *_: False)
     with pytest.raises(StateError, match=r"no row for each|gives a str"):
         bank.forward(model, samples(5), NAMES)
 
@@ -329,7 +329,7 @@ def test_an_error_inside_the_model_leaves_it_as_it_was(
 ) -> None:
     bank, x = bank_for(base), digits_test.images[:12]
     before = dict(base.named_parameters())
-    for cache in (mixing.CACHE_BYTES, 0):
+    for layers in (True, False):
         calls: list[int] = []
 
         def fail(*_: object, calls: list[int] = calls) -> None:
@@ -338,7 +338,7 @@ def test_an_error_inside_the_model_leaves_it_as_it_was(
                 raise KeyError("own")
 
         hook = base.fc.register_forward_hook(fail)  # type: ignore[union-attr,operator]
-        monkeypatch.setattr(bank_module, "CACHE_BYTES", cache)
+        monkeypatch.setattr(bank_module, "takes_layers", lambda *_, layers=layers: layers)
         with pytest.raises(KeyError, match="own"):
             bank.forward(base, x, NAMES)
         hook.remove()
@@ -377,3 +377,13 @@ def test_it_runs_inside_inference_mode_and_never_keeps_a_graph(
         assert not found.requires_grad
     assert torch.allclose(bank.forward(base, x, NAMES), found, atol=1e-5)
     assert torch.allclose(found, torch.cat(one_by_one(base, bank, x, NAMES)), atol=1e-4)
+
+
+def test_the_cheaper_route_is_taken() -> None:
+    """Largest input or output of a target against weights: the figures are digit-cnn's and resnet50's."""
+    for row_bytes, weight_bytes, layers in (
+        (25_088, 452_000, True),
+        (3_211_264, 102_000_000, False),  # 224 pixels
+        (262_144, 102_000_000, True),  # 64 pixels
+    ):
+        assert mixing.takes_layers(mixing.Route(row_bytes, True), 64, weight_bytes) == layers
