@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -58,11 +60,11 @@ class Attachment:
         refuse_attached(model)
         self._check(adapter)
         self._adapter = adapter
-        self._base: dict[str, tuple[int, str]] = {}
+        self._base: dict[str, _Mark] = {}
         if trainable:
             state = base_state_dict(model)
             known = identity_of(model).digests(state)
-            self._base = {name: (_writes(state[name]), digest) for name, digest in known.items()}
+            self._base = {name: _Mark(_writes(state[name]), state[name].dtype, known[name]) for name in state}
         try:
             self._freeze(adapter)
             self._put_on(adapter, [*adapter.targets, *adapter.whole])
@@ -452,17 +454,25 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return _as_before(state, own_names, orders)
 
 
-def _written(state: Mapping[str, Tensor], before: Mapping[str, tuple[int, str]]) -> list[str]:
+class _Mark(NamedTuple):
+    """What a tensor of the base was: torch's count of writes to it, its dtype and its digest."""
+
+    writes: int
+    dtype: torch.dtype
+    sha256: str
+
+
+def _written(state: Mapping[str, Tensor], before: Mapping[str, _Mark]) -> list[str]:
     """Names of tensors that were written to and have other bytes now; a cast or a move alone is no write.
 
-    Args:
-        state: as it is now.
-        before: torch's count of writes to each tensor, and its digest, as they were.
+    The count of writes does not tell everything: fused optimizers do not raise it.
     """
     suspects = {
-        name: tensor for name, tensor in state.items() if not tensor.is_meta and _writes(tensor) != before[name][0]
+        name: tensor
+        for name, tensor in state.items()
+        if not tensor.is_meta and (tensor.dtype == before[name].dtype or _writes(tensor) != before[name].writes)
     }
-    return [name for name, digest in digests(suspects).items() if digest != before[name][1]]
+    return [name for name, digest in digests(suspects).items() if digest != before[name].sha256]
 
 
 def _writes(tensor: Tensor) -> int:

@@ -5,8 +5,9 @@ It is a torch parametrization: the base's tensor stays the Parameter or buffer t
 
 Without gradients the adapted weight is computed once and kept. It is used again while what it was computed from is the
 same: base weight and factors in the same memory, to which nothing was written since, at the same strength. Writes are
-noticed by torch's count of them (``tensor._version``), which every in-place operation raises, under ``no_grad`` too. It
-does not see writes through ``tensor.data``, a NumPy view or a raw pointer.
+noticed by torch's count of them (``tensor._version``), which every in-place operation raises, under ``no_grad`` too.
+Steps of fused optimizers do not raise it, so that the steps of all optimizers are counted besides. Writes through
+``tensor.data``, a NumPy view or a raw pointer are not seen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loraio.adapter import Target
 from loraio.backward import forward_for
@@ -95,6 +97,7 @@ class FoldedWeight(AdapterPart):
         given = self.at_hand(weight)
         if given is None:
             strength = self.strength  # another thread may set it meanwhile
+            _STEPS.start()
             with torch.inference_mode(False), torch.no_grad():
                 folded = self.target.fold(weight.detach(), factors, strength=strength)
                 self._kept = kept = _Kept(folded, weight, factors, strength)
@@ -119,12 +122,31 @@ class FoldedWeight(AdapterPart):
         return self
 
 
+class _Steps:
+    """Counts the steps of all of torch's optimizers, from the first weight that is kept on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hook: Any = None
+
+    def start(self) -> None:
+        """Count from now on."""
+        if self._hook is None:
+            self._hook = register_optimizer_step_post_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.count += 1
+
+
+_STEPS = _Steps()
+
+
 class _Kept:
     """An adapted weight, and what it was computed from."""
 
     def __init__(self, folded: Tensor, weight: Tensor, factors: Mapping[str, Tensor], strength: float) -> None:
         self._weight, self._pointer, self._writes = weight, weight.data_ptr(), weight._version
-        self._strides, self._strength = weight.stride(), strength
+        self._strides, self._strength, self._steps = weight.stride(), strength, _STEPS.count
         self._factors = [(name, factor, factor.data_ptr(), factor._version) for name, factor in factors.items()]
         # keep the memory from being given to another tensor: an address then stands for one memory
         self._aliases = [source.detach() for source in (weight, *factors.values())]
@@ -147,6 +169,7 @@ class _Kept:
         if (
             weight is not self._weight
             or weight._version != self._writes
+            or self._steps != _STEPS.count
             or weight.data_ptr() != self._pointer
             or weight.stride() != self._strides
             or strength != self._strength

@@ -113,11 +113,12 @@ CHANGES: dict[str, Callable[[nn.Module, loraio.Attachment, loraio.Adapter], Any]
     "a cast": lambda model, live, seven: model.double(),
     "a cast and back": lambda model, live, seven: model.half().float(),
     "a step of an optimizer": lambda model, live, seven: step(model),
+    "a step of a fused optimizer": lambda model, live, seven: step(model, fused=True),
 }
 
 
-def step(model: nn.Module) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def step(model: nn.Module, *, fused: bool = False) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     model(torch.ones(1, 1, 28, 28)).sum().backward()
     optimizer.step()
 
