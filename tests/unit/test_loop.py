@@ -70,7 +70,7 @@ def test_an_optimizer_made_too_early_would_be_noticed(
     """An optimizer that holds other parameters than the factors leaves B at zero, and the run is refused."""
     elsewhere = [nn.Parameter(torch.zeros(1))]
     real = torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr: real(elsewhere, lr=lr))
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, **options: real(elsewhere, **options))
     with pytest.raises(TrainingError, match="6 of 6 tensors did not move"):
         loraio.train(base, loraio.TrainConfig(digit=3, steps=5), digits)
 
