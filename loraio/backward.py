@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 THIN = 2
-"""How much longer a multiplication takes in a product as thin as a rank; measured for ranks 4 to 16 on one CPU core."""
+"""How much longer a multiplication takes in a product as thin as a rank; measured for rank 8 on one CPU core."""
 
 
 COLUMNS = 3
@@ -78,7 +78,7 @@ class Geometry(NamedTuple):
         """The gradient of the input; of the input only shape and layout count.
 
         A kernel of one point needs no convolution on a CPU: a matrix product gives the gradients of the points that it
-        meets, and those that its strides skip have none. oneDNN takes up to four times as long (seen in v3.12).
+        meets, and those that its strides skip have none. oneDNN takes longer on one core (seen in v3.12).
         """
         plain = self.groups == 1 and not any(self.padding) and weight.numel() == weight.shape[0] * weight.shape[1]
         if not plain or x.device.type != "cpu" or not x.is_contiguous():
@@ -94,7 +94,7 @@ class Geometry(NamedTuple):
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the weight; of the weight only shape and layout count.
 
-        oneDNN computes weight gradients of depthwise convolutions ten times as fast where the kernel is three wide and
+        oneDNN is several times as fast at weight gradients of depthwise convolutions where the kernel is three wide and
         nothing is left to pad (seen in v3.12 with 5 x 5 kernels), so that wider kernels are parted.
         """
         depthwise = self.groups == x.shape[1] == len(weight) and x.dim() == 4 and self.dilation == (1, 1)

@@ -299,7 +299,7 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], plan: Plan) -> torch.opti
         rate = plan.lr * plan.lora_plus if name.endswith("lora_B") else plan.lr
         decay = plan.weight_decay if parameter.ndim > 1 else 0.0  # lengths, biases and norms are not pulled to zero
         groups.setdefault((rate, decay), []).append(parameter)
-    # one kernel for all parameters, not a dozen for each: half of a small network's step
+    # one kernel for all parameters, not a dozen for each
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     if not plan.weight_decay:
         if len(groups) == 1:
