@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import loraio
 from loraio import container, formats
-from loraio.adapter import WHOLE_DTYPES, Adapter, check_strength
+from loraio.adapter import Adapter, check_strength
 from loraio.bases import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.container import TORCH_DTYPES, Header, dtype_code
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
@@ -190,7 +191,7 @@ def _groups(
 
 def _given(adapter: Adapter, name: str, dtype: str) -> Tensor | None:
     """What the adapter replaces a tensor by, in the dtype of the base's."""
-    if name not in adapter.whole or dtype not in WHOLE_DTYPES:
+    if name not in adapter.whole:
         return None
     return adapter.replace(name, torch.empty(0, dtype=getattr(torch, TORCH_DTYPES[dtype])))
 
@@ -465,8 +466,11 @@ class _Merge:
         """The base's index, with what was merged."""
         parted = read_parted_header(self.checkpoint.path)
         metadata = dict(parted.metadata)
-        if isinstance(metadata.get("total_size"), int):
-            metadata["total_size"] += sum(plan.made_size - plan.size for plan in self.plans.values())
+        grown = {
+            "total_size": sum(plan.made_size - plan.size for plan in self.plans.values()),
+            "total_parameters": sum(math.prod(plan.made[1]) - math.prod(plan.shape) for plan in self.plans.values()),
+        }
+        metadata |= {key: metadata[key] + more for key, more in grown.items() if isinstance(metadata.get(key), int)}
         index = {
             "metadata": {**metadata, container.METADATA_KEY: self._document(written)},
             "weight_map": {name.removeprefix(self.checkpoint.stripped): file for name, file in parted.places.items()},

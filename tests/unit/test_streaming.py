@@ -744,8 +744,11 @@ def test_replaced_tensors_are_written_as_the_merge_in_memory_writes_them(
         (tmp_path / "base").mkdir()
         for file in set(places.values()):
             save_file({n: t for n, t in state.items() if places[n] == file}, tmp_path / "base" / file)
-        size = sum(tensor.nbytes for tensor in state.values())
-        index = {"metadata": {"total_size": size}, "weight_map": places}
+        totals = {
+            "total_size": sum(tensor.nbytes for tensor in state.values()),
+            "total_parameters": sum(tensor.numel() for tensor in state.values()),
+        }
+        index = {"metadata": totals, "weight_map": places}
         (tmp_path / "base" / "p.safetensors.index.json").write_text(json.dumps(index))
     else:
         save_file(state, tmp_path / "base")
@@ -764,6 +767,7 @@ def test_replaced_tensors_are_written_as_the_merge_in_memory_writes_them(
     if parted:
         written = json.loads((tmp_path / "merged" / "p.safetensors.index.json").read_text())
         assert written["metadata"]["total_size"] == sum(tensor.nbytes for tensor in merged.values())
+        assert written["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in merged.values())
     else:
         document = loraio.read_base(tmp_path / "merged").document
         write_base(merged, tmp_path / "memory", network=None, heads={"3": 10}, merged=document["merged"])
@@ -782,3 +786,19 @@ def test_another_base_under_a_replaced_tensor_is_refused(tmp_path: Path, name: s
     assert not (tmp_path / "merged").exists()
     done = loraio.merge_file(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", allow_base_mismatch=True)
     assert done.mismatch == (f"{name!r}: other values",)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_a_count_of_another_dtype_is_replaced_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = Normed()
+    fresh = loraio.new_adapter(model, loraio.TrainConfig(rank=2, norm="stats"))
+    name = "1.num_batches_tracked"
+    adapter = replace(fresh, tensors={**fresh.tensors, name: torch.tensor(9)})
+    loraio.save(adapter, tmp_path / "adapter")
+    state = {**model.state_dict(), name: torch.tensor(0, dtype=dtype)}
+    save_file(state, tmp_path / "base")
+    done = loraio.merge_file(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", allow_base_mismatch=True)
+    merged = loraio.merge(state, adapter, allow_base_mismatch=True)
+    assert loraio.read_base(tmp_path / "merged").state[name].equal(torch.tensor(9, dtype=dtype))
+    assert done.sha256 == state_sha256(merged)
+    assert done.weights == loraio.verify_weights(state, adapter, merged, allow_base_mismatch=True)
