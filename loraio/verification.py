@@ -192,7 +192,7 @@ def verify_weights(
 ) -> WeightReport:
     """The first half of `verify`, which needs no network.
 
-    The reference shares no code with the merge: it is summed in NumPy, in float64, rank by rank.
+    The reference shares no code with the merge: it is computed in NumPy, in float64.
 
     Raises:
         BaseMismatchError: the adapter does not belong to this base.
