@@ -38,9 +38,6 @@ WHOLE_DTYPES = (*FLOAT_DTYPES, "I64")
 ROLES = ("head", "norm")
 """What whole tensors are for: a head of the adapter's own, or normalisation layers."""
 
-BLOCK = 2**17
-"""Numbers of a weight that are folded at a time on the CPU: in float64 they fill a megabyte, which stays in cache."""
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -143,58 +140,66 @@ class Target:
     def _kind(self) -> Kind:
         return KINDS[self.kind]
 
-    def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0) -> Tensor:
+    def fold(
+        self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0, exact: bool = True
+    ) -> Tensor:
         """The new weight, for use: accumulated in float64, rounded once. Merge, attach and verify all use this.
+
+        On the CPU the bits depend on the values alone, not on where or in which order the weight lies in memory. A
+        compiled program, an accelerator or another library of matrix products sums in its own order: that may round one
+        weight in some 1e8 to the other side of a tie.
 
         Args:
             weight: the base weight, ``shape``, any float dtype and device.
             factors: by short name, same device, any float dtype.
             strength: multiplies the scale; 0 gives the base weight's bits.
+            exact: false sums in float32 where the weight's dtype has no more: faster, and off by up to (r + 3) * 2**-24
+                of the sum of the terms' magnitudes, which is many units in the last place where they cancel.
 
         Returns:
             a new tensor, shape, dtype, device and memory format of ``weight``, without gradient.
         """
         import torch
 
-        from loraio.lowrank import round_once
+        from loraio.folding import fold_by_slices
+        from loraio.lowrank import is_plain_memory, round_once
 
         if strength == 0:
             return weight.detach().clone()
+        wide = torch.float64 if exact else torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
-            if weight.device.type == "mps":  # has no float64
+            if weight.device.type == "mps" and exact:  # has no float64
                 moved = {name: factor.cpu() for name, factor in factors.items()}
                 return self.fold(weight.cpu(), moved, strength=strength).to(weight.device)
-            exact = {name: factor.double() for name, factor in factors.items()}
-            folded = torch.empty_like(weight)  # with its strides: channels_last runs other kernels
-            whole = weight.device.type != "cpu" or torch.compiler.is_compiling()
-            for at in (slice(None),) if whole else self.slices():
-                part, mine = (self, exact) if whole else self.part(at, exact)
-                folded[at] = round_once(part._fold_in(torch.float64, weight[at], mine, strength), weight.dtype)
-            return folded
+            if is_plain_memory(weight, *factors.values()):
+                return fold_by_slices(
+                    weight.detach(),
+                    factors,
+                    layer=self._layer,
+                    kind=self._kind,
+                    groups=self.groups,
+                    scale=self.scale,
+                    strength=strength,
+                    wide=wide,
+                )
+            folded = self._fold_in(wide, weight, factors, strength)  # an accelerator gains nothing from slices
+            folded = round_once(folded, weight.dtype) if exact else folded.to(weight.dtype)
+            return folded if folded.stride() == weight.stride() else torch.empty_like(weight).copy_(folded)
 
     def slices(self) -> list[slice]:
-        """How the weight is parted for a fold on the CPU, along its first dimension, into about `BLOCK` numbers each.
+        """How the weight is parted for a fold on the CPU, see `loraio.folding.slices`."""
+        from loraio.folding import slices
 
-        It follows from the shape alone, so that a weight is summed in the same order wherever and by whomever it is
-        folded. A weight of which no slice can be folded by itself comes in one.
-        """
-        length = self.shape[0]
-        kind = self._layer.slices
-        if kind == "neither" or (kind == "columns" and not self._kind.columns_apart):
-            return [slice(0, length)]
-        rows = max(BLOCK // math.prod(self.shape[1:]), 1)
-        return [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
+        return slices(self.shape, self._layer, self._kind)
 
     def part(self, at: slice, factors: Mapping[str, Tensor]) -> tuple[Target, dict[str, Tensor]]:
         """One of the `slices` as a target of its own, and its share of the factors."""
+        from loraio.folding import share
+
         if at.stop - at.start == self.shape[0]:
             return self, dict(factors)
         part = replace(self, shape=(at.stop - at.start, *self.shape[1:]), groups=1)
-        mine = {}
-        for short, shape in part.factor_shapes.items():
-            axes = zip(shape, factors[short].shape, strict=True)  # the sliced one is the one that is shorter here
-            mine[short] = factors[short][tuple(slice(None) if a == b else at for a, b in axes)]
-        return part, mine
+        return part, share(at, factors, self._layer, self._kind)
 
     def fold_for_training(self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0) -> Tensor:
         """The new weight, differentiable, computed in float32 (float64 for float64 weights).
@@ -393,8 +398,14 @@ class Adapter:
         target = lookup(self.targets, name, what="target")
         return {short: self.factors[f"{name}.{short}"] for short in target.factor_shapes}
 
-    def fold(self, name: str, weight: Tensor, *, strength: float = 1.0) -> Tensor:
+    def fold(self, name: str, weight: Tensor, *, strength: float = 1.0, exact: bool = True) -> Tensor:
         """The new weight of one target, rounded once; the factors go to the weight's device.
+
+        Args:
+            name: of the target.
+            weight: the base weight.
+            strength: multiplies the scale.
+            exact: as `Target.fold` takes it.
 
         Raises:
             UnknownNameError: no such target.
@@ -407,9 +418,9 @@ class Adapter:
         if tuple(weight.shape) != target.shape:
             raise ShapeError(f"{name!r}: the weight is {tuple(weight.shape)}, the adapter needs {target.shape}")
         factors = {short: factor.to(weight.device) for short, factor in self.factors_of(name).items()}
-        folded = target.fold(weight, factors, strength=strength)
+        folded = target.fold(weight, factors, strength=strength, exact=exact)
         # a sum is finite only where all are; but one of finite numbers may overflow itself
-        suspect = not bool(folded.sum(dtype=torch.promote_types(folded.dtype, torch.float32)).isfinite())
+        suspect = not math.isfinite(float(folded.sum(dtype=torch.promote_types(folded.dtype, torch.float32))))
         if suspect and bool((weight.isfinite() & ~folded.isfinite()).any()):
             raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
         return folded

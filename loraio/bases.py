@@ -49,6 +49,10 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 _WRAPPED_IN = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save the state dict
 
 
+FAST_SUMS = "float32"
+"""What a receipt in a merged checkpoint says of its sums where they are not exact."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseCheckpoint:
     """What a base checkpoint file holds.
@@ -72,6 +76,12 @@ class BaseCheckpoint:
     document: Mapping[str, Any] = field(default_factory=dict)
     stripped: str = ""
     parts: tuple[Path, ...] = ()
+
+    @property
+    def merged_exactly(self) -> bool:
+        """Whether the last adapter that was merged into it, if any, was summed exactly, as far as the file says."""
+        receipts = self.document.get("merged", [])
+        return not receipts or receipts[-1].get("sums") != FAST_SUMS
 
 
 def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:

@@ -25,7 +25,7 @@ from torch import Tensor
 import loraio
 from loraio import container, formats
 from loraio.adapter import Adapter, check_strength
-from loraio.bases import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
+from loraio.bases import FAST_SUMS, BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.container import TORCH_DTYPES, Header, dtype_code
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
 from loraio.finished import FinishedParts
@@ -83,6 +83,7 @@ def merge_file(
     overwrite: bool = False,
     allow_base_mismatch: bool = False,
     allow_noop: bool = False,
+    exact: bool = True,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergedFile:
@@ -106,6 +107,7 @@ def merge_file(
         allow_base_mismatch: go on where values or dtypes of the base are others; recorded in the file. The base is
             then read twice.
         allow_noop: go on where no weight changes.
+        exact: false sums in float32, see `Target.fold`; recorded in the file.
         workers: threads, by default one for each processor, but at most four. The bytes do not depend on it.
         progress: called with the bytes that are done, and all that are to do.
 
@@ -132,6 +134,7 @@ def merge_file(
         strength=strength,
         overwrite=overwrite,
         allow_noop=allow_noop,
+        exact=exact,
         workers=count,
         inputs=Inputs(),
         files=(base, adapter, checkpoint.path, *checkpoint.parts),
@@ -238,6 +241,7 @@ class _Merge:
     strength: float
     overwrite: bool
     allow_noop: bool
+    exact: bool
     workers: int
     inputs: Inputs
     files: tuple[str | os.PathLike[str], ...]
@@ -366,6 +370,7 @@ class _Merge:
             metadata=metadata,
             adapter=self.adapter,
             strength=self.strength,
+            exact=self.exact,
             inputs=self.inputs,
             workers=self.workers,
             progress=progress,
@@ -451,6 +456,8 @@ class _Merge:
             "base_sha256": self.base_sha256 or self.adapter.base.sha256,
             "strength": self.strength,
         }
+        if not self.exact:
+            receipt["sums"] = FAST_SUMS
         if self.mismatch:
             receipt["base_mismatch"] = list(self.mismatch)
         named = self.checkpoint if self.checkpoint.network else self.adapter.base
@@ -483,6 +490,7 @@ class _Merge:
         return {
             "adapter_sha256": state_sha256(self.adapter.all_tensors),
             "base_sha256": self.base_sha256 or self.adapter.base.sha256,
+            "exact": self.exact,
             "loraio": loraio.__version__,
             "parts": list(self.groups),
             "strength": self.strength,

@@ -21,18 +21,20 @@ def merge(
     strength: float = 1.0,
     *,
     allow_base_mismatch: bool = False,
+    exact: bool = True,
 ) -> dict[str, Tensor]:
     """The weights with the adapter folded in for good: W + strength * scale * (B @ A) for every target.
 
     Accumulated in float64 and rounded once to the weight's own dtype: a folded weight is the float nearest to the sum.
     Tensors that the adapter replaces whole are replaced, whatever the strength. The bits are those that an attached
-    model computes with.
+    model computes with, unless ``exact`` is false.
 
     Args:
         state_dict: the base model's, on any device; not changed.
         adapter: from `loraio.load` or `loraio.train`.
         strength: multiplies the adapter's scale.
         allow_base_mismatch: go on where values or dtypes of the base are others; names and shapes must fit.
+        exact: false sums in float32, which is faster and no longer the nearest float; see `Target.fold`.
 
     Returns:
         a new dict, same names in the same order; what the adapter changes are new tensors, all others are the tensors
@@ -46,7 +48,9 @@ def merge(
     strength = check_strength(strength)
     check_base(adapter, state_dict, allow_mismatch=allow_base_mismatch)
     with torch.no_grad():
-        folded = {name: adapter.fold(name, state_dict[name], strength=strength) for name in adapter.targets}
+        folded = {
+            name: adapter.fold(name, state_dict[name], strength=strength, exact=exact) for name in adapter.targets
+        }
         folded |= {name: adapter.replace(name, state_dict[name]) for name in adapter.whole}
     merged: dict[str, Tensor] = OrderedDict((name, folded.get(name, tensor)) for name, tensor in state_dict.items())
     versions = getattr(state_dict, "_metadata", None)

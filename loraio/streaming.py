@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -243,6 +244,7 @@ def write_tensors(
     metadata: Callable[[Mapping[str, Written]], Mapping[str, str]],
     adapter: Adapter,
     strength: float,
+    exact: bool,
     inputs: Inputs,
     workers: int,
     progress: Progress,
@@ -257,6 +259,7 @@ def write_tensors(
             which must not depend on what it is called with.
         adapter: what is folded in.
         strength: multiplies its scale.
+        exact: whether weights are folded in float64, or in float32.
         inputs: the files that the plans name.
         workers: threads; the bytes do not depend on how many there are.
         progress: is told about the bytes of the output.
@@ -275,7 +278,8 @@ def write_tensors(
         plan, place = plans[name], len(start) + placed[name].begin
         with _opened(plan.source, inputs) as source, FileIO(path, "r+") as target:
             if plan.folded:
-                made = _fold(name, plan, source, target, place, adapter=adapter, strength=strength, progress=progress)
+                fold = partial(_fold, adapter=adapter, strength=strength, exact=exact, progress=progress)
+                made = fold(name, plan, source, target, place)
             elif plan.given is not None:
                 made = _give(plan.given, plan, source, target, place, progress=progress)
             else:
@@ -305,6 +309,7 @@ def _fold(
     *,
     adapter: Adapter,
     strength: float,
+    exact: bool,
     progress: Progress,
 ) -> Written:
     before, after, fold = hashlib.sha256(), hashlib.sha256(), Fold()
@@ -316,11 +321,12 @@ def _fold(
         before.update(raw.numpy().data)
         base = raw.view(dtype).view(shape)
         target.seek(place + start)
-        write_all(target, tensor_bytes(part.fold(name, base, strength=strength)).numpy().data)
+        write_all(target, tensor_bytes(part.fold(name, base, strength=strength, exact=exact)).numpy().data)
         raw = _read(target, place + start, shape[0] * row, Path(os.fsdecode(target.name)))
         after.update(raw.numpy().data)
         found = raw.view(dtype).view(shape)
-        fold += Fold.of(check_fold(part, base, found, strength, told=fold.check.max_ulp), base, found)
+        check = check_fold(part, base, found, strength, exact=exact, told=fold.check.max_ulp)
+        fold += Fold.of(check, base, found)
         progress.add(len(raw))
     return Written(sha256=after.hexdigest(), source_sha256=before.hexdigest(), fold=fold)
 

@@ -25,6 +25,7 @@ LINES = [
     {"formats", "bases"},
     {"identity", "networks", "parametrization"},
     {"adapter", "backward"},
+    {"folding"},
     {"layers", "kinds", "parts"},
     {"lowrank", "container", "registry"},
     {"outputs"},

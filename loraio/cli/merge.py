@@ -23,6 +23,9 @@ from loraio.cli import _options, _output
 @_options.strength_option
 @_options.mismatch_option
 @click.option(
+    "--fast", is_flag=True, help="Sum in float32: no longer the nearest float, nor the bits of the attached adapter."
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=None,
@@ -36,13 +39,14 @@ def merge(
     output: str,
     strength: float,
     allow_base_mismatch: bool,
+    fast: bool,
     workers: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Fold ADAPTER into BASE for good.
 
-    Each weight becomes W + strength * scale * (B @ A), rounded once. The weights of what was
+    Each weight becomes W + strength * scale * (B @ A), in float64 and rounded once. The weights of what was
     written are verified before the file gets its name. A base in several parts gives the same
     parts; one that was killed goes on where it was.
     """
@@ -57,6 +61,7 @@ def merge(
             overwrite=force,
             allow_base_mismatch=allow_base_mismatch,
             allow_noop=force,
+            exact=not fast,
             workers=workers,
             progress=progress,
         )
@@ -71,10 +76,13 @@ def merge(
     for line in () if as_json else merged.mismatch:
         _output.note(f"note: another base: {line}")
     if as_json:
-        _output.print_json("merge", {"file": output, "sha256": merged.sha256, "strength": strength, **facts})
+        _output.print_json(
+            "merge", {"file": output, "sha256": merged.sha256, "strength": strength, "fast": fast, **facts}
+        )
         return
+    reference = "what a float32 sum may be" if fast else "the exact sum"
     click.echo(
         f"{output}: {weights.folded} tensors folded, "
         f"{f'{weights.replaced} replaced, ' if weights.replaced else ''}{weights.untouched} left bit-identical;\n"
-        f"the worst weight is {weights.max_ulp:.3g} ulp from the exact sum\n{merged.landing}"
+        f"the worst weight is {weights.max_ulp:.3g} ulp from {reference}\n{merged.landing}"
     )

@@ -70,6 +70,7 @@ def verify(
         samples=samples or 256,
         seed=seed,
         allow_base_mismatch=allow_base_mismatch,
+        exact=after.merged_exactly,
     )
     if as_json:
         weights = {"ok": report.weights.ok, **asdict(report.weights)}
@@ -77,20 +78,21 @@ def verify(
         facts = {
             "ok": report.ok,
             "strength": strength,
+            "exact": after.merged_exactly,
             "stripped": before.stripped,
             "weights": weights,
             "outputs": outputs,
         }
         _output.print_json("verify", facts)
     else:
-        _print(report)
+        _print(report, exact=after.merged_exactly)
     if not report.ok:
         ctx.exit(FAILED)
 
 
-def _print(report: Report) -> None:
+def _print(report: Report, *, exact: bool) -> None:
     weights, outputs = report.weights, report.outputs
-    click.echo(f"weights: {'ok' if weights.ok else 'WRONG'}")
+    click.echo(f"weights: {'ok' if weights.ok else 'WRONG'}{'' if exact else ', as far as float32 sums go'}")
     click.echo(f"  folded tensors: {weights.folded}, with {weights.values:,} values")
     click.echo(
         f"  not correctly rounded: {weights.not_correctly_rounded:,}, the worst weight off by {weights.max_ulp:.3g} ulp"

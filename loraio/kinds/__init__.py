@@ -45,6 +45,10 @@ class Kind(Protocol):
         """
         ...
 
+    def fold_(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> None:
+        """`fold` in place: the weight matrix, any strides, becomes the new one. Without gradients."""
+        ...
+
     def reference(
         self,
         weight: Any,

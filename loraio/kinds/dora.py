@@ -66,6 +66,15 @@ class Dora:
         folded = direction * (factors["magnitude"][:, None] / length.masked_fill(length == 0, 1))
         return folded if strength == 1 else weight + strength * (folded - weight)
 
+    def fold_(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> None:
+        """The same in place."""
+        if strength != 1:  # needs the old weight to the end
+            weight.copy_(self.fold(weight, factors, scale=scale, strength=strength))
+            return
+        self._lora.fold_(weight, factors, scale=scale)
+        length = weight.norm(dim=1, keepdim=True)
+        weight.mul_(factors["magnitude"][:, None] / length.masked_fill_(length == 0, 1))
+
     def reference(
         self,
         weight: Any,

@@ -61,6 +61,10 @@ class Lora:
         """
         return weight.addmm(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
 
+    def fold_(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> None:
+        """The same in place."""
+        weight.addmm_(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
+
     def reference(
         self,
         weight: Any,

@@ -42,11 +42,31 @@ def test_merge_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_
     path = tmp_path / "merged.safetensors"
     found = run_json(*words("merge", files, "-o", path, "--strength", 0.5))
     facts = {"folded", "replaced", "untouched", "max_ulp", "landing", "base_mismatch", "parts", "reused"}
-    assert found.keys() == {"schema", "file", "sha256", "strength", "stripped", *facts}
+    assert found.keys() == {"schema", "file", "sha256", "strength", "fast", "stripped", *facts}
     assert found["landing"].keys() == {"targets", "parameters", "replaced", "smallest", "median", "largest"}
     assert (found["file"], found["strength"], found["folded"], found["untouched"]) == (str(path), 0.5, 3, 5)
     assert 0 < found["max_ulp"] <= 0.5
     assert loraio.read_base(path).document["sha256"] == found["sha256"]
+
+
+def test_a_fast_merge_says_so_in_the_file_and_is_verified_as_one(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "fast.safetensors"
+    assert "ulp from what a float32 sum may be" in run(*words("merge", files, "-o", path, "--fast")).stdout
+    checkpoint, exact = loraio.read_base(path), loraio.read_base(files / "merged.safetensors")
+    assert checkpoint.document["merged"][0]["sums"] == "float32"
+    assert not checkpoint.merged_exactly
+    assert exact.merged_exactly
+    assert not checkpoint.state["conv2.weight"].equal(exact.state["conv2.weight"])
+    found = run_json(*words("verify", files, path))
+    assert (found["ok"], found["exact"]) == (True, False)
+    assert "as far as float32 sums go" in run(*words("verify", files, path)).stdout
+    claims = dict(checkpoint.document)
+    claims["merged"] = [{key: value for key, value in claims["merged"][0].items() if key != "sums"}]
+    lying = tmp_path / "lying.safetensors"
+    container.write(checkpoint.state, lying, document=claims)
+    assert "weights: WRONG" in run(*words("verify", files, lying), code=3).stdout
 
 
 def test_merge_refuses_an_existing_output_without_force(run: Run, files: Path, tmp_path: Path) -> None:
@@ -143,7 +163,7 @@ def test_verify_says_yes_to_a_right_merge(run: Run, files: Path) -> None:
 
 def test_verify_json_is_the_contract(run_json: RunJson, files: Path) -> None:
     found = run_json(*words("verify", files, files / "merged.safetensors"))
-    assert found.keys() == {"schema", "ok", "strength", "stripped", "weights", "outputs"}
+    assert found.keys() == {"schema", "ok", "strength", "exact", "stripped", "weights", "outputs"}
     assert found["ok"] is True
     weights, outputs = found["weights"], found["outputs"]
     assert weights["ok"] is True

@@ -10,7 +10,7 @@ import torch
 from strategies import tensor
 from torch import Tensor, nn
 
-from loraio import adapter
+from loraio import folding
 from loraio.adapter import SCALE_RULES, Target
 from loraio.container import dtype_code
 from loraio.identity import tensor_sha256
@@ -191,7 +191,7 @@ def test_folding_rows_in_blocks_gives_what_folding_at_once_gives(
     before = weight.clone()
     folds = []
     for block in (2**40, 7, 1):  # all at once; a few rows, or one; one row for want of room
-        monkeypatch.setattr(adapter, "BLOCK", block)
+        monkeypatch.setattr(folding, "BLOCK", block)
         folds.append(target.fold(weight, factors, strength=strength))
     for found in folds[1:]:
         assert found.dtype == dtype

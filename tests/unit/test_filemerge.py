@@ -37,6 +37,15 @@ def test_the_file_holds_what_merge_gives_and_says_what_was_merged(
     ]
 
 
+def test_a_fast_merge_writes_the_bits_of_a_fast_merge_in_memory(
+    files: Path, trained_base: nn.Module, three: loraio.Adapter, tmp_path: Path
+) -> None:
+    path = tmp_path / "fast.safetensors"
+    loraio.merge_file(files / "base.safetensors", files / "three.safetensors", path, exact=False)
+    found, expected = loraio.read_base(path).state, loraio.merge(trained_base.state_dict(), three, exact=False)
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
 def test_the_same_merge_writes_the_same_bytes(files: Path, tmp_path: Path) -> None:
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:

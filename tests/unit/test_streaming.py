@@ -24,7 +24,7 @@ from strategies import tensor
 from torch import Tensor, nn
 
 import loraio
-from loraio import container, filemerge, outputs, streaming, verification
+from loraio import container, filemerge, folding, outputs, streaming, verification
 from loraio.adapter import Adapter, BaseReference, Target, parts_of
 from loraio.bases import write_base
 from loraio.container import TORCH_DTYPES, dtype_code
@@ -449,6 +449,7 @@ def test_a_tensor_of_another_shape_takes_the_place_of_the_base_s(tmp_path: Path)
         metadata=lambda _: {"a": "b"},
         adapter=adapter,
         strength=1.0,
+        exact=True,
         inputs=streaming.Inputs(),
         workers=2,
         progress=streaming.Progress(),
@@ -479,7 +480,7 @@ def test_the_layout_is_that_of_the_safetensors_library() -> None:
 def test_the_slices_of_a_fold_are_the_folds_of_the_slices(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loraio.adapter, "BLOCK", 1000)
+    monkeypatch.setattr(folding, "BLOCK", 1000)
     for layer in LAYER_TYPES.values():
         shape = (203, 24, *(3,) * (layer.dims - 2))
         state = {"w": tensor(shape, dtype, 5)}
