@@ -25,7 +25,7 @@ LINES = [
     {"formats", "bases"},
     {"identity", "networks", "parametrization"},
     {"adapter", "backward"},
-    {"layers", "kinds", "parts"},
+    {"layers", "kinds", "parts", "slots"},
     {"lowrank", "container", "registry"},
     {"outputs"},
     {"errors"},
