@@ -6,7 +6,7 @@ adapter on it too, with a handle of its own: `attachment_of`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from loraio.layers import (
     normalisation_modules,
     refuse_shared,
     refuse_unusable,
+    select_targets,
     target_modules,
 )
 from loraio.parametrization import (
@@ -37,6 +38,11 @@ from loraio.parametrization import (
     freeze_statistics,
     release_statistics,
 )
+from loraio.registry import lookup
+from loraio.slots import Slot
+
+Reserve = str | Adapter | Iterable[str | Adapter] | None
+"""Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
 
 
 class Attachment:
@@ -47,7 +53,14 @@ class Attachment:
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, *, strength: float, trainable: bool, allow_base_mismatch: bool
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        *,
+        strength: float,
+        trainable: bool,
+        allow_base_mismatch: bool,
+        reserve: Reserve = None,
     ) -> None:
         self.model = model
         self._strength = check_strength(strength)
@@ -58,6 +71,7 @@ class Attachment:
         self._frozen: list[nn.Module] = []
         self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
         refuse_attached(model)
+        self._reserved = None if reserve is None else _reserved(model, adapter, reserve)
         self._check(adapter)
         self._adapter = adapter
         self._base: dict[str, _Mark] = {}
@@ -67,7 +81,7 @@ class Attachment:
             self._base = {name: _Mark(_writes(state[name]), state[name].dtype, known[name]) for name in state}
         try:
             self._freeze(adapter)
-            self._put_on(adapter, [*adapter.targets, *adapter.whole])
+            self._put_on(adapter, [*(self._reserved or adapter.targets), *adapter.whole])
         except BaseException:
             self._take_off(list(self._places))
             self._release()
@@ -144,6 +158,12 @@ class Attachment:
         for place in self._places.values():
             if isinstance(place.part, FoldedWeight):
                 place.part.strength = self._strength
+        self._fill_slots()
+
+    @property
+    def reserved(self) -> tuple[str, ...] | None:
+        """The weights that any adapter may change, in the model's order; None where nothing was reserved."""
+        return self._reserved
 
     def enable(self) -> None:
         """Let the adapter take part in the forward pass."""
@@ -183,7 +203,7 @@ class Attachment:
 
         Raises:
             BaseMismatchError: the adapter does not belong to this base.
-            StateError: detached already, or attached for training.
+            StateError: detached already, attached for training, or the adapter changes what was not reserved.
         """
         self._require_attached()
         if self._trainable:
@@ -252,6 +272,19 @@ class Attachment:
                 problems=[f"{name!r}: its module is not of a layer type that adapters know" for name in unknown],
             )
         refuse_shared(self.model, [*adapter.targets, *adapter.whole])
+        if self._reserved is not None:
+            self._check_reserved(adapter, self._reserved)
+
+    def _check_reserved(self, adapter: Adapter, reserved: Sequence[str]) -> None:
+        outside = [name for name in adapter.targets if name not in reserved]
+        problems = [f"{name!r} is adapted and not reserved" for name in outside]
+        problems += [f"{name!r} is replaced whole, which cannot be reserved" for name in adapter.whole]
+        if problems:
+            raise StateError(
+                "the adapter changes tensors for which the attached model has reserved no place",
+                problems=problems,
+                hint="detach, and attach without reserve" if adapter.whole else f"attach(.., reserve={outside})",
+            )
 
     def _misfits(self, adapter: Adapter) -> list[str]:
         """A line for each whole tensor whose layer is not of the kind that its role asks for."""
@@ -300,13 +333,28 @@ class Attachment:
         for place in self._places.values():
             place.part.enabled = enabled
             place.resize(enabled)
+        self._fill_slots()
+
+    def _fill_slots(self) -> None:
+        """Let compiled graphs see what was changed."""
+        for place in self._places.values():
+            if isinstance(place.part, FoldedWeight) and place.part.slot is not None:
+                place.part.slot.fill()
 
     def _exchange(self, adapter: Adapter) -> None:
         """From whatever is on the model to this adapter, touching only what differs."""
-        stay = {name for name in self._places if name in adapter.targets}  # whole tensors may have other sizes
+        # whole tensors may have other sizes
+        stay = {name for name in self._places if name in (self._reserved or adapter.targets)}
         self._take_off([name for name in self._places if name not in stay])
         for name, place in self._places.items():
-            place.stack[0] = self._part(adapter, name, place.stack.original)
+            old, new = place.part, self._part(adapter, name, place.stack.original)
+            if isinstance(old, FoldedWeight) and isinstance(new, FoldedWeight):
+                if old.target is None and new.target is None:
+                    continue
+                new.slot = old.slot
+            place.stack[0] = new
+            if isinstance(new, FoldedWeight) and new.slot is not None:
+                new.slot.fill()
         self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay])
         self._adapter = adapter
 
@@ -317,6 +365,8 @@ class Attachment:
             part = FoldedWeight(
                 adapter.targets[name], factors, strength=self._strength, trainable=self._trainable, handle=self
             )
+        elif name not in adapter.whole:  # reserved for other adapters
+            part = FoldedWeight(None, {}, strength=self._strength, trainable=self._trainable, handle=self)
         else:
             part = GivenTensor(
                 adapter.tensors[name].to(base.device, copy=True),
@@ -342,6 +392,8 @@ class Attachment:
             place = Place(module=module, parameter=parameter, order=order, sizes=sizes)
             place.put_on(self._part(adapter, name, getattr(module, parameter)))
             self._places[name] = place
+            if self._reserved is not None and isinstance(place.part, FoldedWeight):
+                place.part.slot = Slot(place.stack)
 
     def _take_off(self, names: Iterable[str]) -> None:
         for name in names:
@@ -356,6 +408,7 @@ def attach(
     *,
     trainable: bool = False,
     allow_base_mismatch: bool = False,
+    reserve: Reserve = None,
 ) -> Attachment:
     """Put an adapter on a live model.
 
@@ -365,6 +418,11 @@ def attach(
     statistics; but one that is to learn statistics for the adapter, attached for training, follows the mode. Inside
     torch's ``parametrize.cached()`` a weight that was read once stays as it was read, whatever the handle does.
 
+    A model that ``torch.compile`` has compiled is compiled anew for other ranks, scales, kinds and targets, unless they
+    were reserved: with ``reserve`` its graph without gradients reads finished weights, see `loraio.slots`, and whatever
+    the handle does compiles nothing anew. Every reserved weight is then held once more, also where the adapter leaves
+    it alone.
+
     Args:
         model: the base model, on any device; it must be the one that the adapter was trained on.
         adapter: from `loraio.load` or `loraio.train`.
@@ -373,16 +431,28 @@ def attach(
             for training loops.
         allow_base_mismatch: go on where values or dtypes of the base are others, now and in later swaps; names,
             shapes and layers must fit.
+        reserve: the weights that this and later adapters may change: patterns as `loraio.layers.select_targets` takes
+            them, adapters that will come, or several of both. This adapter's own targets always belong to them. Whole
+            tensors cannot be reserved. By default any adapter of the base can come.
 
     Returns:
         the handle: disable, enable, strength, swap, detach.
 
     Raises:
         BaseMismatchError: another base, or a target is missing or of another layer type; all are listed.
-        StateError: the model carries an adapter already, or a target is shared or parametrized otherwise.
+        StateError: the model carries an adapter already, or a target is shared or parametrized otherwise, or the
+            adapter replaces whole tensors and ``reserve`` is given.
         ConfigError: the strength is not a finite number.
+        UnknownNameError: what is to be reserved is not in the model.
     """
-    return Attachment(model, adapter, strength=strength, trainable=trainable, allow_base_mismatch=allow_base_mismatch)
+    return Attachment(
+        model,
+        adapter,
+        strength=strength,
+        trainable=trainable,
+        allow_base_mismatch=allow_base_mismatch,
+        reserve=reserve,
+    )
 
 
 def refuse_attached(model: nn.Module) -> None:
@@ -477,6 +547,29 @@ def _written(state: Mapping[str, Tensor], before: Mapping[str, _Mark]) -> list[s
 
 def _writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # inference tensors are not counted, nor are they trained
+
+
+def _reserved(model: nn.Module, adapter: Adapter, reserve: str | Adapter | Iterable[str | Adapter]) -> tuple[str, ...]:
+    """The weights that are reserved, in the model's order.
+
+    Raises:
+        UnknownNameError: a pattern or a target of an adapter is not in the model.
+        StateError: a weight that no adapter can be put on.
+    """
+    modules = target_modules(model)
+    names = set(adapter.targets)
+    patterns = []
+    for each in (reserve,) if isinstance(reserve, str | Adapter) else reserve:
+        if isinstance(each, str):
+            patterns.append(each)
+        else:
+            names.update(each.targets)
+    if patterns:
+        names.update(select_targets(model, patterns))
+    for name in names - adapter.targets.keys():  # whose own are checked with it
+        refuse_unusable(lookup(modules, name, what="target"))
+    refuse_shared(model, names)
+    return tuple(name for name in modules if name in names)
 
 
 def _is_parametrized(module: nn.Module, name: str) -> bool:

@@ -11,13 +11,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Adapter, check_strength
-from loraio.attachment import Attachment, attach, attachment_of, base_state_dict, refuse_attached
+from loraio.attachment import Attachment, Reserve, attach, attachment_of, base_state_dict, refuse_attached
 from loraio.errors import ConfigError, FormatError, LoraioError, MissingFileError, ShapeError, StateError
 from loraio.formats import load_bytes
 from loraio.formats.pack import (
@@ -134,14 +134,23 @@ class Bank:
         """
         self._listed = _list(self._source)
 
-    def attach(self, model: nn.Module, name: str, strength: float = 1.0) -> Attachment:
+    def attach(
+        self, model: nn.Module, name: str, strength: float = 1.0, *, reserve: Reserve | Literal[True] = None
+    ) -> Attachment:
         """As `loraio.attach`, by name.
+
+        Args:
+            model: the base.
+            name: of the adapter.
+            strength: multiplies its scale.
+            reserve: as `loraio.attach`; True reserves what any adapter of the bank changes, which reads them all.
 
         Raises:
             UnknownNameError, FormatError and others: as ``bank[name]``; nothing was changed.
             BaseMismatchError, StateError, ConfigError: as `loraio.attach`.
         """
-        return attach(model, self[name], strength)
+        wanted = (self[each] for each in self) if reserve is True else reserve
+        return attach(model, self[name], strength, reserve=wanted)
 
     def swap(self, model: nn.Module, name: str) -> Attachment:
         """Put an adapter in the place of the one that the model carries, or on the model if it carries none.

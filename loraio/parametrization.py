@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from loraio.adapter import Target
 from loraio.backward import forward_for
 from loraio.errors import StateError
+from loraio.slots import Adapted, Slot
 
 
 class AdapterPart(nn.Module):
@@ -57,14 +58,22 @@ class FoldedWeight(AdapterPart):
 
     Without gradients it gives the bits that `loraio.merge` gives. Where a gradient is asked for, from the factors or
     from the base weight, it computes the same in float32, differentiably.
+
+    Attributes:
+        target: what the adapter says of the weight; None where it leaves a weight alone that is reserved for others.
+        strength: multiplies the scale.
+        trainable: whether the factors are Parameters.
+        slot: where compiled graphs read the weight from when there are no gradients; None where they fold it.
     """
 
     def __init__(
-        self, target: Target, factors: Mapping[str, Tensor], *, strength: float, trainable: bool, handle: Any
+        self, target: Target | None, factors: Mapping[str, Tensor], *, strength: float, trainable: bool, handle: Any
     ) -> None:
         super().__init__(handle=handle)
         self.target = target
         self.strength = strength
+        self.trainable = trainable
+        self.slot: Slot | None = None
         self._kept: _Kept | None = None
         for name, factor in factors.items():
             if trainable:
@@ -75,11 +84,11 @@ class FoldedWeight(AdapterPart):
     @property
     def steps_thinly(self) -> bool:
         """Whether it is trained and of a kind whose layers have a training step of their own, `loraio.backward`."""
-        return self.target.kind == "lora" and any(True for _ in self.parameters())
+        return self.target is not None and self.target.kind == "lora" and any(True for _ in self.parameters())
 
     def factors(self) -> dict[str, Tensor]:
         """The factors by short name, as they are now."""
-        return {name: getattr(self, name) for name in self.target.factor_shapes}
+        return {name: getattr(self, name) for name in self.target.factor_shapes} if self.target else {}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The factors by their names in files."""
@@ -87,7 +96,11 @@ class FoldedWeight(AdapterPart):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight: shape, dtype and device of ``weight``."""
-        if not self.enabled:
+        if self.slot is not None and torch.compiler.is_compiling() and not _is_exporting():
+            graded = torch.is_grad_enabled() and (weight.requires_grad or self.trainable)
+            if not graded and self.slot.fits(weight):  # before anything that would put the adapter into the graph
+                return self.slot.read()
+        if self.target is None or not self.enabled:
             return weight
         factors = self.factors()
         if torch.is_grad_enabled() and (weight.requires_grad or any(f.requires_grad for f in factors.values())):
@@ -112,13 +125,30 @@ class FoldedWeight(AdapterPart):
         held: Any = self._parameters or self._buffers
         return kept.for_use(weight, held, self.strength)
 
+    def adapted(self, weight: Tensor) -> Adapted:
+        """The adapted weight, or the base's where the adapter is off or leaves it alone; as a `Slot` asks for it."""
+        factors = self.factors() if self.enabled else {}
+        _STEPS.start()
+        with torch.inference_mode(False), torch.no_grad():
+            base = weight.detach()
+            folded = self.target.fold(base, factors, strength=self.strength) if self.target and factors else base.clone()
+            if not _can_be_kept(weight, factors.values()):
+                return folded, lambda _: False
+            kept = _Kept(folded, weight, factors, self.strength)
+        held: Any = self._parameters or self._buffers
+        return folded, lambda base: kept.is_current(base, held)
+
     def refresh(self) -> None:
         """Forget the weight that was kept."""
         self._kept = None
+        if self.slot is not None:
+            self.slot.fill()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedWeight:
         """``model.to(...)`` and its like move the factors, but do not cast them: they are the adapter's own."""
         nn.Module._apply(self, _uncast(fn), recurse)
+        if self.slot is not None:
+            self.slot.move(fn)
         return self
 
 
@@ -158,6 +188,21 @@ class _Kept:
         if folded.is_cuda:  # another thread may use it on another stream
             torch.cuda.current_stream(folded.device).synchronize()
 
+    def is_current(self, weight: Tensor, held: Mapping[str, Tensor | None]) -> bool:
+        """Whether weight and factors are those that it was computed from, and nobody wrote to them."""
+        if (
+            weight is not self._weight
+            or weight._version != self._writes
+            or self._steps != _STEPS.count
+            or weight.data_ptr() != self._pointer
+            or weight.stride() != self._strides
+        ):
+            return False
+        for name, factor, pointer, writes in self._factors:
+            if held.get(name) is not factor or factor._version != writes or factor.data_ptr() != pointer:
+                return False
+        return True
+
     def for_use(self, weight: Tensor, held: Mapping[str, Tensor | None], strength: float) -> Tensor | None:
         """The adapted weight; None where it is no longer what these would give.
 
@@ -166,19 +211,10 @@ class _Kept:
             held: what holds the factors by name, among others.
             strength: asked for.
         """
-        if (
-            weight is not self._weight
-            or weight._version != self._writes
-            or self._steps != _STEPS.count
-            or weight.data_ptr() != self._pointer
-            or weight.stride() != self._strides
-            or strength != self._strength
-            or self._folded._version != self._folded_writes  # somebody wrote to what was given out
-        ):
+        if strength != self._strength or self._folded._version != self._folded_writes:  # somebody wrote to it
             return None
-        for name, factor, pointer, writes in self._factors:
-            if held.get(name) is not factor or factor._version != writes or factor.data_ptr() != pointer:
-                return None
+        if not self.is_current(weight, held):
+            return None
         if not weight.requires_grad or (
             # autocast keeps its cast of whatever asks for gradients: one for each forward pass
             weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
@@ -188,6 +224,9 @@ class _Kept:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the model computes its own
+
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 
 
 def _can_be_kept(weight: Tensor, factors: Iterable[Tensor]) -> bool:

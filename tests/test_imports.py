@@ -26,7 +26,7 @@ LINES = [
     {"identity", "networks", "parametrization"},
     {"adapter", "backward"},
     {"folding"},
-    {"layers", "kinds", "parts"},
+    {"layers", "kinds", "parts", "slots"},
     {"lowrank", "container", "registry"},
     {"outputs"},
     {"errors"},
