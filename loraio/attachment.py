@@ -6,17 +6,18 @@ adapter on it too, with a handle of its own: `attachment_of`.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import NamedTuple
+from types import MappingProxyType, TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from loraio.adapter import Adapter, check_strength
+from loraio.adapter import Adapter, Target, check_strength
 from loraio.container import tensor_bytes
 from loraio.errors import BaseMismatchError, StateError, UnknownNameError
 from loraio.identity import check_base, digests, identity_of
@@ -40,9 +41,14 @@ from loraio.parametrization import (
 )
 from loraio.registry import lookup
 from loraio.slots import Slot
+from loraio.watching import Watch
 
 Reserve = str | Adapter | Iterable[str | Adapter] | None
 """Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
+
+
+KEPT_BYTES = 64 * 2**20
+"""What an `Attachment` may hold of adapters that it had before, so that swapping back to one computes nothing."""
 
 
 class Attachment:
@@ -70,6 +76,8 @@ class Attachment:
         self._places: dict[str, Place] = {}
         self._frozen: list[nn.Module] = []
         self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
+        self._fitting = _Fitting()
+        self._recent = _Recent()
         refuse_attached(model)
         self._reserved = None if reserve is None else _reserved(model, adapter, reserve)
         self._check(adapter)
@@ -82,6 +90,7 @@ class Attachment:
         try:
             self._freeze(adapter)
             self._put_on(adapter, [*(self._reserved or adapter.targets), *adapter.whole])
+            self._remember(adapter)
         except BaseException:
             self._take_off(list(self._places))
             self._release()
@@ -193,6 +202,7 @@ class Attachment:
         for place in self._places.values():
             if isinstance(place.part, FoldedWeight):
                 place.part.refresh()
+        self._recent.forget()
 
     def swap(self, adapter: Adapter) -> None:
         """Put another adapter in the place of this one; strength and on/off stay as they are.
@@ -209,13 +219,16 @@ class Attachment:
         if self._trainable:
             raise StateError("an adapter that is being trained cannot be swapped", hint="detach it first")
         self._check_untouched()
-        self._check(adapter)
+        if not self._fitting.covers(adapter):
+            self._check(adapter)
         old = self._adapter
         try:
             self._exchange(adapter)
         except BaseException:
             self._exchange(old)
             raise
+        if not self._allow_base_mismatch:
+            self._fitting.add(adapter, self.model)
 
     def detach(self) -> None:
         """Take the adapter off: the model has its own Parameters and buffers again, in their order, with their bits.
@@ -346,8 +359,9 @@ class Attachment:
         # whole tensors may have other sizes
         stay = {name for name in self._places if name in (self._reserved or adapter.targets)}
         self._take_off([name for name in self._places if name not in stay])
+        recent = self._recent.parts(adapter) if self._reserved is None else {}
         for name, place in self._places.items():
-            old, new = place.part, self._part(adapter, name, place.stack.original)
+            old, new = place.part, self._part(adapter, name, place.stack.original, recent)
             if isinstance(old, FoldedWeight) and isinstance(new, FoldedWeight):
                 if old.target is None and new.target is None:
                     continue
@@ -355,12 +369,25 @@ class Attachment:
             place.stack[0] = new
             if isinstance(new, FoldedWeight) and new.slot is not None:
                 new.slot.fill()
-        self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay])
+        self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay], recent)
         self._adapter = adapter
+        self._remember(adapter)
 
-    def _part(self, adapter: Adapter, name: str, base: Tensor) -> AdapterPart:
+    def _remember(self, adapter: Adapter) -> None:
+        if self._reserved is None and not self._trainable:
+            parts = {
+                name: part for name in adapter.targets if isinstance(part := self._places[name].part, FoldedWeight)
+            }
+            self._recent.add(adapter, parts, sum(self._places[name].stack.original.nbytes for name in adapter.targets))
+
+    def _part(
+        self, adapter: Adapter, name: str, base: Tensor, recent: Mapping[str, FoldedWeight] = MappingProxyType({})
+    ) -> AdapterPart:
         part: AdapterPart
-        if name in adapter.targets:
+        if name in recent and all(factor.device == base.device for factor in recent[name].factors().values()):
+            part = recent[name]
+            part.strength = self._strength
+        elif name in adapter.targets:
             factors = {short: factor.to(base.device, copy=True) for short, factor in adapter.factors_of(name).items()}
             part = FoldedWeight(
                 adapter.targets[name], factors, strength=self._strength, trainable=self._trainable, handle=self
@@ -378,7 +405,9 @@ class Attachment:
         part.enabled = self._enabled
         return part
 
-    def _put_on(self, adapter: Adapter, names: Iterable[str]) -> None:
+    def _put_on(
+        self, adapter: Adapter, names: Iterable[str], recent: Mapping[str, FoldedWeight] = MappingProxyType({})
+    ) -> None:
         for name in names:
             path, _, parameter = name.rpartition(".")
             module = self.model.get_submodule(path)
@@ -390,7 +419,7 @@ class Attachment:
                 _, attribute = find_head(self.model, path)
                 sizes = ((attribute, getattr(module, attribute), adapter.heads[path]),)
             place = Place(module=module, parameter=parameter, order=order, sizes=sizes)
-            place.put_on(self._part(adapter, name, getattr(module, parameter)))
+            place.put_on(self._part(adapter, name, getattr(module, parameter), recent))
             self._places[name] = place
             if self._reserved is not None and isinstance(place.part, FoldedWeight):
                 place.part.slot = Slot(place.stack)
@@ -399,6 +428,101 @@ class Attachment:
         for name in names:
             self._places[name].take_off()
             del self._places[name]
+
+
+class _Fitting:
+    """What has been checked, so that it need not be again: which adapters fit the model, for as long as it is the same.
+
+    What is asked of an adapter follows from its targets' metadata alone; the factors, strength and rank may be others.
+    """
+
+    def __init__(self) -> None:
+        self._watch: Watch | None = None
+        self._base: Any = None
+        self._targets: dict[str, Any] = {}
+
+    def add(self, adapter: Adapter, model: nn.Module) -> None:
+        """This adapter fits the model as it is now."""
+        if self._base is not None and self.covers(adapter):
+            return
+        self._watch = None if adapter.whole else Watch(model, lambda module: isinstance(module, AdapterPart))
+        self._base = _base_facts(adapter)
+        self._targets = {name: _target_facts(target) for name, target in adapter.targets.items()}
+
+    def covers(self, adapter: Adapter) -> bool:
+        """Whether it follows that this one fits too."""
+        known = self._targets
+        return (
+            self._watch is not None
+            and not adapter.whole
+            and self._base == _base_facts(adapter)
+            and all(name in known and known[name] == _target_facts(target) for name, target in adapter.targets.items())
+            and self._watch.same()
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fitting:
+        return _Fitting()
+
+
+def _base_facts(adapter: Adapter) -> tuple[Any, ...]:
+    return adapter.base.sha256, adapter.base.sha256_without_statistics
+
+
+def _target_facts(target: Target) -> tuple[Any, ...]:
+    return target.base_sha256, target.shape, target.dtype, target.layer, target.groups
+
+
+class _Recent:
+    """The parts of adapters that were on the model lately, with the weights that they computed, up to `KEPT_BYTES`."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+
+    def parts(self, adapter: Adapter) -> Mapping[str, FoldedWeight]:
+        """Those of this very adapter, by target; empty where there are none, or somebody wrote to any factors."""
+        entry = self._entries.get(id(adapter))
+        if entry is None:
+            return {}
+        now = _factors(adapter, entry.parts)
+        same = all(a is b and _writes(a) == writes for a, (b, writes) in zip(now, entry.factors, strict=True))
+        return entry.parts if same else {}
+
+    def add(self, adapter: Adapter, parts: dict[str, FoldedWeight], size: int) -> None:
+        """Keep them.
+
+        Args:
+            adapter: the adapter.
+            parts: of all its targets.
+            size: bytes of the weights that they compute.
+        """
+        known = self._entries.pop(id(adapter), None)
+        if known is None or any(known.parts[name] is not part for name, part in parts.items()):
+            factors = [(factor, _writes(factor)) for factor in _factors(adapter, parts)]
+            known = _Entry(adapter, parts, factors, size + sum(factor.nbytes for factor, _ in factors))
+        self._entries[id(adapter)] = known
+        while self._entries and sum(entry.size for entry in self._entries.values()) > KEPT_BYTES:
+            self._entries.popitem(last=False)
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._entries.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recent:
+        return _Recent()  # a copy of the model has parts of its own
+
+
+class _Entry(NamedTuple):
+    """An adapter, its parts, the factors of both with the count of writes to each, and how many bytes that holds."""
+
+    adapter: Adapter
+    parts: dict[str, FoldedWeight]
+    factors: list[tuple[Tensor, int]]
+    size: int
+
+
+def _factors(adapter: Adapter, parts: Mapping[str, FoldedWeight]) -> list[Tensor]:
+    own = [factor for part in parts.values() for factor in part.factors().values()]
+    return [*adapter.factors.values(), *own]
 
 
 def attach(

@@ -21,6 +21,7 @@ from loraio.container import dtype_code, tensor_bytes
 from loraio.errors import BaseMismatchError, StateError
 from loraio.layers import STATISTICS
 from loraio.registry import nearest
+from loraio.watching import sampled
 
 PROJECTIONS = 8
 """Random projections in a `sketch`."""
@@ -33,10 +34,6 @@ SAME = 0.02
 
 SAME_ORIGIN = 0.5
 """Relative distance up to which a weight counts as changed, not as another one altogether."""
-
-
-SAMPLED = 64
-"""How many numbers of a tensor `BaseIdentity` compares besides torch's own count of writes."""
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -84,7 +81,7 @@ class BaseIdentity:
     """The digests of a live model's tensors, each computed once for as long as its tensor is not written to.
 
     A tensor counts as the same while its memory, shape, strides, dtype, device and the count of writes that torch keeps
-    (``Tensor._version``) are the same, and up to `SAMPLED` numbers, evenly spaced over it, compare equal. The memory is
+    (``Tensor._version``) are the same, and some numbers, evenly spaced over it, compare equal. The memory is
     held on to, so that no other tensor can come to lie in its place.
 
     The count misses writes through ``.data``, NumPy views, DLPack, other processes and
@@ -150,10 +147,10 @@ class _Digest:
     @classmethod
     def of(cls, tensor: Tensor, sha256: str) -> _Digest:
         # a detached view shares memory and count of writes with the tensor, but not its graph
-        return cls(sha256, tensor.detach(), _write_key(tensor), _sampled(tensor).clone())
+        return cls(sha256, tensor.detach(), _write_key(tensor), sampled(tensor).clone())
 
     def holds_for(self, tensor: Tensor) -> bool:
-        return self.key is not None and self.key == _write_key(tensor) and self.sample.equal(_sampled(tensor))
+        return self.key is not None and self.key == _write_key(tensor) and self.sample.equal(sampled(tensor))
 
 
 def _write_key(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -162,19 +159,6 @@ def _write_key(tensor: Tensor) -> tuple[Any, ...] | None:
     memory = tensor.untyped_storage()
     place = (tensor.data_ptr(), memory.data_ptr(), memory.nbytes())
     return (*place, tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _sampled(tensor: Tensor) -> Tensor:
-    """Up to `SAMPLED` numbers, evenly spaced; a view wherever the tensor's memory has no holes."""
-    plain = tensor.detach()
-    count = plain.numel()
-    step = -(-count // SAMPLED) or 1
-    if (
-        count
-        and sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True)) == count - 1
-    ):
-        return plain.as_strided((-(-count // step),), (step,))
-    return plain.reshape(-1)[::step]
 
 
 def identity_of(model: nn.Module) -> BaseIdentity:

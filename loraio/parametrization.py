@@ -131,7 +131,9 @@ class FoldedWeight(AdapterPart):
         _STEPS.start()
         with torch.inference_mode(False), torch.no_grad():
             base = weight.detach()
-            folded = self.target.fold(base, factors, strength=self.strength) if self.target and factors else base.clone()
+            folded = (
+                self.target.fold(base, factors, strength=self.strength) if self.target and factors else base.clone()
+            )
             if not _can_be_kept(weight, factors.values()):
                 return folded, lambda _: False
             kept = _Kept(folded, weight, factors, self.strength)

@@ -26,7 +26,7 @@ LINES = [
     {"identity", "networks", "parametrization"},
     {"adapter", "backward"},
     {"folding"},
-    {"layers", "kinds", "parts", "slots"},
+    {"layers", "kinds", "parts", "slots", "watching"},
     {"lowrank", "container", "registry"},
     {"outputs"},
     {"errors"},

@@ -16,7 +16,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 import loraio
 from loraio import identity
 from loraio.errors import BaseMismatchError, StateError
-from loraio.identity import SAMPLED, BaseIdentity, digests, identity_of, state_sha256, tensor_sha256
+from loraio.identity import BaseIdentity, digests, identity_of, state_sha256, tensor_sha256
+from loraio.watching import SAMPLED
 
 
 def test_a_tensors_digest_is_that_of_its_bytes_in_c_order() -> None:

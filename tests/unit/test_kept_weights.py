@@ -238,6 +238,57 @@ def test_threads_see_one_strength_or_the_other(base: nn.Module, three: loraio.Ad
     assert not wrong
 
 
+def test_swapping_back_computes_nothing_unless_something_changed(
+    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, images: Tensor, folds: Counter
+) -> None:
+    live = loraio.attach(base, three)
+    first = outputs(base, images)
+    live.swap(seven)
+    outputs(base, images)
+    assert folds.since() == 6
+    live.swap(three)
+    assert same_bits(outputs(base, images), first)
+    assert folds.since() == 0
+    write(next(base.conv2.parametrizations.buffers()))  # to a factor on the model: it is gone after a swap
+    live.swap(seven)
+    live.swap(three)
+    assert same_bits(outputs(base, images), first)
+    live.swap(seven)
+    live.strength = 0.5
+    live.swap(three)
+    assert_fresh(base, images)
+    live.disable()
+    live.swap(seven)
+    assert_fresh(base, images)
+    live.enable()
+    assert_fresh(base, images)
+    write(seven.factors["conv2.weight.lora_B"])
+    live.swap(three)
+    live.swap(seven)
+    assert_fresh(base, images)
+    write(base_weight(base))
+    with pytest.raises(BaseMismatchError):
+        live.swap(three)
+    live.detach()
+
+
+def test_adapters_that_were_on_a_model_are_held_within_a_bound(
+    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, images: Tensor, folds: Counter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    size = sum(4 * base.get_parameter(name).numel() for name in three.targets)
+    monkeypatch.setattr(loraio.attachment, "KEPT_BYTES", 2 * size)  # with their factors two are more
+    with loraio.attach(base, three) as live:
+        for adapter in (three, seven, three, seven):
+            live.swap(adapter)
+            outputs(base, images)
+        assert folds.since() == 12
+        other = copy.deepcopy(base)
+        assert same_bits(outputs(other, images), outputs(base, images))
+        loraio.attachment_of(other).swap(three)
+        assert_fresh(other, images)
+
+
 def test_swapping_reads_the_base_once_and_notices_what_was_written_to_it(
     base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, monkeypatch: pytest.MonkeyPatch, images: Tensor
 ) -> None:

@@ -67,9 +67,7 @@ def many(trained_base: nn.Module) -> list[loraio.Adapter]:
         ("alpha/sqrt(r)", 5, 0.5, ("fc",)),
     ]
     return [
-        adapter_for(
-            copy.deepcopy(trained_base), rank, *targets, kind=kind, rank=rank, alpha=alpha, scale_rule=rule
-        )
+        adapter_for(copy.deepcopy(trained_base), rank, *targets, kind=kind, rank=rank, alpha=alpha, scale_rule=rule)
         for kind, (rule, rank, alpha, targets) in itertools.product(("lora", "dora"), forms)
     ]
 
@@ -230,9 +228,7 @@ def test_nothing_is_reserved_unless_asked_for(base: nn.Module, three: loraio.Ada
         assert place.part.slot is None
 
 
-def test_a_bank_reserves_for_all_of_its_adapters(
-    base: nn.Module, many: list[loraio.Adapter], images: Tensor
-) -> None:
+def test_a_bank_reserves_for_all_of_its_adapters(base: nn.Module, many: list[loraio.Adapter], images: Tensor) -> None:
     bank = loraio.Bank({str(number): adapter for number, adapter in enumerate(many[:3])})
     compiled, counter = compiled_once(base)
     live = bank.attach(base, "0", reserve=True)

@@ -1,0 +1,80 @@
+"""Whether a model is still what it was: the same modules with the same tensors, to which nothing was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAMPLED = 64
+"""How many numbers of a tensor are compared besides torch's own count of writes."""
+
+
+class Watch:
+    """A model as it is now, in a form that is quick to compare with what it is later.
+
+    The same are: the modules, by identity; their parameters and buffers, by identity; of each of these the memory, the
+    count of writes that torch keeps and up to `SAMPLED` numbers. What `loraio.identity.BaseIdentity` says of writes
+    that torch does not count holds here too.
+
+    Args:
+        model: the model.
+        besides: tells which modules do not belong to it and may come and go.
+    """
+
+    def __init__(self, model: nn.Module, besides: Callable[[nn.Module], bool]) -> None:
+        self._held: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
+        self._tensors: list[Tensor] = []
+        for module in model.modules():
+            if besides(module):
+                continue
+            for held in (module._parameters, module._buffers):
+                self._held.append((held, tuple(held.values())))
+                self._tensors += [tensor for tensor in held.values() if tensor is not None]
+            if not any(child is not None and besides(child) for child in module._modules.values()):
+                self._held.append((module._modules, tuple(module._modules.values())))
+        self._marks = self._marks_now()
+        groups: dict[Any, list[Tensor]] = {}
+        for tensor in self._tensors if self._marks else ():
+            if tensor.numel():
+                groups.setdefault((tensor.dtype, tensor.device), []).append(sampled(tensor))
+        self._samples = [(views, torch.cat(views)) for views in groups.values()]
+
+    def same(self) -> bool:
+        """Whether nothing has changed; False also where that cannot be told."""
+        return (
+            self._marks is not None
+            and all(len(held) == len(was) and all(map(is_, held.values(), was)) for held, was in self._held)
+            and self._marks == self._marks_now()
+            and all(torch.cat(views).equal(was) for views, was in self._samples)
+        )
+
+    def _marks_now(self) -> list[tuple[int, int]] | None:
+        """Of each tensor its address and how often it was written to; None where something has no such count."""
+        tensors = self._tensors
+        if any(t.is_inference() or t.is_meta or not is_dense(t) for t in tensors):
+            return None
+        return [(t.data_ptr(), t._version) for t in tensors]
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """Up to `SAMPLED` numbers, evenly spaced; a view wherever the tensor's memory has no holes."""
+    plain = tensor.detach()
+    count = plain.numel()
+    step = -(-count // SAMPLED) or 1
+    if count and is_dense(plain):
+        return plain.as_strided((-(-count // step),), (step,))
+    return plain.reshape(-1)[::step]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's memory has no holes, in whatever order its dimensions lie."""
+    if tensor.layout != torch.strided:
+        return False
+    count = tensor.numel()
+    return (
+        not count or sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) == count - 1
+    )
