@@ -248,9 +248,9 @@ def _answers(network: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
             ) from error
         answers.append(_named(given))
         for name, tensor in answers[-1].items():
-            if tensor.shape[:1] != batch.shape[:1]:
+            if tensor.shape[:1] != batch.shape[:1] or not tensor.numel():
                 raise ConfigError(
-                    f"{name!r} of the network is {tuple(tensor.shape)} for {len(batch)} samples, not a row for each"
+                    f"{name!r} of the network is {tuple(tensor.shape)} for {len(batch)} samples, not a row of numbers for each"
                 )
     together = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
     for name, tensor in together.items():
@@ -387,15 +387,14 @@ def _compare(
     for place, (name, wanted) in enumerate(expected.items()):
         parts = [batch[place] for batch in found if place < len(batch)]
         max_abs, agreement = math.inf, 0.0 if wanted.ndim > 1 else None
+        numbers = wanted.double()
         if {(part.shape[1:], part.dtype) for part in parts} == {(wanted.shape[1:], wanted.dtype)}:
-            values = torch.cat(parts)
+            values = torch.cat(parts).double()
             if values.shape == wanted.shape:
-                max_abs = float(
-                    (values.double() - wanted.double()).abs().max().nan_to_num(nan=math.inf, posinf=math.inf)
-                )
+                max_abs = float((values - numbers).abs().max().nan_to_num(nan=math.inf, posinf=math.inf))
                 if wanted.ndim > 1:
-                    agreement = float((values.argmax(1) == wanted.argmax(1)).double().mean())
-        bound = atol + rtol * float(wanted.double().abs().max())
+                    agreement = float((values.argmax(1) == numbers.argmax(1)).double().mean())
+        bound = atol + rtol * float(numbers.abs().max())
         outputs.append(
             ExportedOutput(
                 name=name, shape=tuple(wanted.shape[1:]), max_abs=max_abs, bound=bound, argmax_agreement=agreement

@@ -54,6 +54,8 @@ class Pair(nn.Module):
             "nested": (row, (total,)),
             "none": None,
             "mean": row.mean(0),
+            "empty": row[:, :0],
+            "mask": row > 0,
         }[self.form]
 
 
@@ -183,10 +185,9 @@ def with_another_head(network: nn.Module) -> None:
 MUTANTS = [with_other_weight, with_half_weights, with_classes_exchanged, with_another_head]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
+@pytest.mark.parametrize(("mutate", "suffix"), [(MUTANTS[0], ".onnx"), *((mutate, ".pt2") for mutate in MUTANTS)])
 def test_a_file_that_computes_something_else_does_not_stay(
-    files: Path, out: Path, suffix: str, mutate: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+    files: Path, out: Path, mutate: Callable[[nn.Module], None], suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = exporting._traced
 
@@ -324,12 +325,18 @@ def test_one_wrong_output_of_several_is_named(own: Callable[..., Any], monkeypat
     assert problem.startswith("'output_1': the largest difference is inf")
 
 
+def test_an_output_of_truth_values_is_compared(own: Callable[..., Any]) -> None:
+    (output,) = loraio.export(**own("Pair", form="mask")).outputs
+    assert (output.shape, output.max_abs, output.argmax_agreement) == ((4,), 0, 1)
+
+
 @pytest.mark.parametrize(
     ("form", "words"),
     [
         ("nested", "gives tuple, not a tensor nor a flat tuple, list or dict"),
         ("none", "gives NoneType"),
-        ("mean", r"is \(4,\) for 1 samples, not a row for each"),
+        ("mean", r"is \(4,\) for 1 samples, not a row of numbers for each"),
+        ("empty", r"is \(1, 0\) for 1 samples"),
     ],
 )
 def test_outputs_of_another_form_are_refused(own: Callable[..., Any], form: str, words: str) -> None:
