@@ -249,9 +249,8 @@ def _answers(network: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         answers.append(_named(given))
         for name, tensor in answers[-1].items():
             if tensor.shape[:1] != batch.shape[:1] or not tensor.numel():
-                raise ConfigError(
-                    f"{name!r} of the network is {tuple(tensor.shape)} for {len(batch)} samples, not a row of numbers for each"
-                )
+                found = f"{name!r} of the network is {tuple(tensor.shape)} for {len(batch)} samples"
+                raise ConfigError(f"{found}, not a row of numbers for each")
     together = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
     for name, tensor in together.items():
         if not bool(tensor.isfinite().all()):
