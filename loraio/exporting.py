@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import math
 import os
 import re
@@ -280,7 +281,7 @@ def _traced(network: nn.Module, example: Tensor) -> Any:
         ConfigError: torch cannot trace it, or not for batches of any size.
     """
     try:
-        with _no_warnings(), torch.no_grad():
+        with _quiet(), torch.no_grad():
             batch = torch.export.Dim("batch", min=1)
             program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:  # torch names no class
@@ -293,12 +294,12 @@ def _traced(network: nn.Module, example: Tensor) -> Any:
 
 
 def _write_pt2(program: Any, path: Path, names: Sequence[str], opset: int | None) -> None:
-    with _no_warnings(), path.open("wb") as file:  # of a path the name would go into the bytes
+    with _quiet(), path.open("wb") as file:  # of a path the name would go into the bytes
         torch.export.save(program, file)
 
 
 def _open_pt2(path: Path) -> Run:
-    with _no_warnings(), path.open("rb") as file:
+    with _quiet(), path.open("rb") as file:
         network = torch.export.load(file).module()
 
     def run(batch: Tensor) -> list[Tensor]:
@@ -311,7 +312,7 @@ def _open_pt2(path: Path) -> Run:
 def _write_onnx(program: Any, path: Path, names: Sequence[str], opset: int | None) -> int:
     wanted: dict[str, Any] = {"input_names": ["input"], "output_names": list(names), "opset_version": opset}
     try:
-        with _no_warnings():
+        with _quiet():
             written: Any = torch.onnx.export(program, (), dynamo=True, verbose=False, **wanted)
             proto = written.model_proto
         _name_batch(proto.graph)
@@ -408,11 +409,16 @@ def _line(output: ExportedOutput) -> str:
 
 
 @contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """What torch says of its own future does not concern the user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _quiet() -> Iterator[None]:
+    """Without the warnings and log lines of the exporters: what went wrong is raised, or seen in what was written."""
+    before = logging.root.manager.disable
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _words(error: BaseException) -> str:

@@ -42,7 +42,7 @@ from loraio.cli import main
 
 for path in sys.argv[2:]:
     try:
-        main(["export", sys.argv[1], "-o", path, "--json"])
+        main(["export", sys.argv[1], "-o", path, "--json", *(["--opset", "17"] if path.endswith(".onnx") else [])])
     except SystemExit as end:
         assert end.code == 0
 """
@@ -59,11 +59,11 @@ def process(*words: object, **variables: str) -> subprocess.CompletedProcess[str
 def test_another_process_with_another_hash_seed_exports_the_same_bytes(files: Path, tmp_path: Path) -> None:
     merged, paths = files / "merged.safetensors", [tmp_path / f"m{suffix}" for suffix in sorted(exporting.FORMATS)]
     done = process("-c", BOTH, merged, *paths, PYTHONHASHSEED="7")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "")  # the converter to an older opset logs a lot
     for line, path in zip(done.stdout.splitlines(), paths, strict=True):
         found = json.loads(line)
         assert (found["ok"], found["file"], found["bytes"]) == (True, str(path), path.stat().st_size)
-        again = loraio.export(merged, path.with_stem("again"))
+        again = loraio.export(merged, path.with_stem("again"), opset=17 if path.suffix == ".onnx" else None)
         assert again.path.read_bytes() == path.read_bytes()
 
 
