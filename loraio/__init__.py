@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loraio.bank import Bank
     from loraio.bases import BaseCheckpoint, load_base, read_base, save_base
     from loraio.errors import LoraioError
+    from loraio.exporting import Exported, ExportedOutput, export
     from loraio.filemerge import MergedFile, merge_file
     from loraio.formats import load, save
     from loraio.formats.pack import pack, unpack
@@ -38,6 +39,7 @@ _PLACES = {
     "bank": ("Bank",),
     "bases": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
     "errors": ("LoraioError",),
+    "exporting": ("Exported", "ExportedOutput", "export"),
     "filemerge": ("MergedFile", "merge_file"),
     "formats": ("load", "save"),
     "formats.pack": ("pack", "unpack"),
@@ -64,6 +66,8 @@ __all__ = [
     "BaseReference",
     "Dataset",
     "Evaluation",
+    "Exported",
+    "ExportedOutput",
     "ImageForm",
     "Landing",
     "LoraioError",
@@ -85,6 +89,7 @@ __all__ = [
     "build_network",
     "evaluate",
     "evaluate_each",
+    "export",
     "image_form",
     "landing",
     "load",

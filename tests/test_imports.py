@@ -20,7 +20,7 @@ LINES = [
     {"filemerge"},
     {"finished"},
     {"streaming"},
-    {"bank", "verification"},
+    {"bank", "exporting", "verification"},
     {"attachment", "merging", "mixing"},
     {"formats", "bases"},
     {"identity", "networks", "parametrization"},
@@ -37,6 +37,9 @@ ROOMS = {
     "click": {"cli"},
     "rich": {"cli"},
     "safetensors": {"container"},
+    "onnx": {"exporting"},
+    "onnxruntime": {"exporting"},
+    "onnxscript": {"exporting"},
     "timm": {"networks"},
     "torchvision": {"networks", "training"},
     "sklearn": {"training"},
@@ -102,7 +105,7 @@ def test_functions_stay_callable_after_every_submodule_is_imported() -> None:
     for file in FILES:
         if file.stem not in ("__main__", "__init__"):
             __import__(".".join(("loraio", *file.relative_to(PACKAGE).with_suffix("").parts)))
-    for name in ("attach", "evaluate", "load", "merge", "predict", "pretrain", "save", "train", "verify"):
+    for name in ("attach", "evaluate", "export", "load", "merge", "predict", "pretrain", "save", "train", "verify"):
         assert callable(getattr(loraio, name)), name
 
 

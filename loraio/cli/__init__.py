@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import loraio
-from loraio.cli import evaluate, inspect, merge, pack, predict, pretrain, targets, train, unpack, verify
+from loraio.cli import evaluate, export, inspect, merge, pack, predict, pretrain, targets, train, unpack, verify
 from loraio.errors import LoraioError
 
 INTERRUPTED = 130
@@ -102,5 +102,6 @@ for _command in (
     unpack.unpack,
     merge.merge,
     verify.verify,
+    export.export,
 ):
     main.add_command(_command)

@@ -95,6 +95,20 @@ class Words(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         return words
 
 
+class Shape(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
+    """Sizes with commas: 3,224,224."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The sizes, each at least 1."""
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch("[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", str(value)):
+            self.fail(f"{value!r} is not sizes with commas, such as 3,224,224", param, ctx)
+        return tuple(map(int, str(value).split(",")))
+
+
 class KeywordOptions(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
     """A JSON object."""
 
