@@ -101,7 +101,10 @@ def _define_operator() -> None:
     if _LIBRARY:
         return
     library = torch.library.Library("loraio", "DEF")
-    library.define("refresh(Tensor(a!) weight, int slot) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    tags = [torch.Tag.pt2_compliant_tag]
+    if hasattr(torch.Tag, "cudagraph_unsafe"):  # a graph that is replayed would compare nothing
+        tags.append(torch.Tag.cudagraph_unsafe)
+    library.define("refresh(Tensor(a!) weight, int slot) -> ()", tags=tags)
     library.impl("refresh", _refresh, "CompositeExplicitAutograd")
     torch.library.register_fake("loraio::refresh", _pretend, lib=library)
     _LIBRARY.append(library)
