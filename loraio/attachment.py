@@ -18,8 +18,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from loraio.adapter import Adapter, Target, check_strength
-from loraio.container import tensor_bytes
-from loraio.errors import BaseMismatchError, StateError, UnknownNameError
+from loraio.container import dtype_code, tensor_bytes
+from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
 from loraio.identity import check_base, digests, identity_of
 from loraio.layers import (
     AFFINE,
@@ -67,6 +67,7 @@ class Attachment:
         trainable: bool,
         allow_base_mismatch: bool,
         reserve: Reserve = None,
+        max_rank: int | None = None,
     ) -> None:
         self.model = model
         self._strength = check_strength(strength)
@@ -79,6 +80,8 @@ class Attachment:
         self._fitting = _Fitting()
         self._recent = _Recent()
         refuse_attached(model)
+        self._max_rank = _check_max_rank(max_rank, trainable)
+        reserve = () if reserve is None and max_rank is not None else reserve
         self._reserved = None if reserve is None else _reserved(model, adapter, reserve)
         self._check(adapter)
         self._adapter = adapter
@@ -185,7 +188,8 @@ class Attachment:
     def parameters(self) -> Iterator[nn.Parameter]:
         """What can be trained: factors, heads, weights of norms; nothing without ``attach(..., trainable=True)``."""
         for place in self._places.values() if self._trainable else ():
-            yield from place.part.parameters()
+            if not isinstance(place.part, FoldedWeight) or place.part.target is not None:
+                yield from place.part.parameters()
 
     def statistics(self) -> dict[str, Tensor]:
         """Running statistics of the adapter's own, by name; the model writes to them when it trains."""
@@ -209,18 +213,22 @@ class Attachment:
 
         Its targets and ranks may be others. Everything is checked first: when an error comes, the old adapter is
         still on. Of the base only what was written to since the last check is read again, see
-        `loraio.identity.BaseIdentity`.
+        `loraio.identity.BaseIdentity`. An adapter that was attached for training with a ``max_rank`` leaves with what
+        it has learned: take `adapter` before, and give the new `parameters` to an optimizer of their own.
 
         Raises:
             BaseMismatchError: the adapter does not belong to this base.
-            StateError: detached already, attached for training, or the adapter changes what was not reserved.
+            StateError: detached already, attached for training without a ``max_rank``, or the adapter changes what was
+                not reserved or has a larger rank.
         """
         self._require_attached()
-        if self._trainable:
+        if self._trainable and self._max_rank is None:
             raise StateError("an adapter that is being trained cannot be swapped", hint="detach it first")
         self._check_untouched()
         if not self._fitting.covers(adapter):
             self._check(adapter)
+        elif self._reserved is not None:
+            self._check_reserved(adapter, self._reserved)
         old = self._adapter
         try:
             self._exchange(adapter)
@@ -292,6 +300,12 @@ class Attachment:
         outside = [name for name in adapter.targets if name not in reserved]
         problems = [f"{name!r} is adapted and not reserved" for name in outside]
         problems += [f"{name!r} is replaced whole, which cannot be reserved" for name in adapter.whole]
+        largest = max(target.rank for target in adapter.targets.values())
+        if not problems and self._max_rank is not None and largest > self._max_rank:
+            raise StateError(
+                f"the adapter has rank {largest}, the attached model has a place for {self._max_rank}",
+                hint=f"attach(.., max_rank={largest})",
+            )
         if problems:
             raise StateError(
                 "the adapter changes tensors for which the attached model has reserved no place",
@@ -389,11 +403,18 @@ class Attachment:
             part.strength = self._strength
         elif name in adapter.targets:
             factors = {short: factor.to(base.device, copy=True) for short, factor in adapter.factors_of(name).items()}
+            target = adapter.targets[name]
             part = FoldedWeight(
-                adapter.targets[name], factors, strength=self._strength, trainable=self._trainable, handle=self
+                target,
+                factors,
+                strength=self._strength,
+                trainable=self._trainable,
+                handle=self,
+                form=self._form(name, base, target.kind),
             )
         elif name not in adapter.whole:  # reserved for other adapters
-            part = FoldedWeight(None, {}, strength=self._strength, trainable=self._trainable, handle=self)
+            form = self._form(name, base, "lora")
+            part = FoldedWeight(None, {}, strength=self._strength, trainable=self._trainable, handle=self, form=form)
         else:
             part = GivenTensor(
                 adapter.tensors[name].to(base.device, copy=True),
@@ -403,7 +424,23 @@ class Attachment:
                 handle=self,
             )
         part.enabled = self._enabled
-        return part
+        return part.to(base.device)
+
+    def _form(self, name: str, base: Tensor, kind: str) -> Target | None:
+        """What all targets look like that this weight can have while it is trained; None where each has its own."""
+        if self._max_rank is None:
+            return None
+        module = target_modules(self.model)[name]
+        return Target(
+            rank=self._max_rank,
+            alpha=self._max_rank,
+            shape=tuple(base.shape),
+            dtype=dtype_code(base.dtype),
+            layer=module.layer.name,
+            groups=module.groups,
+            kind=kind,
+            base_sha256="0" * 64,  # of no weight in particular
+        )
 
     def _put_on(
         self, adapter: Adapter, names: Iterable[str], recent: Mapping[str, FoldedWeight] = MappingProxyType({})
@@ -533,6 +570,7 @@ def attach(
     trainable: bool = False,
     allow_base_mismatch: bool = False,
     reserve: Reserve = None,
+    max_rank: int | None = None,
 ) -> Attachment:
     """Put an adapter on a live model.
 
@@ -558,6 +596,10 @@ def attach(
         reserve: the weights that this and later adapters may change: patterns as `loraio.layers.select_targets` takes
             them, adapters that will come, or several of both. This adapter's own targets always belong to them. Whole
             tensors cannot be reserved. By default any adapter of the base can come.
+        max_rank: with ``trainable``, the largest rank that an adapter will have. Factors are padded to it with zeros,
+            which stay zero and are not part of the adapter, so that an adapter of another rank, alpha or choice of
+            reserved weights can take the place of this one in a training step that is compiled already. A compiled
+            step is made for one strength and one kind on each weight.
 
     Returns:
         the handle: disable, enable, strength, swap, detach.
@@ -566,7 +608,7 @@ def attach(
         BaseMismatchError: another base, or a target is missing or of another layer type; all are listed.
         StateError: the model carries an adapter already, or a target is shared or parametrized otherwise, or the
             adapter replaces whole tensors and ``reserve`` is given.
-        ConfigError: the strength is not a finite number.
+        ConfigError: the strength is not a finite number, or ``max_rank`` no number of at least 1 or not for training.
         UnknownNameError: what is to be reserved is not in the model.
     """
     return Attachment(
@@ -576,6 +618,7 @@ def attach(
         trainable=trainable,
         allow_base_mismatch=allow_base_mismatch,
         reserve=reserve,
+        max_rank=max_rank,
     )
 
 
@@ -671,6 +714,16 @@ def _written(state: Mapping[str, Tensor], before: Mapping[str, _Mark]) -> list[s
 
 def _writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # inference tensors are not counted, nor are they trained
+
+
+def _check_max_rank(max_rank: int | None, trainable: bool) -> int | None:
+    if max_rank is None:
+        return None
+    if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
+        raise ConfigError(f"max_rank is {max_rank!r}, it must be a whole number of at least 1")
+    if not trainable:
+        raise ConfigError("max_rank is for adapters that are trained", hint="trainable=True, or reserve alone")
+    return max_rank
 
 
 def _reserved(model: nn.Module, adapter: Adapter, reserve: str | Adapter | Iterable[str | Adapter]) -> tuple[str, ...]:

@@ -299,6 +299,8 @@ def _pair_of(module: Any, x: Any) -> Pair | None:
     if stack is None or len(stack) != 1 or parametrize._cache_enabled or _is_transformed() or x.is_nested:
         return None
     part, weight = stack[0], stack.original
+    if not part.steps_thinly:  # an adapter of another kind took the place of the one that the layer's class is made for
+        return None
     pair = Pair(weight, part.lora_A, part.lora_B, part.target.scale * part.strength)
     wanted = pair.lora_A.requires_grad or pair.lora_B.requires_grad
     ordinary = all(type(tensor) in _PLAIN for tensor in pair[:3])

@@ -64,17 +64,31 @@ class FoldedWeight(AdapterPart):
         strength: multiplies the scale.
         trainable: whether the factors are Parameters.
         slot: where compiled graphs read the weight from when there are no gradients; None where they fold it.
+        form: what compiled graphs know of a target whose factors are padded: its rank is theirs, and its scale 1. The
+            padding is zero in A and in B, so that the gradient of either, a product with the other, is zero there.
     """
 
     def __init__(
-        self, target: Target | None, factors: Mapping[str, Tensor], *, strength: float, trainable: bool, handle: Any
+        self,
+        target: Target | None,
+        factors: Mapping[str, Tensor],
+        *,
+        strength: float,
+        trainable: bool,
+        handle: Any,
+        form: Target | None = None,
     ) -> None:
         super().__init__(handle=handle)
         self.target = target
         self.strength = strength
         self.trainable = trainable
         self.slot: Slot | None = None
+        self.form = form
         self._kept: _Kept | None = None
+        if form is not None:
+            factors = {name: _padded(factors.get(name), shape) for name, shape in form.factor_shapes.items()}
+            scale = torch.tensor(target.scale if target else 0.0, dtype=torch.float64)
+            self.register_buffer("scale", scale, persistent=False)
         for name, factor in factors.items():
             if trainable:
                 self.register_parameter(name, nn.Parameter(factor))
@@ -87,7 +101,14 @@ class FoldedWeight(AdapterPart):
         return self.target is not None and self.target.kind == "lora" and any(True for _ in self.parameters())
 
     def factors(self) -> dict[str, Tensor]:
-        """The factors by short name, as they are now."""
+        """The factors by short name, as they are now; without their padding."""
+        held = self._held()
+        if self.form is None or self.target is None:
+            return held
+        shapes = self.target.factor_shapes
+        return {name: factor[tuple(map(slice, shapes[name]))].contiguous() for name, factor in held.items()}
+
+    def _held(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.target.factor_shapes} if self.target else {}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -100,6 +121,11 @@ class FoldedWeight(AdapterPart):
             graded = torch.is_grad_enabled() and (weight.requires_grad or self.trainable)
             if not graded and self.slot.fits(weight):  # before anything that would put the adapter into the graph
                 return self.slot.read()
+            if graded and self.form is not None and self.enabled:
+                exact = torch.promote_types(weight.dtype, torch.float32)
+                padded = {name: getattr(self, name) for name in self.form.factor_shapes}
+                padded["lora_B"] = padded["lora_B"].to(exact) * self.scale
+                return self.form.fold_for_training(weight, padded, strength=self.strength)
         if self.target is None or not self.enabled:
             return weight
         factors = self.factors()
@@ -113,8 +139,8 @@ class FoldedWeight(AdapterPart):
             _STEPS.start()
             with torch.inference_mode(False), torch.no_grad():
                 folded = self.target.fold(weight.detach(), factors, strength=strength)
-                self._kept = kept = _Kept(folded, weight, factors, strength)
-            given = kept.for_use(weight, factors, strength)
+                self._kept = kept = _Kept(folded, weight, self._held(), strength)
+            given = kept.for_use(weight, self._held(), strength)
         return folded if given is None else given
 
     def at_hand(self, weight: Tensor) -> Tensor | None:
@@ -136,7 +162,7 @@ class FoldedWeight(AdapterPart):
             )
             if not _can_be_kept(weight, factors.values()):
                 return folded, lambda _: False
-            kept = _Kept(folded, weight, factors, self.strength)
+            kept = _Kept(folded, weight, self._held(), self.strength)
         held: Any = self._parameters or self._buffers
         return folded, lambda base: kept.is_current(base, held)
 
@@ -226,6 +252,15 @@ class _Kept:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copy of the model computes its own
+
+
+def _padded(factor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """The factor with zeros behind it; all zeros where there is none."""
+    if factor is None:
+        return torch.zeros(shape)
+    padded = factor.new_zeros(shape)
+    padded[tuple(map(slice, factor.shape))] = factor
+    return padded
 
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none

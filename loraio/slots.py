@@ -1,13 +1,13 @@
-"""Adapted weights as inputs of compiled graphs: a swap compiles nothing anew, and no graph computes with a stale weight.
+"""Adapted weights as inputs of compiled graphs: a swap compiles nothing anew, and no graph uses a stale weight.
 
 A graph that folds a weight holds the rank and the scale of its adapter. A graph that reads the weight from a slot holds
 its shape alone: each forward pass takes the tensor that lies there then. Whatever the handle does puts another tensor
 there and never writes to the one before, which a pass in another thread may be reading.
 
 What happens past the handle, such as a write to a base weight, is noticed by an operator that stands in the graph in
-front of each use. It compares counts of writes, as an eager forward pass does, and takes microseconds. It is declared to
-write to the tensor, so that no compiler moves it behind the use or reuses the memory; it writes only where the weight is
-no longer what it would be.
+front of each use. It compares counts of writes, as an eager forward pass does, and takes microseconds. It is declared
+to write to the tensor, so that no compiler moves it behind the use or reuses the memory; it writes only where the
+weight is no longer what it would be.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Slot:
 
     def fill(self) -> Tensor:
         """Compute the weight and put it in the place of the one before."""
-        tensor, self._is_current = self._stack[0].adapted(self._stack.original)
-        self.tensor: Tensor = tensor
-        return tensor
+        adapted: Adapted = self._stack[0].adapted(self._stack.original)
+        self.tensor, self._is_current = adapted
+        return adapted[0]
 
     def fits(self, base: Tensor) -> bool:
         """Whether what lies here is of the base weight's form: someone may have assigned another one."""
@@ -101,7 +101,10 @@ def _define_operator() -> None:
     if _LIBRARY:
         return
     library = torch.library.Library("loraio", "DEF")
-    library.define("refresh(Tensor(a!) weight, int slot) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    tags = [torch.Tag.pt2_compliant_tag]
+    if hasattr(torch.Tag, "cudagraph_unsafe"):  # a graph that is replayed would compare nothing
+        tags.append(torch.Tag.cudagraph_unsafe)
+    library.define("refresh(Tensor(a!) weight, int slot) -> ()", tags=tags)
     library.impl("refresh", _refresh, "CompositeExplicitAutograd")
     torch.library.register_fake("loraio::refresh", _pretend, lib=library)
     _LIBRARY.append(library)

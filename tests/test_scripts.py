@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,16 @@ def test_the_benchmarks_of_the_bank_check_their_answers_and_run(words: list[str]
     rows = found["ways"] if "ways" in found else found["banks"]
     assert len(rows) >= 3
     assert all(row["ratio"] > 0 for row in rows.values())
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
+def test_the_benchmark_of_compiled_swaps_checks_its_answers_and_runs() -> None:
+    bench = ROOT / "scripts/bench/compiled_swap.py"
+    command = [sys.executable, bench, "--networks", "digit-cnn", "--rounds", "2", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["rows"]["digit-cnn"]
+    assert row["recompiles"]["reserved"] == 0 < row["recompiles"]["without a reserve"]
+    assert len(row["times"]) == 5
+    assert all(times["ratio"] > 0 for times in row["times"].values())
