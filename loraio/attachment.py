@@ -83,7 +83,10 @@ class Attachment:
         self._max_rank = _check_max_rank(max_rank, trainable)
         reserve = () if reserve is None and max_rank is not None else reserve
         self._reserved = None if reserve is None else _reserved(model, adapter, reserve)
+        self._forms: dict[str, Target] = {}
         self._check(adapter)
+        if max_rank is not None:
+            self._forms = _forms(model, self._reserved or (), max_rank)
         self._adapter = adapter
         self._base: dict[str, _Mark] = {}
         if trainable:
@@ -310,7 +313,9 @@ class Attachment:
             raise StateError(
                 "the adapter changes tensors for which the attached model has reserved no place",
                 problems=problems,
-                hint="detach, and attach without reserve" if adapter.whole else f"attach(.., reserve={outside})",
+                hint="detach, and attach without reserve"
+                if adapter.whole
+                else f"reserve these too: attach(.., reserve={outside})",
             )
 
     def _misfits(self, adapter: Adapter) -> list[str]:
@@ -398,6 +403,7 @@ class Attachment:
         self, adapter: Adapter, name: str, base: Tensor, recent: Mapping[str, FoldedWeight] = MappingProxyType({})
     ) -> AdapterPart:
         part: AdapterPart
+        form = self._forms.get(name)
         if name in recent and all(factor.device == base.device for factor in recent[name].factors().values()):
             part = recent[name]
             part.strength = self._strength
@@ -410,10 +416,9 @@ class Attachment:
                 strength=self._strength,
                 trainable=self._trainable,
                 handle=self,
-                form=self._form(name, base, target.kind),
+                form=form and replace(form, kind=target.kind),
             )
         elif name not in adapter.whole:  # reserved for other adapters
-            form = self._form(name, base, "lora")
             part = FoldedWeight(None, {}, strength=self._strength, trainable=self._trainable, handle=self, form=form)
         else:
             part = GivenTensor(
@@ -424,23 +429,7 @@ class Attachment:
                 handle=self,
             )
         part.enabled = self._enabled
-        return part.to(base.device)
-
-    def _form(self, name: str, base: Tensor, kind: str) -> Target | None:
-        """What all targets look like that this weight can have while it is trained; None where each has its own."""
-        if self._max_rank is None:
-            return None
-        module = target_modules(self.model)[name]
-        return Target(
-            rank=self._max_rank,
-            alpha=self._max_rank,
-            shape=tuple(base.shape),
-            dtype=dtype_code(base.dtype),
-            layer=module.layer.name,
-            groups=module.groups,
-            kind=kind,
-            base_sha256="0" * 64,  # of no weight in particular
-        )
+        return part if form is None else part.to(base.device)
 
     def _put_on(
         self, adapter: Adapter, names: Iterable[str], recent: Mapping[str, FoldedWeight] = MappingProxyType({})
@@ -724,6 +713,23 @@ def _check_max_rank(max_rank: int | None, trainable: bool) -> int | None:
     if not trainable:
         raise ConfigError("max_rank is for adapters that are trained", hint="trainable=True, or reserve alone")
     return max_rank
+
+
+def _forms(model: nn.Module, names: Iterable[str], max_rank: int) -> dict[str, Target]:
+    """What all targets look like that these weights can have while they are trained, with a scale of 1."""
+    modules = target_modules(model)
+    return {
+        name: Target(
+            rank=max_rank,
+            alpha=max_rank,
+            shape=tuple(modules[name].weight.shape),
+            dtype=dtype_code(modules[name].weight.dtype),
+            layer=modules[name].layer.name,
+            groups=modules[name].groups,
+            base_sha256="0" * 64,  # of no weight in particular
+        )
+        for name in names
+    }
 
 
 def _reserved(model: nn.Module, adapter: Adapter, reserve: str | Adapter | Iterable[str | Adapter]) -> tuple[str, ...]:

@@ -415,6 +415,9 @@ def test_a_copy_is_compiled_and_changed_for_itself(
     assert same_bits(assert_fresh(compiled, live, images), before)
     live.swap(seven)
     assert not assert_fresh(compiled, live, images).allclose(before)
+    before = outputs(compiled, images)
+    write(original(base))
+    assert not assert_fresh(compiled, live, images).allclose(before)
     del base, compiled, live
     other.strength = 0.5
     assert_fresh(own, other, images)
@@ -593,7 +596,7 @@ def test_an_eager_step_takes_padded_factors_too(
 ) -> None:
     twin = copy.deepcopy(base)
     adapter = adapter_for(twin, 1, "conv2", "fc", kind=kind, rank=2, alpha=1)
-    live = loraio.attach(base, trained[0], trainable=True, reserve="all", max_rank=4)
+    live = loraio.attach(base, trained[3], trainable=True, reserve="all", max_rank=4)  # whose layers step on their own
     live.swap(adapter)
     assert live.adapter is adapter
     other = loraio.attach(twin, adapter, trainable=True)
