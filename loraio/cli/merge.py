@@ -22,6 +22,8 @@ from loraio.cli import _options, _output
 )
 @_options.strength_option
 @_options.mismatch_option
+@_options.alpha_option
+@_options.model_option
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -36,6 +38,9 @@ def merge(
     output: str,
     strength: float,
     allow_base_mismatch: bool,
+    alpha: float | None,
+    model: str | None,
+    model_args: dict[str, Any] | None,
     workers: int | None,
     force: bool,
     as_json: bool,
@@ -58,6 +63,9 @@ def merge(
             allow_base_mismatch=allow_base_mismatch,
             allow_noop=force,
             workers=workers,
+            model=model,
+            model_args=model_args,
+            alpha=alpha,
             progress=progress,
         )
     weights = merged.weights

@@ -26,7 +26,19 @@ from loraio.training.optimizing import Progress
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
 
-COMMANDS = ["evaluate", "inspect", "merge", "pack", "predict", "pretrain", "targets", "train", "unpack", "verify"]
+COMMANDS = [
+    "convert",
+    "evaluate",
+    "inspect",
+    "merge",
+    "pack",
+    "predict",
+    "pretrain",
+    "targets",
+    "train",
+    "unpack",
+    "verify",
+]
 
 PROBE = """
 import sys
