@@ -21,9 +21,6 @@ from loraio.registry import lookup
 if TYPE_CHECKING:
     from torch import nn
 
-TARGETS = ("native", *DIALECTS)
-"""What `convert` writes."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
@@ -88,11 +85,12 @@ def convert(
     found = formats.identify(path)
     network = load_base(base, model=model, model_args=model_args) if base is not None else None
     state = None if network is None else network.state_dict()
-    adapter, read = formats.load_reported(path, base=network, options=Options(alpha=alpha, lossy=True))
+    options = Options(alpha=alpha, lossy=True)
+    adapter, read = formats.load_reported(path, base=network, options=options)
     encoded = None
     if dialect is not None:
         shown = network if network is not None else network_of(adapter, model=model, model_args=model_args)
-        encoded = dialect.encode(adapter, network=shown, state=state)
+        encoded = dialect.encode(adapter, network=shown, state=state, options=options)
     made = Conversion(
         source=found.dialect.name if found.dialect is not None else "native",
         reason=found.reason,

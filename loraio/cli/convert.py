@@ -43,7 +43,8 @@ def convert(
 ) -> None:
     """Write ADAPTER as another tool has it.
 
-    Says what became of each tensor and each setting. Where something would be lost nothing is written and the exit code is 3, unless --lossy.
+    Says what became of each tensor and each setting. Where something would be lost nothing is
+    written and the exit code is 3, unless --lossy.
     """
     import loraio
 

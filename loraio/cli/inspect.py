@@ -70,7 +70,8 @@ def _foreign_facts(dialect: Dialect, source: Source) -> dict[str, Any]:
     layers = foreign.layers
     ranks, alphas = ({getattr(layer, key) for layer in layers} for key in ("rank", "alpha"))
     numbers = {
-        layer.name: sum(math.prod(source.tensors[key].shape) for key in layer.slots.values()) for layer in layers
+        layer.name: sum(math.prod(source.tensors[key].shape) for slot, key in layer.slots.items() if slot != "alpha")
+        for layer in layers
     }
     nothing = {"layer": None, "groups": None, "shape": None, "dtype": None, "base_sha256": None}
     return {

@@ -59,7 +59,8 @@ class ForeignLayer:
 
     Attributes:
         name: of the weight's module, as the dialect spells it.
-        slots: the key in the file of each tensor, by the dialect's own word for it.
+        slots: the key in the file of each tensor, by the dialect's own word for it; "bias" for a bias beside the
+            factors, "alpha" for a tensor that holds alpha.
         rank: r, from a shape.
         alpha: None where the file does not say it.
         kind: a name in `loraio.kinds.KINDS`.
@@ -169,17 +170,31 @@ class Dialect(Protocol):
         """Why the dialect cannot hold this kind on this layer type; None where it can."""
         ...
 
-    def factors(self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule) -> Factors:
-        """A layer's tensors, by slot, as factors of the weight."""
+    def factors(
+        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
+    ) -> Factors:
+        """A layer's tensors, by slot, as factors of the weight.
+
+        Raises:
+            AdapterError: they cannot be; the errors of all layers are listed.
+        """
         ...
 
-    def encode(self, adapter: Adapter, *, network: nn.Module | None, state: Mapping[str, Tensor] | None) -> Encoded:
+    def encode(
+        self,
+        adapter: Adapter,
+        *,
+        network: nn.Module | None,
+        state: Mapping[str, Tensor] | None,
+        options: Options,
+    ) -> Encoded:
         """The adapter in this dialect.
 
         Args:
             adapter: to be written.
             network: the base's network where it is known; its weights mean nothing.
             state: the base's own tensors where they are known.
+            options: what the user asks for.
 
         Raises:
             AdapterError: the tool cannot hold it, or would use it wrongly; all reasons are listed.
@@ -217,8 +232,12 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     binding = _Binding(state=state, base=base)
     for layer in foreign.layers:
         place = placed[layer.name]
-        made = dialect.factors(layer, {slot: values[key] for slot, key in layer.slots.items()}, place)
-        binding.add_layer(layer, place, made, options)
+        own = {slot: values[key] for slot, key in layer.slots.items()}
+        try:
+            binding.add_layer(layer, place, dialect.factors(layer, own, place, options), options)
+        except AdapterError as error:
+            binding.problems.append(f"{layer.name!r}: {error.message}")
+            binding.lines += tensors(layer.slots.values(), "lost")
     for name, key in foreign.whole.items():
         binding.add_whole(name, key, values[key], module_saved=name not in foreign.biases)
     binding.add_biases()

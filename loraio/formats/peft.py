@@ -20,6 +20,7 @@ from loraio.formats.foreign import (
     Factors,
     Foreign,
     ForeignLayer,
+    Options,
     carried_lines,
     exported_metadata,
     origin_of,
@@ -117,13 +118,16 @@ class Peft:
 
     def recognise(self, source: Source) -> str | None:
         """By ``peft_type`` in a configuration, else by keys that only its models have."""
-        if source.config is not None and "peft_type" in source.config:
-            return f"adapter_config.json says peft_type {source.config['peft_type']!r}"
+        method = (source.config or {}).get("peft_type")
         for key in source.tensors:
             found = _parse(key)
-            if found is not None and (key.startswith(_PREFIX) or (found.adapter and found.slot in ("A", "B"))):
+            if found is None or found.slot not in ("A", "B"):
+                continue
+            if method is not None:
+                return f"adapter_config.json says peft_type {method!r}, and the key {key!r}"
+            if key.startswith(_PREFIX) or found.adapter:
                 return f"the key {key!r}"
-        return None
+        return None if method in (None, "LORA") else f"adapter_config.json says peft_type {method!r}"
 
     def read(self, source: Source) -> Foreign:
         """Layers, replaced tensors and settings; every reason not to use them is listed."""
@@ -187,7 +191,9 @@ class Peft:
             return "PEFT has no DoRA for MultiheadAttention"
         return None
 
-    def factors(self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule) -> Factors:
+    def factors(
+        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
+    ) -> Factors:
         """Only shapes change, but for a bias beside B."""
         factors = {"lora_A": values["A"].flatten(1), "lora_B": values["B"].flatten(1)}
         if "magnitude" in values:
@@ -204,7 +210,14 @@ class Peft:
             note = f"as PEFT merges it; attached, PEFT {misuse}"
         return Factors(values=factors, bias=bias, note=note)
 
-    def encode(self, adapter: Adapter, *, network: nn.Module | None, state: Mapping[str, Tensor] | None) -> Encoded:
+    def encode(
+        self,
+        adapter: Adapter,
+        *,
+        network: nn.Module | None,
+        state: Mapping[str, Tensor] | None,
+        options: Options,
+    ) -> Encoded:
         """A folder's two files."""
         if network is None:
             raise AdapterError(

@@ -21,7 +21,7 @@ from loraio.formats.peft import Peft
 peft = pytest.importorskip("peft")
 
 ULP = 16
-"""PEFT sums (B @ A) * s in float32 and adds it in float32; ours is rounded once. In units of the largest weight's eps."""
+"""PEFT multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number at most."""
 
 PEFT = Peft()
 
@@ -121,7 +121,9 @@ def test_what_we_write_gives_our_outputs_in_peft(
 ) -> None:
     trained(base, tmp_path / "peft", r=3, **settings)
     adapter = loraio.load(tmp_path / "peft", base=base)
-    formats.write(PEFT, PEFT.encode(adapter, network=base, state=base.state_dict()), tmp_path / "ours")
+    formats.write(
+        PEFT, PEFT.encode(adapter, network=base, state=base.state_dict(), options=Options()), tmp_path / "ours"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
@@ -134,7 +136,9 @@ def test_a_round_trip_keeps_the_bytes(settings: dict[str, Any], base: nn.Module,
     trained(base, tmp_path / "peft", r=3, **settings)
     adapter = loraio.load(tmp_path / "peft", base=base)
     for name in ("one", "two"):
-        formats.write(PEFT, PEFT.encode(adapter, network=base, state=base.state_dict()), tmp_path / name)
+        formats.write(
+            PEFT, PEFT.encode(adapter, network=base, state=base.state_dict(), options=Options()), tmp_path / name
+        )
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     loraio.save(adapter, tmp_path / "first")
@@ -163,7 +167,7 @@ def test_an_adapter_of_one_projection_alone_is_completed(base: nn.Module, tokens
         fresh = loraio.new_adapter(base, config)
         factors = {name: factor + 0.3 for name, factor in fresh.factors.items()}
         adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
-        encoded = PEFT.encode(adapter, network=base, state=None)
+        encoded = PEFT.encode(adapter, network=base, state=None, options=Options())
         folder = tmp_path / targets[0].strip("*")
         formats.write(PEFT, encoded, folder)
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
