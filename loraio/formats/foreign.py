@@ -344,6 +344,9 @@ class _Binding:
         if _same(value, base):
             self.lines += tensors([key], "carried", "as in the base")
             return
+        if name in self.targets:
+            self.problems.append(f"{key!r} is not the base's {name!r}: the adapter belongs to another base")
+            return
         try:
             self._replace(name, value, self._role(name, module_saved))
         except AdapterError as error:

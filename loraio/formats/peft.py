@@ -321,7 +321,7 @@ def _there(slots: Mapping[str, str]) -> str:
 
 def _pattern_value(patterns: Any, path: str, otherwise: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, as PEFT looks it up."""
-    for pattern, value in (patterns or {}).items():
+    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
@@ -422,7 +422,7 @@ class _Export:
             ranks[path], alphas[path] = target.rank, self._alpha(name, target, mixed=len(rules) > 1)
             self._add(name, target, place, attention)
         attention &= {path.removesuffix("out_proj").removesuffix(".") for path in ranks} | ranks.keys()
-        for path in sorted(attention):
+        for path in sorted(attention) if not self.problems else ():
             self._complete_attention(path, ranks, alphas)
         saved = self._whole(set(ranks), attention)
         if self.problems:
