@@ -184,7 +184,7 @@ class Peft:
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
         """What PEFT's layers hold."""
         if layer not in _LAYERS:
-            return f"PEFT has no LoRA for {layer}"
+            return "PEFT has no LoRA for this layer type"
         if grouped:
             return "PEFT's factors of a grouped convolution give a dense kernel, which PEFT itself cannot merge"
         if layer == "MultiheadAttention" and kind == "dora":
