@@ -148,9 +148,15 @@ def load_bytes(data: bytes, path: str | os.PathLike[str]) -> Adapter:
         FormatError, AdapterError: as `load`.
     """
     header = container.parse_file(data, path)
-    if not NATIVE.detect(header):
-        raise FormatError(f"{str(path)!r} is not an adapter but {_otherwise(source_of(header))}")
-    return NATIVE.read(header)
+    if NATIVE.detect(header):
+        return NATIVE.read(header)
+    source = source_of(header)
+    found = recognised(source)
+    if found is None or found.dialect is None:
+        raise FormatError(f"{str(path)!r} is not an adapter but {_otherwise(source)}")
+    raise FormatError(
+        f"{str(path)!r} is a {found.dialect.name} adapter, not one of ours", hint="`loraio convert --to native` first"
+    )
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -161,9 +161,14 @@ class Peft:
             if layer is not None:
                 layers.append(layer)
         refusals += _unmatched(config or {}, [layer.name for layer in layers])
+        refusals += [
+            f"{layer.name!r} is in exclude_modules: PEFT would pass over it"
+            for layer in layers
+            if any(_ends_with(layer.name, entry) for entry in _names((config or {}).get("exclude_modules")))
+        ]
         if not layers and not refusals:
             refusals.append("it holds no layer's factors")
-        modules = (config or {}).get("modules_to_save") or ()
+        modules = _names((config or {}).get("modules_to_save"))
         saved |= {name for name in whole if _in_modules(name, modules)}
         lines = settings(set(config or {}) & _MEANT.keys(), "carried")
         lines += settings(set(config or {}) - _MEANT.keys(), "carried", f"kept in the record, 'training.{ORIGIN}'")
@@ -275,6 +280,10 @@ def _refused_settings(config: Mapping[str, Any]) -> list[str]:
     reasons += [f"unknown setting {key!r}: {config[key]!r}" for key in sorted(config.keys() - own) if config[key]]
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         reasons.append(f"bias is {config['bias']!r}, not none, all or lora_only")
+    for key in ("modules_to_save", "exclude_modules"):
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            reasons.append(f"{key} is {names!r}, not a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, Mapping):
             reasons.append(f"{key} is {config[key]!r}, not an object")
@@ -309,6 +318,11 @@ def _layer(
     rule = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     layer = ForeignLayer(name=path, slots=slots, rank=rank, alpha=alpha, kind=_kind(slots), scale_rule=rule)
     return layer, problems
+
+
+def _names(value: Any) -> list[str]:
+    """The names in a list that a configuration should hold."""
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
 def _kind(slots: Mapping[str, str]) -> str:

@@ -114,6 +114,8 @@ def test_the_factors_and_the_scale_are_those_of_the_file(write: Write, base: nn.
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
         ({"target_parameters": ["fc.weight"]}, "target_parameters is set"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is set"),
+        ({"modules_to_save": "fc"}, "modules_to_save is 'fc', not a list of names"),
+        ({"exclude_modules": ["fc"]}, "'fc' is in exclude_modules: PEFT would pass over it"),
         ({"use_tomorrow": True}, "unknown setting 'use_tomorrow': True"),
         ({"r": 3}, "'fc': the configuration says rank 3, the tensors have 2"),
         ({"rank_pattern": {"fc": 8}}, "the configuration says rank 8"),
