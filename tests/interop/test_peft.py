@@ -176,3 +176,28 @@ def test_an_adapter_of_one_projection_alone_is_completed(base: nn.Module, tokens
         again, _ = formats.load_reported(folder, base=base, options=Options())
         merged, remerged = (loraio.merge(base.state_dict(), one) for one in (adapter, again))
         assert all(merged[name].equal(remerged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("rule", ["alpha/r", "alpha/sqrt(r)"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_of_our_own_gives_its_outputs_in_peft(
+    kind: str, rule: str, base: nn.Module, tokens: Tensor, tmp_path: Path
+) -> None:
+    """As trained here: dora's magnitudes are float64, and the statistics of the normalisation are its own."""
+    patterns = {"rank_pattern": {"c2": 1}, "alpha_pattern": {"fc": 5.5}}
+    config = loraio.TrainConfig(
+        digit=0, targets=tuple(LAYERS), rank=2, kind=kind, scale_rule=rule, norm="stats", **patterns
+    )
+    fresh = loraio.new_adapter(base, config)
+    generator = torch.Generator().manual_seed(5)
+    moved = {
+        name: factor + 0.2 * torch.randn(factor.shape, generator=generator) for name, factor in fresh.factors.items()
+    }
+    tensors = {name: tensor + 1 for name, tensor in fresh.tensors.items()}
+    adapter = Adapter(targets=fresh.targets, factors=moved, base=fresh.base, whole=fresh.whole, tensors=tensors)
+    encoded = PEFT.encode(adapter, network=base, state=base.state_dict(), options=Options())
+    formats.write(PEFT, encoded, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    with loraio.attach(base, adapter):
+        assert close(theirs(tokens), base(tokens))
+    assert loraio.load(tmp_path / "ours", base=base) == adapter
