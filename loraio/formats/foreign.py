@@ -24,6 +24,7 @@ from loraio.layers import (
     STATISTICS,
     TargetModule,
     normalisation_modules,
+    refuse_shared,
     refuse_unusable,
     target_modules,
 )
@@ -173,7 +174,7 @@ class Dialect(Protocol):
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """A layer's tensors, by slot, as factors of the weight.
+        """A layer's tensors, by slot, as factors of the weight; the layer's alpha is known by now.
 
         Raises:
             AdapterError: they cannot be; the errors of all layers are listed.
@@ -217,7 +218,7 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     Raises:
         AdapterError: the file cannot be used, or alpha is missing, or something would be lost without ``lossy``.
         BaseMismatchError: layers are not in the base, or do not fit; all are listed.
-        StateError: the base carries an adapter.
+        StateError: the base carries an adapter, or a weight is shared or computed from another parametrization.
     """
     foreign, where = dialect.read(source), f"{str(source.path)!r}"
     if foreign.refusals:
@@ -230,11 +231,15 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
             f"the file does not say alpha, for {known(silent, limit=3)}", where=where, hint="--alpha NUMBER (alpha=)"
         )
     binding = _Binding(state=state, base=base)
+    if silent:
+        binding.lines += settings(["alpha"], "changed", f"{options.alpha!r} as given, the file does not say it")
     for layer in foreign.layers:
         place = placed[layer.name]
+        if layer.alpha is None:
+            layer = replace(layer, alpha=options.alpha)
         own = {slot: values[key] for slot, key in layer.slots.items()}
         try:
-            binding.add_layer(layer, place, dialect.factors(layer, own, place, options), options)
+            binding.add_layer(layer, place, dialect.factors(layer, own, place, options))
         except AdapterError as error:
             binding.problems.append(f"{layer.name!r}: {error.message}")
             binding.lines += tensors(layer.slots.values(), "lost")
@@ -295,12 +300,12 @@ class _Binding:
         self._norms = normalisation_modules(base)
         self._biases: list[tuple[str, str, Tensor]] = []
 
-    def add_layer(self, layer: ForeignLayer, place: TargetModule, made: Factors, options: Options) -> None:
+    def add_layer(self, layer: ForeignLayer, place: TargetModule, made: Factors) -> None:
         from loraio.identity import sketch, tensor_sha256
 
         weight = self.state[place.name]
-        alpha = made.alpha if made.alpha is not None else layer.alpha if layer.alpha is not None else options.alpha
-        assert alpha is not None
+        alpha = made.alpha if made.alpha is not None else layer.alpha
+        assert alpha is not None  # it was given, or the file would have been refused
         code = container.dtype_code(weight.dtype)
         if code not in FLOAT_DTYPES:
             self.problems.append(f"{place.name!r} of the base is {code}, not one of {', '.join(FLOAT_DTYPES)}")
@@ -418,6 +423,7 @@ def _placed(dialect: Dialect, foreign: Foreign, base: nn.Module, where: str) -> 
     problems += [f"{name!r} is adapted twice" for name in twice]
     if problems:
         raise BaseMismatchError(f"the {dialect.name} adapter does not fit the base", problems=problems, where=where)
+    refuse_shared(base, [place.name for place in placed.values()])
     return placed
 
 

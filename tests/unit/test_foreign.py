@@ -187,6 +187,14 @@ def test_a_missing_alpha_has_to_be_given(write: Write, base: nn.Module) -> None:
     assert loraio.load(path, base=base, alpha=1.5).targets["fc.weight"].alpha == 1.5
 
 
+def test_a_given_alpha_scales_a_bias_beside_the_factors_too(write: Write, base: nn.Module) -> None:
+    path = write(fc_tensors(**{"fc.lora_B.bias": torch.arange(6.0)}), lora_bias=True, lora_alpha=None)
+    adapter, report = formats.load_reported(path, base=base, options=Options(alpha=6))
+    assert adapter.tensors["fc.bias"].equal((base.fc.bias.double() + 3 * torch.arange(6.0)).float())  # type: ignore[union-attr,operator]
+    assert report is not None
+    assert "setting alpha: changed, 6 as given, the file does not say it" in map(str, report.lines)
+
+
 def test_alpha_of_the_file_wins_over_the_one_given(write: Write, base: nn.Module) -> None:
     assert loraio.load(write(), base=base, alpha=1.5).targets["fc.weight"].alpha == 4
 
@@ -262,6 +270,12 @@ def test_a_tensor_of_another_float_dtype_takes_the_bases(write: Write, base: nn.
 def test_a_base_with_an_adapter_on_it_is_refused(write: Write, base: nn.Module) -> None:
     adapter = loraio.load(write(), base=base)
     with loraio.attach(base, adapter), pytest.raises(StateError, match="carries an adapter"):
+        loraio.load(write(), base=base)
+
+
+def test_a_weight_that_two_layers_share_is_refused(write: Write, base: nn.Module) -> None:
+    base.inner["fc"].weight = base.fc.weight  # type: ignore[index,union-attr]
+    with pytest.raises(StateError, match="is shared"):
         loraio.load(write(), base=base)
 
 
