@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loraio.attachment import Attachment, adapter_from, attach, attachment_of, base_state_dict
     from loraio.bank import Bank
     from loraio.bases import BaseCheckpoint, load_base, read_base, save_base
+    from loraio.conversion import Conversion, convert
     from loraio.errors import LoraioError
     from loraio.exporting import Exported, ExportedOutput, export
     from loraio.filemerge import MergedFile, merge_file
@@ -38,6 +39,7 @@ _PLACES = {
     "attachment": ("Attachment", "adapter_from", "attach", "attachment_of", "base_state_dict"),
     "bank": ("Bank",),
     "bases": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
+    "conversion": ("Conversion", "convert"),
     "errors": ("LoraioError",),
     "exporting": ("Exported", "ExportedOutput", "export"),
     "filemerge": ("MergedFile", "merge_file"),
@@ -64,6 +66,7 @@ __all__ = [
     "Bank",
     "BaseCheckpoint",
     "BaseReference",
+    "Conversion",
     "Dataset",
     "Evaluation",
     "Exported",
@@ -87,6 +90,7 @@ __all__ = [
     "attachment_of",
     "base_state_dict",
     "build_network",
+    "convert",
     "evaluate",
     "evaluate_each",
     "export",

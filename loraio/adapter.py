@@ -35,8 +35,8 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 WHOLE_DTYPES = (*FLOAT_DTYPES, "I64")
 """Dtypes that whole tensors may have; the integers count batches."""
 
-ROLES = ("head", "norm")
-"""What whole tensors are for: a head of the adapter's own, or normalisation layers."""
+ROLES = ("bias", "head", "layer", "norm")
+"""What whole tensors are for: a layer's bias, a head of the adapter's own, any other layer, normalisation layers."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -227,7 +227,7 @@ class WholeTensor:
     """One tensor of the base that the adapter replaces: everything about it but its name and its values.
 
     Attributes:
-        role: "head" or "norm".
+        role: a word of `ROLES`.
         shape: of the adapter's own tensor.
         dtype: of it and of the base's, as a safetensors code.
         base_sha256: of the bytes of the base's tensor, as in `Target`.

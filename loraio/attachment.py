@@ -333,7 +333,7 @@ class Attachment:
                     find_head(self.model, path)
                 except UnknownNameError as error:
                     problems.append(error.message)
-            elif path not in norms or last not in (*AFFINE, *STATISTICS):
+            elif whole.role == "norm" and (path not in norms or last not in (*AFFINE, *STATISTICS)):
                 problems.append(f"{name!r} is no tensor of a normalisation layer")
             if name not in self._places and _is_parametrized(self.model.get_submodule(path), last):
                 problems.append(f"{name!r} is computed from another parametrization")

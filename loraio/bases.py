@@ -19,7 +19,6 @@ from loraio.errors import (
     AdapterError,
     BaseMismatchError,
     FormatError,
-    MissingFileError,
     StateError,
     UnknownNameError,
 )
@@ -35,6 +34,7 @@ from loraio.networks import (
     resize_heads,
 )
 from loraio.parts import is_parted, read_parted_header
+from loraio.pickles import read_pickle
 from loraio.registry import known, nearest
 
 FORMAT_VERSION = 1
@@ -45,8 +45,6 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What wrappers put before every name: DDP, torch.compile, and trainers that keep the network in a field."""
-
-_WRAPPED_IN = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save the state dict
 
 
 FAST_SUMS = "float32"
@@ -98,7 +96,7 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
     """
     path = Path(path)
     if is_pickle(path):
-        return _without_prefix(BaseCheckpoint(path=path, state=_read_pickle(path)))
+        return _without_prefix(BaseCheckpoint(path=path, state=read_pickle(path)))
     checkpoint, headers = _described(path)
     tensors = {name: tensor for header in headers for name, tensor in container.read_tensors(header).items()}
     return _named(replace(checkpoint, state={name: tensors[name] for name in checkpoint.state}))
@@ -367,29 +365,6 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
         elif found.is_floating_point() != needed.is_floating_point():
             lines.append(f"{name!r} is {found.dtype}, the network has {needed.dtype}")
     return lines
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise MissingFileError(f"{str(path)!r} does not exist") from None
-    except Exception as error:  # torch raises pickle, zip, runtime and OS errors here
-        raise FormatError(
-            f"not a state dict that can be read with weights_only=True: {str(error).splitlines()[0]}",
-            where=f"{str(path)!r}",
-            hint="torch.save(model.state_dict(), path) makes one",
-        ) from error
-    for key in _WRAPPED_IN:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise FormatError(f"holds {type(loaded).__name__}, not a state dict", where=f"{str(path)!r}")
-    wrong = [str(name) for name, value in loaded.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
-    if wrong:
-        raise FormatError(f"not a state dict: what is not a tensor is {known(wrong, limit=5)}", where=f"{str(path)!r}")
-    return {name: tensor.detach().contiguous() for name, tensor in loaded.items()}
 
 
 def _stated(document: Mapping[str, Any], *, where: str) -> dict[str, Any]:

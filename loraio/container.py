@@ -330,10 +330,7 @@ def _not_safetensors(start: bytes, length: int, size: int) -> str:
         return f"truncated: the header alone has {length} bytes, the file {size}"
     for signature, what in (
         (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull` to fetch the file itself"),
-        (
-            b"PK\x03\x04",
-            "a zip archive, perhaps from torch.save; of those only base models are read, by the ending .pt",
-        ),
+        (b"PK\x03\x04", "a zip archive, perhaps from torch.save"),
         (b"\x80", "a pickle, perhaps an old torch.save file"),
         (b"<", "an HTML or XML page"),
     ):
@@ -402,7 +399,8 @@ def write(
     tensors: Mapping[str, Tensor],
     path: str | os.PathLike[str],
     *,
-    document: Mapping[str, Any],
+    document: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
     check: Callable[[Path], None] | None = None,
@@ -413,6 +411,7 @@ def write(
         tensors: any device; brought to the CPU and made contiguous, one at a time.
         path: the file to make.
         document: goes under the header key ``loraio``, as canonical JSON.
+        metadata: in the place of a document, the strings of the header as they are.
         overwrite: replace an existing file.
         inputs: files that the output must not be.
         check: called with the temporary file before it gets its name; if it raises, nothing was written.
@@ -423,7 +422,8 @@ def write(
     """
     where = f"{os.fspath(path)!r}"
     facts = {name: (dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    start, placed = layout(facts, metadata_of(document, where=where), where=where)
+    strings = metadata or {} if document is None else metadata_of(document, where=where)
+    start, placed = layout(facts, strings, where=where)
     with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
         with temporary.open("wb") as file:
             file.write(start)

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 import loraio
-from loraio import container, formats
+from loraio import container
 from loraio.adapter import Adapter, check_strength
 from loraio.bases import FAST_SUMS, BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.container import TORCH_DTYPES, Header, dtype_code
+from loraio.conversion import load_for
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
 from loraio.finished import FinishedParts
 from loraio.identity import check_base, state_sha256, tensor_sha256
@@ -85,6 +86,9 @@ def merge_file(
     allow_noop: bool = False,
     exact: bool = True,
     workers: int | None = None,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    alpha: int | float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergedFile:
     """Write the base with the adapter folded in; `merge` for files, in memory that does not grow with them.
@@ -99,7 +103,7 @@ def merge_file(
 
     Args:
         base: a base checkpoint, ours or a plain state dict; see `read_base`. A pickle is read into memory whole.
-        adapter: an adapter file.
+        adapter: an adapter of any dialect, a file or a folder. For those of other tools the base is read whole.
         output: the safetensors file to make. Of a parted base: a folder, or the index in a folder,
             ``*.safetensors.index.json``; the parts keep their names.
         strength: multiplies the adapter's scale.
@@ -109,6 +113,8 @@ def merge_file(
         allow_noop: go on where no weight changes.
         exact: false sums in float32, see `Target.fold`; recorded in the file.
         workers: threads, by default one for each processor, but at most four. The bytes do not depend on it.
+        model, model_args: the base's network, where its file does not state it; adapters of other tools need it.
+        alpha: of every layer, where an adapter of another tool does not say it.
         progress: called with the bytes that are done, and all that are to do.
 
     Raises:
@@ -126,7 +132,7 @@ def merge_file(
     if not parted:
         check_output(output, overwrite=overwrite, inputs=(base, adapter))
     checkpoint, headers = (read_base(base), ()) if is_pickle(base) else scan_base(base)
-    loaded = formats.load(adapter)
+    loaded = load_for(adapter, base, model=model, model_args=model_args, alpha=alpha)
     checkpoint = fitted(checkpoint, loaded.targets)
     job = _Merge(
         checkpoint=checkpoint,

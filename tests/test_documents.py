@@ -16,6 +16,7 @@ import loraio
 from loraio import container
 from loraio.cli import main
 from loraio.container import METADATA_KEY
+from loraio.formats import DIALECTS
 from loraio.formats.native import (
     _BASE_KEYS,
     _BASE_OPTIONS,
@@ -27,6 +28,8 @@ from loraio.formats.native import (
     _WHOLE_OPTIONS,
     to_document,
 )
+from loraio.kinds import KINDS
+from loraio.layers import LAYER_TYPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -92,6 +95,26 @@ def test_the_python_of_the_readme_runs(files: Path, tmp_path: Path, monkeypatch:
         (tmp_path / f"adapters/{shipped}.safetensors").write_bytes((files / f"{small}.safetensors").read_bytes())
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
+
+
+def dialect_table() -> str:
+    """What each dialect holds: its layer types that fare alike in one row."""
+    layers = [*LAYER_TYPES, *(f"{name}, grouped" for name, layer in LAYER_TYPES.items() if layer.grouped)]
+    rows = {("`native`", *("read, write" for _ in KINDS)): [*LAYER_TYPES, "all of them grouped"]}
+    for name, dialect in DIALECTS.items():
+        for layer in layers:
+            plain, _, grouped = layer.partition(", ")
+            reasons = (dialect.refusal(plain, kind, grouped=bool(grouped)) for kind in sorted(KINDS))
+            cells = ("read, write" if reason is None else f"refused: {reason}" for reason in reasons)
+            rows.setdefault((f"`{name}`", *cells), []).append(layer)
+    head = ["dialect", "layers", *sorted(KINDS)]
+    lines = [head, ["---"] * len(head), *([name, "; ".join(held), *cells] for (name, *cells), held in rows.items())]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def test_the_table_of_dialects_says_what_they_hold() -> None:
+    found = README.partition("<!-- dialects -->\n")[2].partition("<!-- /dialects -->")[0]
+    assert found == dialect_table(), f"the table in README.md should be\n{dialect_table()}"
 
 
 def test_every_option_of_the_command_line_has_help() -> None:

@@ -12,7 +12,20 @@ from typing import Any
 import click
 
 import loraio
-from loraio.cli import evaluate, export, inspect, merge, pack, predict, pretrain, targets, train, unpack, verify
+from loraio.cli import (
+    convert,
+    evaluate,
+    export,
+    inspect,
+    merge,
+    pack,
+    predict,
+    pretrain,
+    targets,
+    train,
+    unpack,
+    verify,
+)
 from loraio.errors import LoraioError
 
 INTERRUPTED = 130
@@ -98,6 +111,7 @@ for _command in (
     evaluate.evaluate,
     predict.predict,
     inspect.inspect,
+    convert.convert,
     pack.pack,
     unpack.unpack,
     merge.merge,

@@ -145,6 +145,12 @@ mismatch_option = click.option(
     is_flag=True,
     help="Go on where the base's values or dtypes are not those the adapter was trained on.",
 )
+alpha_option = click.option(
+    "--alpha",
+    type=Number(),
+    default=None,
+    help="Alpha of every layer, where an adapter of another tool does not say it.",
+)
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), metavar="INTEGER", default=1, show_default=True, help="Random seed."
 )

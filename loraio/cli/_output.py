@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loraio.registry import known
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -95,11 +97,12 @@ def whole_facts(whole: WholeTensor) -> dict[str, Any]:
 
 
 def whole_lines(whole: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What an adapter replaces, from `whole_facts`: a line for each head and one for all normalisation layers."""
+    """What an adapter replaces, from `whole_facts`: a line for each head, one for normalisation, one for the rest."""
     lines = []
     heads = dict.fromkeys(name.rpartition(".")[0] for name, tensor in whole.items() if tensor["role"] == "head")
     for path in heads:
-        tensor = whole[f"{path}.weight" if path else "weight"]
+        names = (f"{path}.{last}" if path else last for last in ("weight", "bias"))
+        tensor = next(whole[name] for name in names if name in whole)
         outputs, before = tensor["shape"][0], tensor["base_shape"][0]
         lines.append(f"head {path}: {outputs} outputs, in the base {before}; replaced whole")
     norms = {name: tensor for name, tensor in whole.items() if tensor["role"] == "norm"}
@@ -108,6 +111,10 @@ def whole_lines(whole: Mapping[str, Mapping[str, Any]]) -> list[str]:
         kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in norms))
         numbers = sum(tensor["parameters"] for tensor in norms.values())
         lines.append(f"normalisation: {numbers:,} numbers of {layers} layers ({kinds}); replaced whole")
+    others = {name: tensor for name, tensor in whole.items() if tensor["role"] in ("bias", "layer")}
+    if others:
+        numbers = sum(tensor["parameters"] for tensor in others.values())
+        lines.append(f"{len(others)} other tensors, {numbers:,} numbers ({known(others, limit=5)}); replaced whole")
     return lines
 
 

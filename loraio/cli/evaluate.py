@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True, help="Which images.")
 @_options.strength_option
 @_options.mismatch_option
+@_options.alpha_option
 @_options.model_option
 @_options.json_option
 def evaluate(
@@ -32,6 +33,7 @@ def evaluate(
     split: str,
     strength: float,
     allow_base_mismatch: bool,
+    alpha: float | None,
     model: str | None,
     model_args: dict[str, Any] | None,
     as_json: bool,
@@ -44,8 +46,9 @@ def evaluate(
     import loraio
     from loraio.bases import stripped_of
 
-    loaded = {name: loraio.load(path) for name, path in _named(_files(adapters)).items()}
+    files = _named(_files(adapters))
     network = loraio.load_base(base, model=model, model_args=model_args)
+    loaded = {name: loraio.load(path, base=network, alpha=alpha) for name, path in files.items()}
     stripped = stripped_of(network)
     _output.note_stripped(stripped, as_json=as_json)
     images = _training.read_images(network, dataset, split, settings)
@@ -65,19 +68,20 @@ def evaluate(
 
 
 def _files(paths: Iterable[str]) -> list[Path]:
-    """Adapter files as given, and those in the folders; other files of a folder are passed over."""
-    from loraio import container
+    """Adapters as given, and those in the folders; what else is in a folder is passed over."""
+    from loraio import formats
     from loraio.errors import MissingFileError
+    from loraio.formats.sources import is_adapter_folder
 
     files: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not path.is_dir() or is_adapter_folder(path):
             files.append(path)
             continue
         inside = [
-            file
-            for file in sorted(path.glob("*.safetensors"))
-            if "targets" in (container.read_header(file).document() or {})
+            one
+            for one in sorted(path.iterdir())
+            if (one.suffix == ".safetensors" or one.is_dir()) and formats.is_adapter(one)
         ]
         if not inside:
             raise MissingFileError(f"there is no adapter in the folder {str(path)!r}")

@@ -13,7 +13,8 @@ from loraio.cli import _options, _output
 if TYPE_CHECKING:
     from loraio.adapter import Target
     from loraio.container import Header, TensorInfo
-    from loraio.parts import PartedHeader
+    from loraio.formats.foreign import Dialect
+    from loraio.formats.sources import Source
 
 
 @click.command(epilog=_options.example("loraio inspect three.safetensors --json"))
@@ -24,21 +25,16 @@ def inspect(file: str, as_json: bool) -> None:
 
     Of a base that is parted into several files FILE is the index, or its folder.
     """
-    from loraio import container, parts
-    from loraio.formats.pack import is_pack
+    from loraio import parts
+    from loraio.formats.sources import is_adapter_folder
 
-    header: Header | PartedHeader
-    if parts.is_parted(file):
-        header = parts.read_parted_header(file)
-        facts = _base_facts(header.tensors, header.document(), parts=list(header.headers))
+    if parts.is_parted(file) and not is_adapter_folder(file):
+        parted = parts.read_parted_header(file)
+        facts = _base_facts(parted.tensors, parted.document(), parts=list(parted.headers))
+        facts = {"bytes": parted.file_bytes, "header_bytes": parted.header_bytes, **facts}
     else:
-        header = container.read_header(file)
-        document = header.document() or {}
-        if "targets" in document:
-            facts = _adapter_facts(header)
-        else:
-            facts = _pack_facts(header) if is_pack(header) else _base_facts(header.tensors, document)
-    facts = {"file": file, "bytes": header.file_bytes, "header_bytes": header.header_bytes, **facts}
+        facts = _facts(file)
+    facts = {"file": file, **facts}
     if as_json:
         _output.print_json("inspect", facts)
     elif facts["type"] == "adapter":
@@ -47,6 +43,71 @@ def inspect(file: str, as_json: bool) -> None:
         _print_pack(facts)
     else:
         _print_base(facts)
+
+
+def _facts(file: str) -> dict[str, Any]:
+    """What a file or an adapter's folder is."""
+    from loraio import formats
+    from loraio.formats.pack import is_pack
+    from loraio.formats.sources import open_source
+
+    source = open_source(file)
+    found, header = formats.recognised(source), source.header
+    if found is not None and found.dialect is not None:
+        facts = _foreign_facts(found.dialect, source)
+    elif found is not None and header is not None:
+        facts = _adapter_facts(header)
+    elif header is not None and is_pack(header):
+        facts = _pack_facts(header)
+    else:
+        facts = _base_facts(source.tensors, (header and header.document()) or {})
+    reason = {} if found is None else {"reason": found.reason}
+    return {"bytes": source.file_bytes, "header_bytes": header and header.header_bytes, **facts, **reason}
+
+
+def _foreign_facts(dialect: Dialect, source: Source) -> dict[str, Any]:
+    foreign = dialect.read(source)
+    layers = foreign.layers
+    ranks, alphas = ({getattr(layer, key) for layer in layers} for key in ("rank", "alpha"))
+    numbers = {
+        layer.name: sum(math.prod(source.tensors[key].shape) for slot, key in layer.slots.items() if slot != "alpha")
+        for layer in layers
+    }
+    nothing = {"layer": None, "groups": None, "shape": None, "dtype": None, "base_sha256": None}
+    return {
+        "type": "adapter",
+        "dialect": dialect.name,
+        "format_version": None,
+        "rank": ranks.pop() if len(ranks) == 1 else None,
+        "alpha": alphas.pop() if len(alphas) == 1 else None,
+        "parameters": sum(numbers.values()),
+        "targets": {
+            layer.name: {
+                "kind": layer.kind,
+                **nothing,
+                "rank": layer.rank,
+                "alpha": layer.alpha,
+                "scale_rule": layer.scale_rule,
+                "scale": layer.scale,
+                "parameters": numbers[layer.name],
+                "tensors": {slot: list(source.tensors[key].shape) for slot, key in layer.slots.items()},
+            }
+            for layer in layers
+        },
+        "whole": {
+            name: {
+                "role": None,
+                "dtype": source.tensors[key].dtype,
+                "shape": list(source.tensors[key].shape),
+                "base_shape": None,
+                "parameters": math.prod(source.tensors[key].shape),
+            }
+            for name, key in foreign.whole.items()
+        },
+        "base": {"network": None, "network_args": {}, "heads": {}, "sha256": None},
+        "training": {"settings": dict(foreign.settings)} if foreign.settings else {},
+        "warnings": [f"cannot be used: {reason}" for reason in foreign.refusals],
+    }
 
 
 def _adapter_facts(header: Header) -> dict[str, Any]:
@@ -131,18 +192,33 @@ def _print_adapter(facts: dict[str, Any]) -> None:
     for warning in facts["warnings"]:
         _output.note(f"note: {warning}")
     click.echo(
-        f"{facts['file']}: adapter, {facts['dialect']} format version {facts['format_version']}, "
+        f"{facts['file']}: adapter, {facts['dialect']}"
+        f"{f' format version {version}' if (version := facts['format_version']) else ''}, "
         f"{facts['parameters']:,} parameters, {_output.size(facts['bytes'])}"
     )
-    click.echo(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
+    if facts["dialect"] == "native":
+        click.echo(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
+    else:
+        click.echo(f"by {facts['reason']}")
     table = _output.table("Targets", ["weight", "layer", "shape", "kind", "rank", "alpha", "scale", "parameters"])
     for name, target in facts["targets"].items():
-        shape = "x".join(map(str, target["shape"]))
-        numbers = (target["rank"], target["alpha"], f"{target['scale']:g}", f"{target['parameters']:,}")
-        table.add_row(name, target["layer"], shape, target["kind"], *map(str, numbers))
+        shape = "x".join(map(str, target["shape"] or ["?"]))
+        alpha, scale = ("?" if value is None else f"{value:g}" for value in (target["alpha"], target["scale"]))
+        table.add_row(
+            name,
+            target["layer"] or "?",
+            shape,
+            target["kind"],
+            str(target["rank"]),
+            alpha,
+            scale,
+            f"{target['parameters']:,}",
+        )
     _output.console().print(table)
-    for line in _output.whole_lines(facts["whole"]):
+    for line in _output.whole_lines(facts["whole"]) if facts["dialect"] == "native" else ():
         click.echo(line)
+    if facts["whole"] and facts["dialect"] != "native":
+        click.echo(f"{len(facts['whole'])} tensors of the base are replaced whole")
     _print_training(training)
 
 

@@ -22,6 +22,8 @@ from loraio.cli import _options, _output
 )
 @_options.strength_option
 @_options.mismatch_option
+@_options.alpha_option
+@_options.model_option
 @click.option(
     "--fast", is_flag=True, help="Sum in float32: no longer the nearest float, nor the bits of the attached adapter."
 )
@@ -40,6 +42,9 @@ def merge(
     strength: float,
     allow_base_mismatch: bool,
     fast: bool,
+    alpha: float | None,
+    model: str | None,
+    model_args: dict[str, Any] | None,
     workers: int | None,
     force: bool,
     as_json: bool,
@@ -63,6 +68,9 @@ def merge(
             allow_noop=force,
             exact=not fast,
             workers=workers,
+            model=model,
+            model_args=model_args,
+            alpha=alpha,
             progress=progress,
         )
     weights = merged.weights

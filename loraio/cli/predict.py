@@ -15,6 +15,7 @@ from loraio.cli import _options, _output
 @click.option("--adapter", type=click.Path(), default=None, help="An adapter to attach.")
 @_options.strength_option
 @_options.mismatch_option
+@_options.alpha_option
 @_options.model_option
 @_options.json_option
 def predict(
@@ -23,6 +24,7 @@ def predict(
     adapter: str | None,
     strength: float,
     allow_base_mismatch: bool,
+    alpha: float | None,
     model: str | None,
     model_args: dict[str, Any] | None,
     as_json: bool,
@@ -36,8 +38,8 @@ def predict(
     import loraio
     from loraio.bases import stripped_of
 
-    loaded = loraio.load(adapter) if adapter is not None else None
     network = loraio.load_base(base, model=model, model_args=model_args)
+    loaded = loraio.load(adapter, base=network, alpha=alpha) if adapter is not None else None
     stripped = stripped_of(network)
     _output.note_stripped(stripped, as_json=as_json)
     pixels = torch.cat([loraio.read_image(image) for image in images])

@@ -25,6 +25,7 @@ FAILED = 3
 @_options.data_root_option
 @_options.strength_option
 @_options.mismatch_option
+@_options.alpha_option
 @_options.seed_option
 @_options.model_option
 @_options.json_option
@@ -39,6 +40,7 @@ def verify(
     data_root: str | None,
     strength: float,
     allow_base_mismatch: bool,
+    alpha: float | None,
     seed: int,
     model: str | None,
     model_args: dict[str, Any] | None,
@@ -50,10 +52,12 @@ def verify(
     """
     import loraio
     from loraio.bases import fitted, network_for
+    from loraio.conversion import load_for
 
     if dataset is not None and samples is not None:
         raise click.UsageError("--dataset and --random exclude each other")
-    before, loaded, after = loraio.read_base(base), loraio.load(adapter), loraio.read_base(merged)
+    before, after = loraio.read_base(base), loraio.read_base(merged)
+    loaded = load_for(adapter, base, model=model, model_args=model_args, alpha=alpha)
     before, after = (fitted(checkpoint, loaded.targets) for checkpoint in (before, after))
     _output.note_stripped(before.stripped, as_json=as_json)
     if model_args is not None and model is None and before.network is None:

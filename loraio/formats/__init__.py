@@ -1,73 +1,144 @@
-"""File dialects: each reads a file into an Adapter and writes one. A new dialect is one file and one line here."""
+"""File dialects: how adapters lie in files. A new dialect is one file and one line in `DIALECTS`.
+
+The native format is the hub: what another tool wrote becomes an `Adapter` when it is bound to a base, and an `Adapter`
+is what every dialect writes.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import os
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraio import container
 from loraio.adapter import Adapter
-from loraio.container import Header
-from loraio.errors import FormatError
+from loraio.errors import ConfigError, FormatError, OutputError
+from loraio.formats.foreign import Dialect, Encoded, Options, bind
 from loraio.formats.native import Native
+from loraio.formats.peft import Peft
+from loraio.formats.report import Report
+from loraio.formats.sources import CONFIG, WEIGHTS, Source, is_adapter_folder, open_source, source_of
+from loraio.outputs import check_output, staged
 
+if TYPE_CHECKING:
+    from torch import nn
 
-class Dialect(Protocol):
-    """One tool's way to lay an adapter out in a file."""
-
-    @property
-    def name(self) -> str:
-        """As ``inspect`` prints it."""
-        ...
-
-    def detect(self, header: Header) -> bool:
-        """Whether a file with this header is of this dialect, judged by content, never by file name."""
-        ...
-
-    def read(self, header: Header) -> Adapter:
-        """The adapter in the file."""
-        ...
-
-    def write(self, adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool) -> None:
-        """Write the adapter, atomically."""
-        ...
-
+NATIVE = Native()
 
 DIALECTS: dict[str, Dialect] = {
-    "native": Native(),
+    "peft": Peft(),
 }
+"""Dialects of other tools. The first that recognises a file has it."""
 
 
-def detect(header: Header) -> Dialect:
-    """The dialect of a file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a file or folder is.
+
+    Attributes:
+        source: what lies on the disk.
+        dialect: of another tool; None for a file of ours.
+        reason: why we think so.
+    """
+
+    source: Source
+    dialect: Dialect | None
+    reason: str
+
+
+def identify(path: str | os.PathLike[str]) -> Found:
+    """What an adapter's file or folder is, judged by content; of safetensors the header alone, without torch.
 
     Raises:
-        FormatError: it is no adapter of a known dialect.
+        MissingFileError: no such file.
+        FormatError: its bytes are not what their container says, or it is no adapter of a known dialect.
     """
+    source = open_source(path)
+    found = recognised(source)
+    if found is None:
+        raise FormatError(f"{str(path)!r} is not an adapter but {_otherwise(source)}")
+    return found
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether it is an adapter of a known dialect; a folder is none where no file has one of the usual names.
+
+    Raises:
+        MissingFileError, FormatError: as `identify`, for a file that cannot be read.
+    """
+    if Path(path).is_dir() and not is_adapter_folder(path):
+        return False
+    return recognised(open_source(path)) is not None
+
+
+def recognised(source: Source) -> Found | None:
+    """As `identify`, of what was opened; None where it is no adapter of a known dialect."""
+    if source.header is not None and NATIVE.detect(source.header):
+        return Found(source=source, dialect=None, reason="the loraio metadata describe targets")
     for dialect in DIALECTS.values():
-        if dialect.detect(header):
-            return dialect
-    document = header.document()
-    what = "a base model" if document is not None else "a file without loraio metadata"
+        reason = dialect.recognise(source)
+        if reason is not None:
+            return Found(source=source, dialect=dialect, reason=reason)
+    return None
+
+
+def _otherwise(source: Source) -> str:
+    document = source.header.document() if source.header is not None else None
     if document is not None and "pack" in document:
-        what = "a pack of them"
-    raise FormatError(f"{str(header.path)!r} is not an adapter but {what}")
+        return "a pack of them"
+    if document is not None:
+        return "a base model"
+    first = next(iter(source.tensors), None)
+    return "a file without loraio metadata" + (f", and {first!r} is no adapter's key" if first is not None else "")
 
 
-def load(path: str | os.PathLike[str]) -> Adapter:
-    """Read an adapter file, whole and checked, onto the CPU.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    base: nn.Module | None = None,
+    alpha: int | float | None = None,
+) -> Adapter:
+    """Read an adapter file or folder of any dialect, whole and checked, onto the CPU.
+
+    Args:
+        path: the file; of a PEFT adapter the folder.
+        base: the network with the base's weights, from `loraio.load_base` for example. Files of other tools need it:
+            they do not say which layers they are for. Files of ours do not, and pass over it.
+        alpha: of every layer, where a file of another tool does not say it.
 
     Raises:
         MissingFileError: no such file.
         FormatError: its bytes are not what the format says, or it is no adapter.
-        AdapterError: what it says contradicts itself, or a factor holds NaN or infinity.
+        AdapterError: what it says contradicts itself or cannot be held here, or a factor holds NaN or infinity.
+        BaseMismatchError: layers of a file of another tool are not in the base; all are listed.
+        ConfigError: a file of another tool, and no base.
     """
-    header = container.read_header(path)
-    return detect(header).read(header)
+    adapter, _ = load_reported(path, base=base, options=Options(alpha=alpha))
+    return adapter
+
+
+def load_reported(
+    path: str | os.PathLike[str], *, base: nn.Module | None, options: Options
+) -> tuple[Adapter, Report | None]:
+    """As `load`, and what became of every tensor and setting; None of a file of ours, of which all is kept."""
+    found = identify(path)
+    if found.dialect is None:
+        assert found.source.header is not None
+        return NATIVE.read(found.source.header), None
+    if base is None:
+        raise ConfigError(
+            f"{str(path)!r} is a {found.dialect.name} adapter, which does not say what it is for",
+            hint="--base BASE (base=loraio.load_base(..) in Python), the model that it was trained on",
+        )
+    return bind(found.dialect, found.source, base, options)
 
 
 def load_bytes(data: bytes, path: str | os.PathLike[str]) -> Adapter:
-    """As `load`, of a whole adapter file in memory.
+    """As `load`, of a whole adapter file of ours in memory.
 
     Args:
         data: all bytes of the file.
@@ -77,7 +148,15 @@ def load_bytes(data: bytes, path: str | os.PathLike[str]) -> Adapter:
         FormatError, AdapterError: as `load`.
     """
     header = container.parse_file(data, path)
-    return detect(header).read(header)
+    if NATIVE.detect(header):
+        return NATIVE.read(header)
+    source = source_of(header)
+    found = recognised(source)
+    if found is None or found.dialect is None:
+        raise FormatError(f"{str(path)!r} is not an adapter but {_otherwise(source)}")
+    raise FormatError(
+        f"{str(path)!r} is a {found.dialect.name} adapter, not one of ours", hint="`loraio convert --to native` first"
+    )
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -92,4 +171,60 @@ def save(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = Fa
         OutputExistsError: the file exists and ``overwrite`` is false.
         OutputError: the system refused to write.
     """
-    DIALECTS["native"].write(adapter, path, overwrite=overwrite)
+    NATIVE.write(adapter, path, overwrite=overwrite)
+
+
+def write(
+    dialect: Dialect,
+    encoded: Encoded,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> None:
+    """Write an adapter in the dialect of another tool; the same adapter always gives the same bytes.
+
+    Each file is written whole or not at all; of a folder the configuration comes last.
+
+    Args:
+        dialect: of the tool.
+        encoded: what it made of the adapter.
+        path: the file or folder to make.
+        overwrite: replace existing files.
+        inputs: files that the output must not be.
+
+    Raises:
+        OutputExistsError: a file is there already and ``overwrite`` is false.
+        OutputError: the system refused to write.
+    """
+    if dialect.container == "pickle":
+        import torch
+
+        buffer = io.BytesIO()
+        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in encoded.tensors.items()}, buffer)
+        _write_bytes(path, buffer.getvalue(), overwrite=overwrite, inputs=inputs)
+        return
+    if dialect.container == "safetensors":
+        container.write(encoded.tensors, path, metadata=encoded.metadata, overwrite=overwrite, inputs=inputs)
+        return
+    folder = Path(path)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder {str(path)!r} cannot be made: {error.strerror or error}") from error
+    for name in (WEIGHTS[0], CONFIG):
+        check_output(folder / name, overwrite=overwrite, inputs=inputs)
+    container.write(encoded.tensors, folder / WEIGHTS[0], metadata=encoded.metadata, overwrite=overwrite)
+    text = json.dumps(encoded.config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    _write_bytes(folder / CONFIG, text.encode("utf-8"), overwrite=overwrite)
+
+
+def _write_bytes(
+    path: str | os.PathLike[str],
+    data: bytes,
+    *,
+    overwrite: bool,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> None:
+    with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
+        temporary.write_bytes(data)

@@ -82,7 +82,7 @@ class Native:
                 extra=metadata.extra,
             )
         except LoraioError as error:
-            raise _located(error, header) from error
+            raise _located(error, f"{str(header.path)!r}") from error
 
     def write(self, adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool) -> None:
         """Write the adapter; see `loraio.save`."""
@@ -140,7 +140,27 @@ def read_metadata(header: Header) -> NativeMetadata:
     document = header.document()
     if document is None:
         raise FormatError(f"there is no {METADATA_KEY!r} metadata", where=where)
-    version = document.get("format_version")
+    metadata = read_document(document, where=where)
+    try:
+        check_tensors(metadata.targets, metadata.whole, {name: info.shape for name, info in header.tensors.items()})
+    except LoraioError as error:
+        raise _located(error, where) from error
+    whole = metadata.whole
+    for name, info in header.tensors.items():
+        if name in whole and info.dtype != whole[name].dtype:
+            raise FormatError(f"{name!r} is {info.dtype}, its metadata say {whole[name].dtype}", where=where)
+        if name not in whole and info.dtype not in FLOAT_DTYPES:
+            raise FormatError(f"{name!r} is {info.dtype}, factors are one of {', '.join(FLOAT_DTYPES)}", where=where)
+    return metadata
+
+
+def read_document(document: Any, *, where: str) -> NativeMetadata:
+    """What a document of this format says, without the tensors that it is about.
+
+    Raises:
+        FormatError, AdapterError, UnknownNameError: as `read_metadata`.
+    """
+    version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise FormatError(
             f"format version {version!r}, this loraio reads version {FORMAT_VERSION}",
@@ -162,19 +182,13 @@ def read_metadata(header: Header) -> NativeMetadata:
             shapes = {"shape": tuple(entry["shape"]), "base_shape": tuple(entry.get("base_shape", entry["shape"]))}
             known = {key: entry[key] for key in _WHOLE_KEYS} | shapes
             whole[name] = WholeTensor(**known, extra=_others(entry, _WHOLE_KEYS | _WHOLE_OPTIONS))
-        check_tensors(targets, whole, {name: info.shape for name, info in header.tensors.items()})
         found = document["base"]
         known = {key: found[key] for key in _BASE_KEYS | _BASE_OPTIONS if key in found}
         base = BaseReference(**known, extra=_others(found, _BASE_KEYS | _BASE_OPTIONS))
     except FormatError:
         raise
     except LoraioError as error:
-        raise _located(error, header) from error
-    for name, info in header.tensors.items():
-        if name in whole and info.dtype != whole[name].dtype:
-            raise FormatError(f"{name!r} is {info.dtype}, its metadata say {whole[name].dtype}", where=where)
-        if name not in whole and info.dtype not in FLOAT_DTYPES:
-            raise FormatError(f"{name!r} is {info.dtype}, factors are one of {', '.join(FLOAT_DTYPES)}", where=where)
+        raise _located(error, where) from error
     return NativeMetadata(
         targets=targets,
         base=base,
@@ -213,6 +227,6 @@ def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
     return {key: value for key, value in entry.items() if key not in known}
 
 
-def _located(error: LoraioError, header: Header) -> LoraioError:
+def _located(error: LoraioError, where: str) -> LoraioError:
     """The same error, with the file's name."""
-    return type(error)(error.message, problems=error.problems, where=f"{str(header.path)!r}", hint=error.hint)
+    return type(error)(error.message, problems=error.problems, where=where, hint=error.hint)

@@ -308,7 +308,10 @@ def _adapter_files(files: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
         paths = [Path(entry.path) for entry in listed_files(paths[0])]
         paths = [path for path in paths if _is_adapter(container.read_header(path))]
     if not paths:
-        raise ConfigError("there is nothing to pack", hint="name a folder that holds adapters, or adapter files")
+        raise ConfigError(
+            "there is nothing to pack",
+            hint="name a folder that holds adapters, or adapter files; other tools' after `loraio convert`",
+        )
     stems = [unicodedata.normalize("NFC", path.name.removesuffix(SUFFIX)) for path in paths]
     problems = [f"{stem!r}: {problem}" for stem in stems if (problem := name_problem(stem))]
     problems += dict.fromkeys(name_clashes(stems).values())

@@ -27,6 +27,7 @@ Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
 
 COMMANDS = [
+    "convert",
     "evaluate",
     "export",
     "inspect",

@@ -29,7 +29,7 @@ from loraio.errors import (
     ShapeError,
     UnknownNameError,
 )
-from loraio.formats import DIALECTS, detect
+from loraio.formats import DIALECTS, NATIVE, identify
 from loraio.formats.native import read_metadata, to_document
 
 SHA = "0123456789abcdef" * 4
@@ -447,7 +447,7 @@ def test_a_file_that_is_no_adapter_is_refused_with_what_it_is(path: Path) -> Non
 
 def test_a_missing_file_and_a_folder_are_refused(path: Path, tmp_path: Path) -> None:
     refused(path, MissingFileError, "does not exist")
-    refused(tmp_path, MissingFileError, "cannot be read")
+    refused(tmp_path, MissingFileError, "there is no adapter in the folder")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
@@ -473,7 +473,8 @@ def test_metadata_of_a_file_without_any_is_refused(path: Path) -> None:
 
 def test_the_dialect_is_found_by_content_and_not_by_name(tmp_path: Path) -> None:
     loraio.save(adapter(), tmp_path / "adapter.bin")
-    assert detect(read_header(tmp_path / "adapter.bin")) is DIALECTS["native"]
+    assert identify(tmp_path / "adapter.bin").dialect is None
+    assert NATIVE.name == "native"
     assert all(dialect.name == name for name, dialect in DIALECTS.items())
 
 

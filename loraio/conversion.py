@@ -1,0 +1,156 @@
+"""Adapters from one dialect to another, file to file, with a line on every tensor and every setting."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loraio import formats
+from loraio.adapter import Adapter
+from loraio.bases import load_base
+from loraio.errors import AdapterError, LoraioError
+from loraio.formats import DIALECTS
+from loraio.formats.foreign import Options
+from loraio.formats.report import Report
+from loraio.networks import build_network, is_own_code, resize_heads
+from loraio.outputs import check_output
+from loraio.registry import lookup
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What `convert` did, or would have done.
+
+    Attributes:
+        source: dialect of the input.
+        reason: why it is taken for that.
+        dialect: of the output.
+        read: what became of the input's tensors and settings; empty for a file of ours, of which all is kept.
+        written: what became of the adapter's in the output; empty where that is a file of ours.
+        done: whether the output was written.
+    """
+
+    source: str
+    reason: str
+    dialect: str
+    read: Report
+    written: Report
+    done: bool
+
+    @property
+    def lost(self) -> bool:
+        """Whether anything has no place in the output."""
+        return bool(self.read.lost or self.written.lost)
+
+
+def convert(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    to: str,
+    base: str | os.PathLike[str] | None = None,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    alpha: int | float | None = None,
+    lossy: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write an adapter in another dialect.
+
+    Nothing is written where something would be lost, unless ``lossy``.
+
+    Args:
+        path: an adapter of any dialect, a file or a folder.
+        output: what to make; for PEFT a folder.
+        to: "native", or a name in `loraio.formats.DIALECTS`.
+        base: the base checkpoint, which files of other tools need.
+        model: the base's network, where its file does not state it, or where there is no base.
+        model_args: keyword options of the network.
+        alpha: of every layer, where the file does not say it.
+        lossy: leave out what has no place in the output.
+        dry_run: write nothing.
+        overwrite: replace an existing output.
+
+    Raises:
+        UnknownNameError: no such dialect.
+        LoraioError: as `loraio.load`, `loraio.load_base` and `loraio.save`.
+    """
+    dialect = None if to == "native" else lookup({"native": None, **DIALECTS}, to, what="dialect")
+    found = formats.identify(path)
+    network = load_base(base, model=model, model_args=model_args) if base is not None else None
+    state = None if network is None else network.state_dict()
+    options = Options(alpha=alpha, lossy=True)
+    adapter, read = formats.load_reported(path, base=network, options=options)
+    encoded = None
+    if dialect is not None:
+        shown = network if network is not None else network_of(adapter, model=model, model_args=model_args)
+        encoded = dialect.encode(adapter, network=shown, state=state, options=options)
+    made = Conversion(
+        source=found.dialect.name if found.dialect is not None else "native",
+        reason=found.reason,
+        dialect=to,
+        read=read or Report(),
+        written=encoded.report if encoded is not None else Report(),
+        done=False,
+    )
+    if dry_run or (made.lost and not lossy):
+        return made
+    inputs = [found.source.file]
+    if dialect is None or encoded is None:
+        check_output(output, overwrite=overwrite, inputs=inputs)
+        formats.save(adapter, output, overwrite=overwrite)
+    else:
+        formats.write(dialect, encoded, output, overwrite=overwrite, inputs=inputs)
+    return replace(made, done=True)
+
+
+def network_of(
+    adapter: Adapter, *, model: str | None = None, model_args: Mapping[str, Any] | None = None
+) -> nn.Module | None:
+    """The network that an adapter is for, by the name it states or the one given, with weights that mean nothing.
+
+    Returns:
+        None where there is no name, or one of code that no file may run.
+
+    Raises:
+        LoraioError: there is no such network, or it cannot be built.
+    """
+    name, reference = model or adapter.base.network, adapter.base
+    if name is None or (model is None and is_own_code(name)):
+        return None
+    own = name == reference.network
+    args = reference.network_args if model_args is None and own else model_args
+    network = build_network(name, args=args, seed=0)
+    if own and reference.heads:
+        resize_heads(network, reference.heads)
+    return network
+
+
+def load_for(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    alpha: int | float | None = None,
+) -> Adapter:
+    """As `loraio.load`, for a base checkpoint that is read only where the adapter's dialect needs it.
+
+    Raises:
+        LoraioError: as `loraio.load` and `loraio.load_base`.
+    """
+    if formats.identify(path).dialect is None:
+        return formats.load(path)
+    try:
+        network = load_base(base, model=model, model_args=model_args)
+    except LoraioError as error:
+        raise AdapterError(
+            f"an adapter of another tool needs the base's network: {error.message}", where=error.where, hint=error.hint
+        ) from error
+    return formats.load(path, base=network, alpha=alpha)

@@ -1,0 +1,486 @@
+"""Adapters of other tools: what a file says by itself, and how it becomes an `Adapter` on a base.
+
+A foreign file has no shapes of weights, no layer classes, no groups and no digests of a base. `Foreign` is what it does
+say, from names and shapes alone; `bind` puts it on a base and accounts for every tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loraio import container
+from loraio.adapter import FLOAT_DTYPES, SCALE_RULES, WHOLE_DTYPES, Adapter, Target, WholeTensor
+from loraio.container import METADATA_KEY
+from loraio.errors import AdapterError, BaseMismatchError, StateError
+from loraio.formats.native import NativeMetadata, read_document, to_document
+from loraio.formats.report import Line, Report, settings, tensors
+from loraio.formats.sources import Source
+from loraio.layers import (
+    AFFINE,
+    HEAD_LAYERS,
+    STATISTICS,
+    TargetModule,
+    normalisation_modules,
+    refuse_shared,
+    refuse_unusable,
+    target_modules,
+)
+from loraio.registry import known, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ORIGIN = "converted_from"
+"""Key under which an adapter's ``training`` holds what the file of another tool said besides its tensors."""
+
+_NONE = "0" * 64
+
+_DOCUMENT = "exported"  # key of the loraio metadata under which an exported file holds the native document
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user has to say where a file does not.
+
+    Attributes:
+        alpha: of every layer whose alpha is not in the file.
+        lossy: go on where something has no place on the other side.
+    """
+
+    alpha: int | float | None = None
+    lossy: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignLayer:
+    """The tensors of one adapted weight, as their file has them.
+
+    Attributes:
+        name: of the weight's module, as the dialect spells it.
+        slots: the key in the file of each tensor, by the dialect's own word for it; "bias" for a bias beside the
+            factors, "alpha" for a tensor that holds alpha.
+        rank: r, from a shape.
+        alpha: None where the file does not say it.
+        kind: a name in `loraio.kinds.KINDS`.
+        scale_rule: a name in `loraio.adapter.SCALE_RULES`.
+        note: how its tensors change when they become factors; empty where only their shape does.
+    """
+
+    name: str
+    slots: Mapping[str, str]
+    rank: int
+    alpha: int | float | None
+    kind: str = "lora"
+    scale_rule: str = "alpha/r"
+    note: str = ""
+
+    @property
+    def scale(self) -> float | None:
+        """As `loraio.adapter.Target.scale`; None without alpha."""
+        return None if self.alpha is None else SCALE_RULES[self.scale_rule](self.alpha, self.rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """What the file of another tool says, from its header and configuration alone.
+
+    Attributes:
+        layers: in the file's order.
+        whole: keys in the file of tensors that replace one of the base, by the base's name for it.
+        biases: those names of them that are biases stored apart from the rest of their module.
+        not_used: keys of tensors that are no part of the adapter, and why.
+        settings: everything that is said besides tensors, as plain JSON values.
+        lines: what becomes of each setting.
+        refusals: why it cannot be used; empty for an adapter that can.
+    """
+
+    layers: tuple[ForeignLayer, ...]
+    whole: Mapping[str, str] = field(default_factory=dict)
+    biases: frozenset[str] = frozenset()
+    not_used: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    lines: tuple[Line, ...] = ()
+    refusals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """One layer's tensors as factors of a kind, and what changed on the way.
+
+    Attributes:
+        values: by short name: ``lora_A`` (r, fan_in), ``lora_B`` (out, r), ``magnitude`` (out,).
+        rank: where it is another than the file's.
+        alpha: where it is another than the file's.
+        bias: float64, what is added to the layer's bias; None where nothing is.
+        note: what changed, with the error where it is not exact.
+    """
+
+    values: Mapping[str, Tensor]
+    rank: int | None = None
+    alpha: int | float | None = None
+    bias: Tensor | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """An adapter as another tool has it, ready to be written.
+
+    Attributes:
+        tensors: by their names in the file.
+        report: what became of every tensor and setting of the adapter.
+        metadata: strings for a safetensors header.
+        config: for `loraio.formats.sources.CONFIG`; None where the tool has no such file.
+    """
+
+    tensors: Mapping[str, Tensor]
+    report: Report
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+
+
+class Dialect(Protocol):
+    """One tool's way to lay an adapter out in files. It never opens one: that is done before and after it."""
+
+    @property
+    def name(self) -> str:
+        """As ``--to`` takes it."""
+        ...
+
+    @property
+    def container(self) -> str:
+        """What is written: "folder" (safetensors and a configuration), "safetensors" or "pickle"."""
+        ...
+
+    def recognise(self, source: Source) -> str | None:
+        """Why this is a file of the dialect, by its content and never by its name; None where it is not."""
+        ...
+
+    def read(self, source: Source) -> Foreign:
+        """What the file says, without the values of its tensors and without torch."""
+        ...
+
+    def spell(self, place: TargetModule) -> Sequence[str]:
+        """How the dialect may name the module of this weight; nothing where it cannot name the weight."""
+        ...
+
+    def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
+        """Why the dialect cannot hold this kind on this layer type; None where it can."""
+        ...
+
+    def factors(
+        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
+    ) -> Factors:
+        """A layer's tensors, by slot, as factors of the weight; the layer's alpha is known by now.
+
+        Raises:
+            AdapterError: they cannot be; the errors of all layers are listed.
+        """
+        ...
+
+    def encode(
+        self,
+        adapter: Adapter,
+        *,
+        network: nn.Module | None,
+        state: Mapping[str, Tensor] | None,
+        options: Options,
+    ) -> Encoded:
+        """The adapter in this dialect.
+
+        Args:
+            adapter: to be written.
+            network: the base's network where it is known; its weights mean nothing.
+            state: the base's own tensors where they are known.
+            options: what the user asks for.
+
+        Raises:
+            AdapterError: the tool cannot hold it, or would use it wrongly; all reasons are listed.
+        """
+        ...
+
+
+def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) -> tuple[Adapter, Report]:
+    """The adapter in a file of another tool, on a base.
+
+    Args:
+        dialect: of the file.
+        source: the file.
+        base: the network with the base's weights, without an adapter; only read.
+        options: what the file does not say.
+
+    Returns:
+        the adapter, with the digests of the base; and what became of every tensor and setting.
+
+    Raises:
+        AdapterError: the file cannot be used, or alpha is missing, or something would be lost without ``lossy``.
+        BaseMismatchError: layers are not in the base, or do not fit; all are listed.
+        StateError: the base carries an adapter, or a weight is shared or computed from another parametrization.
+    """
+    foreign, where = dialect.read(source), f"{str(source.path)!r}"
+    if foreign.refusals:
+        raise AdapterError(f"this {dialect.name} adapter cannot be used", problems=foreign.refusals, where=where)
+    values, state = source.read(), _state_of(base)
+    placed = _placed(dialect, foreign, base, where)
+    silent = [layer.name for layer in foreign.layers if layer.alpha is None]
+    if silent and options.alpha is None:
+        raise AdapterError(
+            f"the file does not say alpha, for {known(silent, limit=3)}", where=where, hint="--alpha NUMBER (alpha=)"
+        )
+    binding = _Binding(state=state, base=base)
+    if silent:
+        binding.lines += settings(["alpha"], "changed", f"{options.alpha!r} as given, the file does not say it")
+    for layer in foreign.layers:
+        place = placed[layer.name]
+        if layer.alpha is None:
+            layer = replace(layer, alpha=options.alpha)
+        own = {slot: values[key] for slot, key in layer.slots.items()}
+        try:
+            binding.add_layer(layer, place, dialect.factors(layer, own, place, options))
+        except AdapterError as error:
+            binding.problems.append(f"{layer.name!r}: {error.message}")
+            binding.lines += tensors(layer.slots.values(), "lost")
+    for name, key in foreign.whole.items():
+        binding.add_whole(name, key, values[key], module_saved=name not in foreign.biases)
+    binding.add_biases()
+    binding.lines += [
+        Line(what="tensor", name=key, fate="carried", how=f"not used: {why}") for key, why in foreign.not_used.items()
+    ]
+    named = {line.name for line in binding.lines if line.what == "tensor"}
+    binding.problems += [f"{key!r} belongs to nothing" for key in source.tensors if key not in named]
+    if binding.problems:
+        raise BaseMismatchError("the adapter does not fit the base", problems=binding.problems, where=where)
+    adapter = _finished(dialect, foreign, source, binding, base)
+    report = Report.of([*binding.lines, *foreign.lines])
+    if report.lost and not options.lossy:
+        raise AdapterError(
+            "not everything in the file has a place in an adapter of loraio",
+            problems=[str(line) for line in report.lost],
+            where=where,
+            hint="`loraio convert --lossy` leaves it out",
+        )
+    return adapter, report
+
+
+def exported_metadata(adapter: Adapter) -> dict[str, str]:
+    """The loraio metadata of an exported safetensors file: what other tools have no place for, and pass over."""
+    return container.metadata_of({_DOCUMENT: to_document(adapter)}, where="the export")
+
+
+def origin_of(adapter: Adapter, dialect: str) -> dict[str, Any]:
+    """The settings of the dialect's own file from which the adapter came; empty for others."""
+    origin = adapter.training.get(ORIGIN)
+    if not isinstance(origin, Mapping) or origin.get("dialect") != dialect:
+        return {}
+    found = origin.get("settings")
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def carried_lines(adapter: Adapter) -> list[Line]:
+    """Lines of what an exported safetensors file holds in its own metadata."""
+    named = ["base", "training", *adapter.extra]
+    return settings(named, "carried", f"in the header, under {METADATA_KEY!r}, which the other tool passes over")
+
+
+class _Binding:
+    """An adapter in the making, and what became of the tensors so far."""
+
+    def __init__(self, *, state: Mapping[str, Tensor], base: nn.Module) -> None:
+        self.state = state
+        self.targets: dict[str, Target] = {}
+        self.factors: dict[str, Tensor] = {}
+        self.whole: dict[str, WholeTensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.lines: list[Line] = []
+        self.problems: list[str] = []
+        self._modules = dict(base.named_modules())
+        self._norms = normalisation_modules(base)
+        self._biases: list[tuple[str, str, Tensor]] = []
+
+    def add_layer(self, layer: ForeignLayer, place: TargetModule, made: Factors) -> None:
+        from loraio.identity import sketch, tensor_sha256
+
+        weight = self.state[place.name]
+        alpha = made.alpha if made.alpha is not None else layer.alpha
+        assert alpha is not None  # it was given, or the file would have been refused
+        code = container.dtype_code(weight.dtype)
+        if code not in FLOAT_DTYPES:
+            self.problems.append(f"{place.name!r} of the base is {code}, not one of {', '.join(FLOAT_DTYPES)}")
+            return
+        target = Target(
+            kind=layer.kind,
+            rank=made.rank or layer.rank,
+            alpha=alpha,
+            scale_rule=layer.scale_rule,
+            shape=tuple(weight.shape),
+            dtype=code,
+            layer=place.layer.name,
+            groups=place.groups,
+            base_sha256=tensor_sha256(weight),
+            sketch=sketch(weight),
+        )
+        for short, shape in target.factor_shapes.items():
+            found = tuple(made.values[short].shape)
+            if found != shape:
+                self.problems.append(f"{layer.name!r}: {short} is {found}, {place.name!r} of the base needs {shape}")
+        self.targets[place.name] = target
+        self.factors |= {f"{place.name}.{short}": value.contiguous() for short, value in made.values.items()}
+        fate = "changed" if made.note else "carried"
+        self.lines += tensors((key for slot, key in layer.slots.items() if slot != "bias"), fate, made.note)
+        if made.bias is not None:
+            self._biases.append((place.path, layer.slots["bias"], made.bias))
+
+    def add_whole(self, name: str, key: str, value: Tensor, *, module_saved: bool) -> None:
+        """One tensor in the place of the base's; of those that are the base's own nothing needs to be kept."""
+        base = self.state.get(name)
+        if base is None:
+            self.problems.append(f"{key!r}: the base has no {name!r}{nearest(name, self.state)}")
+            return
+        how = ""
+        if value.dtype != base.dtype and value.is_floating_point() and base.is_floating_point():
+            how = f"from {value.dtype} to the base's {base.dtype}"
+            value = value.to(base.dtype)
+        if value.dtype != base.dtype or container.dtype_code(base.dtype) not in WHOLE_DTYPES:
+            self.problems.append(f"{key!r} is {value.dtype}, {name!r} of the base {base.dtype}")
+            return
+        if _same(value, base):
+            self.lines += tensors([key], "carried", "as in the base")
+            return
+        if name in self.targets:
+            self.problems.append(f"{key!r} is not the base's {name!r}: the adapter belongs to another base")
+            return
+        try:
+            self._replace(name, value, self._role(name, module_saved))
+        except AdapterError as error:
+            self.problems.append(f"{key!r}: {error.message}")
+            return
+        self.lines += tensors([key], "changed" if how else "carried", how)
+
+    def add_biases(self) -> None:
+        """Biases beside the factors become part of the layer's own, which is replaced: strength has no hold on it."""
+        from loraio.lowrank import round_once
+
+        for path, key, delta in self._biases:
+            name = f"{path}.bias" if path else "bias"
+            base = self.tensors.get(name, self.state.get(name))
+            if base is None:
+                self.lines += tensors([key], "lost", f"the layer {path!r} of the base has no bias to add it to")
+                continue
+            if delta.shape != base.shape:
+                self.problems.append(f"{key!r} is {tuple(delta.shape)}, {name!r} of the base {tuple(base.shape)}")
+                continue
+            self._replace(name, round_once(base.double() + delta, base.dtype), "bias")
+            self.lines += tensors([key], "changed", f"added to {name!r}, which is replaced whole, at any strength")
+
+    def _replace(self, name: str, value: Tensor, role: str) -> None:
+        from loraio.identity import tensor_sha256
+
+        base = self.state[name]
+        self.whole[name] = WholeTensor(
+            role=role,
+            shape=tuple(value.shape),
+            dtype=container.dtype_code(base.dtype),
+            base_sha256=tensor_sha256(base),
+            base_shape=tuple(base.shape),
+        )
+        self.tensors[name] = value.contiguous()
+
+    def _role(self, name: str, module_saved: bool) -> str:
+        path, _, last = name.rpartition(".")
+        module = self._modules.get(path)
+        if path in self._norms and last in (*AFFINE, *STATISTICS):
+            return "norm"
+        headlike = any(cls.__name__ in HEAD_LAYERS for cls in type(module).__mro__)
+        if module_saved and headlike and getattr(module, "groups", 1) == 1:
+            return "head"
+        return "bias" if last.endswith("bias") else "layer"
+
+
+def _placed(dialect: Dialect, foreign: Foreign, base: nn.Module, where: str) -> dict[str, TargetModule]:
+    """The weight of each layer, matched forward from the base's own names: many dialects' names cannot be inverted."""
+    spelled: dict[str, list[TargetModule]] = {}
+    for place in target_modules(base).values():
+        for name in dialect.spell(place):
+            spelled.setdefault(name, []).append(place)
+    problems, placed = [], {}
+    for layer in foreign.layers:
+        found = spelled.get(layer.name, [])
+        if len(found) != 1:
+            several = f"may be {known(place.name for place in found)}"
+            problems.append(
+                f"{layer.name!r} {several if found else f'is no layer of it{nearest(layer.name, spelled)}'}"
+            )
+            continue
+        place = placed[layer.name] = found[0]
+        reason = dialect.refusal(place.layer.name, layer.kind, grouped=place.groups > 1)
+        if reason is not None:
+            problems.append(f"{layer.name!r}: {reason}")
+        refuse_unusable(place)
+    twice = [name for name, count in Counter(place.name for place in placed.values()).items() if count > 1]
+    problems += [f"{name!r} is adapted twice" for name in twice]
+    if problems:
+        raise BaseMismatchError(f"the {dialect.name} adapter does not fit the base", problems=problems, where=where)
+    refuse_shared(base, [place.name for place in placed.values()])
+    return placed
+
+
+def _finished(dialect: Dialect, foreign: Foreign, source: Source, binding: _Binding, base: nn.Module) -> Adapter:
+    """The adapter; what an export of ours kept in the header comes back where it is still about the same adapter."""
+    from loraio.identity import base_reference
+    from loraio.networks import heads_of, network_args_of, network_of
+
+    kept = _kept(source)
+    if kept is not None and _is_about(kept, binding):
+        return Adapter(
+            targets=kept.targets,
+            factors=binding.factors,
+            base=kept.base,
+            whole=kept.whole,
+            tensors=binding.tensors,
+            training=kept.training,
+            extra=kept.extra,
+        )
+    reference = base_reference(
+        binding.state, network=network_of(base), network_args=network_args_of(base), heads=heads_of(base)
+    )
+    return Adapter(
+        targets=dict(sorted(binding.targets.items())),
+        factors=binding.factors,
+        base=reference,
+        whole=binding.whole,
+        tensors=binding.tensors,
+        training={ORIGIN: {"dialect": dialect.name, "settings": dict(foreign.settings)}},
+    )
+
+
+def _kept(source: Source) -> NativeMetadata | None:
+    document = source.header.document() if source.header is not None else None
+    if document is None or _DOCUMENT not in document:
+        return None
+    return read_document(document[_DOCUMENT], where=f"the metadata of {str(source.file)!r}")
+
+
+def _is_about(kept: NativeMetadata, binding: _Binding) -> bool:
+    """Whether the kept metadata differ from what the file and the base say in nothing but the base's values."""
+    sketchless = {name: replace(target, sketch=(), base_sha256=_NONE) for name, target in binding.targets.items()}
+    same = sketchless == {
+        name: replace(target, sketch=(), base_sha256=_NONE, extra={}) for name, target in kept.targets.items()
+    }
+    return same and {(n, w.role, w.shape) for n, w in kept.whole.items()} == {
+        (n, w.role, w.shape) for n, w in binding.whole.items()
+    }
+
+
+def _state_of(base: nn.Module) -> dict[str, Tensor]:
+    from loraio.parametrization import AdapterPart
+
+    if any(isinstance(module, AdapterPart) for module in base.modules()):
+        raise StateError("the base carries an adapter", hint="live.detach() first")
+    return {name: tensor.detach() for name, tensor in base.state_dict().items()}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and container.tensor_bytes(a).equal(container.tensor_bytes(b))

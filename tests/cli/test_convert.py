@@ -1,0 +1,146 @@
+"""``loraio convert``, and the other commands with an adapter of another tool."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import load_file, save_file
+
+import loraio
+
+Run = Callable[..., Result]
+RunJson = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def exported(run: Run, files: Path, tmp_path: Path) -> Path:
+    """The adapter three as a PEFT folder."""
+    run("convert", files / "three.safetensors", "-o", tmp_path / "three", "--to", "peft")
+    return tmp_path / "three"
+
+
+def without_metadata(folder: Path) -> Path:
+    """The same as a tool would have written that knows nothing of loraio."""
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})
+    return folder
+
+
+def test_there_and_back_gives_the_same_bytes(run_json: RunJson, files: Path, exported: Path, tmp_path: Path) -> None:
+    words = ("convert", exported, "--to", "native", "--base", files / "base.safetensors", "-o", tmp_path / "back")
+    found = run_json(*words)
+    assert (found["from"], found["to"], found["lost"], found["done"]) == ("peft", "native", False, True)
+    assert "LORA" in found["reason"]
+    assert {line["fate"] for line in found["read"]} == {"carried"}
+    assert found["written"] == []
+    assert (tmp_path / "back").read_bytes() == (files / "three.safetensors").read_bytes()
+
+
+def test_every_tensor_and_setting_has_a_line(
+    run_json: RunJson, files: Path, tmp_path: Path, three: loraio.Adapter
+) -> None:
+    found = run_json("convert", files / "three.safetensors", "-o", tmp_path / "out", "--to", "peft", "--dry-run")
+    assert {line["name"] for line in found["written"] if line["what"] == "tensor"} == set(three.factors)
+    settings = {line["name"] for line in found["written"] if line["what"] == "setting"}
+    assert settings >= {"alpha", "rank", "kind", "scale_rule", "base", "training"}
+    assert not found["done"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_is_printed(run: Run, files: Path, tmp_path: Path) -> None:
+    words = ("convert", files / "three.safetensors", "-o", tmp_path / "out", "--to", "peft")
+    text = run(*words, "--dry-run").stdout
+    assert "native adapter, by the loraio metadata" in text
+    assert "writing: tensor conv1.weight.lora_A: carried" in text
+    assert text.endswith("nothing written\n")
+    assert run(*words).stdout.endswith(f"{tmp_path / 'out'}: peft adapter\n")
+
+
+def test_what_is_lost_makes_the_exit_code_3(run: Run, run_json: RunJson, exported: Path, tmp_path: Path) -> None:
+    config = json.loads((exported / "adapter_config.json").read_text()) | {"lora_bias": True}
+    tensors = load_file(exported / "adapter_model.safetensors") | {"base_model.model.bare.lora_B.bias": torch.ones(3)}
+    tensors |= {"base_model.model.bare.lora_A.weight": torch.ones(4, 2)}
+    tensors |= {"base_model.model.bare.lora_B.weight": torch.ones(3, 4)}
+    config["target_modules"] = [*config["target_modules"], "bare"]
+    (exported / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, exported / "adapter_model.safetensors")
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import loraio, torch\n\ndef net():\n    made = loraio.build_network('digit-cnn', seed=0)\n"
+        "    made.bare = torch.nn.Linear(2, 3, bias=False)\n    return made\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        torch.save(__import__("own").net().state_dict(), tmp_path / "base.pt")
+        words = ["convert", exported, "--to", "native", "--base", tmp_path / "base.pt", "--model", "own:net"]
+        words += ["-o", tmp_path / "back"]
+        found = run_json(*words, code=3)
+        assert [line["name"] for line in found["read"] if line["fate"] == "lost"] == [
+            "base_model.model.bare.lora_B.bias"
+        ]
+        assert not (tmp_path / "back").exists()
+        assert "has no place there" in run(*words, "--dry-run", code=3).stdout
+        assert run_json(*words, "--lossy")["done"]
+        assert "bare.weight" in loraio.load(tmp_path / "back").targets
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("own", None)
+
+
+def test_a_base_is_asked_for(run: Run, exported: Path, tmp_path: Path) -> None:
+    text = run("convert", exported, "--to", "native", "-o", tmp_path / "back", code=1).stderr
+    assert "does not say what it is for" in text
+    assert "--base BASE" in text
+
+
+def test_outputs_are_not_replaced(run: Run, files: Path, exported: Path, tmp_path: Path) -> None:
+    words = ("convert", files / "three.safetensors", "--to", "peft", "-o", exported)
+    assert "exists" in run(*words, code=1).stderr
+    run(*words, "--force")
+    again = ("convert", exported, "--to", "peft", "-o", exported, "--base", files / "base.safetensors", "--force")
+    assert "is also an input" in run(*again, code=1).stderr
+    unknown = run("convert", files / "three.safetensors", "--to", "pefft", "-o", tmp_path / "x", code=1).stderr
+    assert "did you mean 'peft'" in unknown
+
+
+def test_every_command_takes_it(run_json: RunJson, files: Path, exported: Path, tmp_path: Path) -> None:
+    base, merged = files / "base.safetensors", tmp_path / "merged.safetensors"
+    without_metadata(exported)
+    found = run_json("merge", base, exported, "-o", merged)
+    assert found["folded"] == 3
+    assert load_file(merged).keys() == load_file(files / "merged.safetensors").keys()
+    assert all(t.equal(load_file(files / "merged.safetensors")[n]) for n, t in load_file(merged).items())
+    assert run_json("verify", base, exported, merged)["ok"]
+    plain = run_json("evaluate", base, "--adapter", files / "three.safetensors", "--dataset", "digits")
+    theirs = run_json("evaluate", base, "--adapter", exported, "--dataset", "digits")
+    assert theirs["adapters"] == plain["adapters"]
+    both = run_json("evaluate", base, "--adapter", tmp_path, "--dataset", "digits")
+    assert set(both["adapters"]) == {"three"}
+
+
+def test_inspect_says_what_it_is_and_why(run: Run, run_json: RunJson, exported: Path) -> None:
+    found = run_json("inspect", exported)
+    assert (found["type"], found["dialect"], found["rank"], found["alpha"]) == ("adapter", "peft", 4, 6)
+    assert "peft_type 'LORA'" in found["reason"]
+    assert found["targets"]["conv1"]["scale"] == 1.5
+    assert found["targets"]["conv1"]["shape"] is None
+    assert found["targets"]["conv1"]["tensors"] == {"A": [4, 1, 3, 3], "B": [32, 4, 1, 1]}
+    assert found["warnings"] == []
+    assert "by adapter_config.json says" in run("inspect", exported).stdout
+    config = exported / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    assert "cannot be used: init_lora_weights is 'pissa'" in run("inspect", exported).stderr
+
+
+def test_inspect_of_it_imports_no_torch(exported: Path) -> None:
+    code = "import sys; from loraio.cli import main; main(['inspect', sys.argv[1]], standalone_mode=False)"
+    code += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(exported)], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,79 @@
+"""Whatever the configuration and the keys of another tool's file say: an adapter or one of our errors, nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from strategies import json_values
+from torch import nn
+
+import loraio
+from loraio.errors import LoraioError
+
+HOSTILE = settings(max_examples=200, deadline=None)
+
+CONFIG: dict[str, Any] = {
+    "alpha_pattern": {},
+    "bias": "none",
+    "exclude_modules": None,
+    "init_lora_weights": True,
+    "lora_alpha": 4,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "r": 2,
+    "rank_pattern": {},
+    "target_modules": ["0"],
+    "use_dora": False,
+    "use_rslora": False,
+}
+
+PARTS = ("base_model", "model", "0", "1", "base_layer", "lora_A", "lora_B", "lora_magnitude_vector", "weight", "bias")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hostile")
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Conv2d(1, 2, 1))
+
+
+def read(folder: Path, base: nn.Module, config: Any, names: tuple[str, ...] = ()) -> bool:
+    """Whether it is read; any error but ours goes through."""
+    tensors = {
+        "base_model.model.0.lora_A.weight": torch.ones(2, 3),
+        "base_model.model.0.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(tensors | {name: torch.ones(2, 3) for name in names}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    try:
+        loraio.load(folder, base=base)
+    except LoraioError:
+        return False
+    return True
+
+
+def test_the_configuration_that_is_changed_is_valid(folder: Path, base: nn.Module) -> None:
+    assert read(folder, base, CONFIG)
+
+
+@HOSTILE
+@given(st.sampled_from(sorted(CONFIG)), json_values)
+def test_any_value_of_a_setting_is_read_or_refused(folder: Path, base: nn.Module, key: str, value: Any) -> None:
+    read(folder, base, CONFIG | {key: value})
+
+
+@HOSTILE
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map(".".join))
+def test_any_further_key_is_read_or_refused(folder: Path, base: nn.Module, name: str) -> None:
+    read(folder, base, CONFIG, (name,))
