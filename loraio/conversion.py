@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ def convert(
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     alpha: int | float | None = None,
+    enable_lora: Sequence[bool] | None = None,
     lossy: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -73,6 +74,7 @@ def convert(
         model: the base's network, where its file does not state it, or where there is no base.
         model_args: keyword options of the network.
         alpha: of every layer, where the file does not say it.
+        enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
         lossy: leave out what has no place in the output.
         dry_run: write nothing.
         overwrite: replace an existing output.
@@ -85,7 +87,7 @@ def convert(
     found = formats.identify(path)
     network = load_base(base, model=model, model_args=model_args) if base is not None else None
     state = None if network is None else network.state_dict()
-    options = Options(alpha=alpha, lossy=True)
+    options = Options(alpha=alpha, enable_lora=enable_lora, lossy=True)
     adapter, read = formats.load_reported(path, base=network, options=options)
     encoded = None
     if dialect is not None:

@@ -66,6 +66,20 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return None
 
 
+class Flags(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
+    """Ones and zeros with commas between them."""
+
+    name = "flags"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[bool, ...]:
+        """A tuple of bool, at least one of them true."""
+        if isinstance(value, tuple):
+            return value
+        if re.fullmatch("[01](,[01])*", str(value)) and "1" in str(value):
+            return tuple(flag == "1" for flag in str(value).split(","))
+        self.fail(f"{value!r} is no list of flags such as 1,0,1", param, ctx)
+
+
 class Digit(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
     """A class number, or the word all."""
 

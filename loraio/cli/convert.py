@@ -18,9 +18,17 @@ LOST = 3
 @click.command(epilog=_options.example("loraio convert three.safetensors -o three-peft --to peft"))
 @click.argument("adapter", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="What to make: a file; for peft a folder.")
-@click.option("--to", required=True, metavar="DIALECT", help="native, or another tool's: peft.")
+@click.option(
+    "--to", required=True, metavar="DIALECT", help="native, or another tool's: peft, torchtune, minlora, loralib."
+)
 @click.option("--base", type=click.Path(), default=None, help="The base; adapters of other tools need it.")
 @_options.alpha_option
+@click.option(
+    "--enable-lora",
+    type=_options.Flags(),
+    default=None,
+    help="Parts of the output that a MergedLinear of loralib adapts, such as 1,0,1; its files do not say it.",
+)
 @click.option("--lossy", is_flag=True, help="Leave out what has no place in the output.")
 @click.option("--dry-run", is_flag=True, help="Print the report, write nothing.")
 @_options.model_option
@@ -34,6 +42,7 @@ def convert(
     to: str,
     base: str | None,
     alpha: float | None,
+    enable_lora: tuple[bool, ...] | None,
     lossy: bool,
     dry_run: bool,
     model: str | None,
@@ -56,6 +65,7 @@ def convert(
         model=model,
         model_args=model_args,
         alpha=alpha,
+        enable_lora=enable_lora,
         lossy=lossy,
         dry_run=dry_run,
         overwrite=force,

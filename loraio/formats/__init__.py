@@ -18,10 +18,13 @@ from loraio import container
 from loraio.adapter import Adapter
 from loraio.errors import ConfigError, FormatError, OutputError
 from loraio.formats.foreign import Dialect, Encoded, Options, bind
+from loraio.formats.loralib import Loralib
+from loraio.formats.minlora import MinLora
 from loraio.formats.native import Native
 from loraio.formats.peft import Peft
 from loraio.formats.report import Report
 from loraio.formats.sources import CONFIG, WEIGHTS, Source, is_adapter_folder, open_source, source_of
+from loraio.formats.torchtune import Torchtune
 from loraio.outputs import check_output, staged
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ NATIVE = Native()
 
 DIALECTS: dict[str, Dialect] = {
     "peft": Peft(),
+    "torchtune": Torchtune(),
+    "minlora": MinLora(),  # before loralib, whose keys end alike
+    "loralib": Loralib(),
 }
 """Dialects of other tools. The first that recognises a file has it."""
 
@@ -101,6 +107,7 @@ def load(
     *,
     base: nn.Module | None = None,
     alpha: int | float | None = None,
+    enable_lora: Sequence[bool] | None = None,
 ) -> Adapter:
     """Read an adapter file or folder of any dialect, whole and checked, onto the CPU.
 
@@ -109,6 +116,7 @@ def load(
         base: the network with the base's weights, from `loraio.load_base` for example. Files of other tools need it:
             they do not say which layers they are for. Files of ours do not, and pass over it.
         alpha: of every layer, where a file of another tool does not say it.
+        enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
 
     Raises:
         MissingFileError: no such file.
@@ -117,7 +125,7 @@ def load(
         BaseMismatchError: layers of a file of another tool are not in the base; all are listed.
         ConfigError: a file of another tool, and no base.
     """
-    adapter, _ = load_reported(path, base=base, options=Options(alpha=alpha))
+    adapter, _ = load_reported(path, base=base, options=Options(alpha=alpha, enable_lora=enable_lora))
     return adapter
 
 

@@ -48,10 +48,12 @@ class Options:
     Attributes:
         alpha: of every layer whose alpha is not in the file.
         lossy: go on where something has no place on the other side.
+        enable_lora: which parts of the output a MergedLinear of loralib was made with.
     """
 
     alpha: int | float | None = None
     lossy: bool = False
+    enable_lora: Sequence[bool] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,18 +94,22 @@ class Foreign:
         whole: keys in the file of tensors that replace one of the base, by the base's name for it.
         biases: those names of them that are biases stored apart from the rest of their module.
         not_used: keys of tensors that are no part of the adapter, and why.
+        lost: keys of tensors that the tool itself passes over, and why.
         settings: everything that is said besides tensors, as plain JSON values.
         lines: what becomes of each setting.
         refusals: why it cannot be used; empty for an adapter that can.
+        own_alpha: what alpha is in the tool where nothing is said; empty where that is not known.
     """
 
     layers: tuple[ForeignLayer, ...]
     whole: Mapping[str, str] = field(default_factory=dict)
     biases: frozenset[str] = frozenset()
     not_used: Mapping[str, str] = field(default_factory=dict)
+    lost: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[Line, ...] = ()
     refusals: tuple[str, ...] = ()
+    own_alpha: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,8 +233,11 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     placed = _placed(dialect, foreign, base, where)
     silent = [layer.name for layer in foreign.layers if layer.alpha is None]
     if silent and options.alpha is None:
+        usual = f"; {foreign.own_alpha}" if foreign.own_alpha else ""
         raise AdapterError(
-            f"the file does not say alpha, for {known(silent, limit=3)}", where=where, hint="--alpha NUMBER (alpha=)"
+            f"the file does not say alpha, for {known(silent, limit=3)}{usual}",
+            where=where,
+            hint="--alpha NUMBER (alpha=)",
         )
     binding = _Binding(state=state, base=base)
     if silent:
@@ -249,6 +258,7 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     binding.lines += [
         Line(what="tensor", name=key, fate="carried", how=f"not used: {why}") for key, why in foreign.not_used.items()
     ]
+    binding.lines += [Line(what="tensor", name=key, fate="lost", how=why) for key, why in foreign.lost.items()]
     named = {line.name for line in binding.lines if line.what == "tensor"}
     binding.problems += [f"{key!r} belongs to nothing" for key in source.tensors if key not in named]
     if binding.problems:

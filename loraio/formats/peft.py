@@ -154,8 +154,10 @@ class Peft:
                     saved.add(one.path)
             else:
                 slots.setdefault(one.path, {})[one.slot] = key
-        layers = []
+        layers, lost = [], {}
         for path, found in slots.items():
+            if "bias" in found and config is not None and not config.get("lora_bias"):
+                lost[found.pop("bias")] = "lora_bias is not set: PEFT would pass over it"
             layer, problems = _layer(path, found, source, config)
             refusals += problems
             if layer is not None:
@@ -177,6 +179,7 @@ class Peft:
             whole=whole,
             biases=frozenset(whole.keys() - saved),
             not_used=not_used,
+            lost=lost,
             settings=dict(config or {}),
             lines=tuple(lines),
             refusals=tuple(refusals),
@@ -313,8 +316,6 @@ def _layer(
         alpha = None
     if bool(config.get("use_dora")) != ("magnitude" in slots):
         problems.append(f"{path!r}: use_dora is {bool(config.get('use_dora'))}, a magnitude is {_there(slots)}")
-    if "bias" in slots and not config.get("lora_bias"):
-        problems.append(f"{slots['bias']!r} is there, but lora_bias is not set: PEFT would pass over it")
     rule = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     layer = ForeignLayer(name=path, slots=slots, rank=rank, alpha=alpha, kind=_kind(slots), scale_rule=rule)
     return layer, problems

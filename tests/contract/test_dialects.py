@@ -22,8 +22,8 @@ from loraio.layers import LAYER_TYPES
 
 LAYERS: dict[str, nn.Module] = {
     "Conv1d": nn.Conv1d(4, 6, 3),
-    "Conv2d": nn.Conv2d(4, 6, (3, 2), stride=2, padding=1),
-    "Conv3d": nn.Conv3d(4, 6, 2),
+    "Conv2d": nn.Conv2d(4, 6, 3, stride=2, padding=1),
+    "Conv3d": nn.Conv3d(4, 6, (2, 3, 1)),
     "ConvTranspose1d": nn.ConvTranspose1d(4, 6, 3),
     "ConvTranspose2d": nn.ConvTranspose2d(4, 6, 2),
     "ConvTranspose3d": nn.ConvTranspose3d(4, 6, 2),
