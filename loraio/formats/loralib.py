@@ -84,7 +84,7 @@ class Loralib:
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
         """What loralib's layers hold."""
         if layer in ("Conv1d", "Conv3d"):
-            return f"loralib's {layer} fails for kernels of more than one point"
+            return "loralib's Conv1d and Conv3d fail for kernels of more than one point"
         if layer not in _LAYERS:
             return "loralib has no LoRA for this layer type"
         return None if kind == "lora" else f"loralib has no {kind}"

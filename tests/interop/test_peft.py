@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,6 @@ from loraio.adapter import Adapter
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Options
 from loraio.formats.peft import Peft
-
-peft = pytest.importorskip("peft")
 
 ULP = 16
 """PEFT multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number at most."""

@@ -1,0 +1,220 @@
+"""minLoRA's maths as it is published, since it is in no package index: a parametrization adds a scaled product.
+
+The product is ``B @ A`` in the memory order of the weight, whatever the layer; of an embedding ``A @ B``, with both
+shapes exchanged. alpha / rank scales it, and neither number is saved.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import loraio
+from loraio import formats
+from loraio.adapter import Adapter
+from loraio.errors import AdapterError, BaseMismatchError
+from loraio.formats.foreign import Options
+from loraio.formats.minlora import MinLora
+
+ULP = 32
+"""It multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number at most."""
+
+ALPHA = 3
+
+WEIGHTS = {
+    "emb": "weight",
+    "line": "weight",
+    "conv": "weight",
+    "halves": "weight",
+    "cube": "weight",
+    "pair": "weight",
+    "at": "in_proj_weight",
+    "at.out_proj": "weight",
+    "fc": "weight",
+}
+
+
+class Net(nn.Module):
+    """One layer of each type that it adapts, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.line = nn.Conv1d(6, 6, 3, padding=1)
+        self.conv = nn.Conv2d(1, 4, (3, 2), padding=1)
+        self.halves = nn.Conv2d(4, 8, 3, groups=2, padding=2, dilation=2, padding_mode="reflect")
+        self.cube = nn.Conv3d(1, 3, (1, 2, 3))
+        self.norm = nn.BatchNorm1d(6)
+        self.at = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.pair = nn.Bilinear(8, 6, 5)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.line(self.emb(tokens).transpose(1, 2))).transpose(1, 2)
+        x = x + self.at(x, x, x, need_weights=False)[0]
+        plane = self.halves(self.conv(x.unsqueeze(1))).mean((2, 3))
+        cube = self.cube(x.unsqueeze(1).unsqueeze(1)).mean((2, 3, 4))
+        return self.fc(self.pair(plane, x.mean(1)).relu()) + cube
+
+
+class Pair(nn.Module):
+    """The published parametrization, in eval mode."""
+
+    def __init__(self, weight: Tensor, *, rank: int, exchanged: bool, generator: torch.Generator, dyadic: bool) -> None:
+        super().__init__()
+        ins, outs = weight[0].numel(), len(weight)
+        shapes = ((outs, rank), (rank, ins)) if exchanged else ((rank, ins), (outs, rank))
+        small = [torch.randint(-4, 5, shape, generator=generator) / 16.0 for shape in shapes]
+        free = [torch.randn(shape, generator=generator) / 4 for shape in shapes]
+        self.lora_A, self.lora_B = map(nn.Parameter, small if dyadic else free)
+        self.register_buffer("lora_dropout_mask", torch.ones(1, ins))
+        self.exchanged = exchanged
+        self.scale = ALPHA / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        product = self.lora_A @ self.lora_B if self.exchanged else self.lora_B @ self.lora_A
+        return weight + product.view(weight.shape) * self.scale
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def adapted(base: nn.Module, *ranks: int, dyadic: bool = False, unlike: bool = False) -> nn.Module:
+    """The base with one pair on each weight for each rank; ``unlike`` leaves the embedding's as a layer's are."""
+    net = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(2)
+    for rank in ranks:
+        for path, parameter in WEIGHTS.items():
+            module = net.get_submodule(path)
+            exchanged = path == "emb" and not unlike
+            weight = getattr(module, parameter).detach()
+            part = Pair(weight, rank=rank, exchanged=exchanged, generator=generator, dyadic=dyadic)
+            parametrize.register_parametrization(module, parameter, part)
+    return net
+
+
+def saved(net: nn.Module, path: Path, *, whole: bool = False) -> Path:
+    """The pairs alone, as its own filter leaves them, or everything."""
+    state = net.state_dict()
+    pairs = {name: tensor for name, tensor in state.items() if name.endswith((".lora_A", ".lora_B"))}
+    torch.save(state if whole else pairs, path)
+    return path
+
+
+def folded(net: nn.Module) -> dict[str, Tensor]:
+    """The weights as the network sees them, by the base's names."""
+    return {
+        f"{path}.{parameter}": getattr(net.get_submodule(path), parameter).detach()
+        for path, parameter in WEIGHTS.items()
+    }
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= ULP * torch.finfo(torch.float32).eps * expected.abs().max())
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 11, (5, 8), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("unlike", [False, True])
+@pytest.mark.parametrize("ranks", [(2,), (1,), (2, 2), (2, 4, 2)])
+def test_what_it_trained_merges_to_its_bits_where_nothing_is_rounded(
+    ranks: tuple[int, ...], unlike: bool, whole: bool, base: nn.Module, tmp_path: Path
+) -> None:
+    for parameter in base.parameters():
+        parameter.data = (parameter.data * 16).round() / 16
+    net = adapted(base, *ranks, dyadic=True, unlike=unlike)
+    adapter = loraio.load(saved(net, tmp_path / "file.pt", whole=whole), base=base, alpha=ALPHA)
+    assert not adapter.whole
+    merged = loraio.merge(base.state_dict(), adapter)
+    for name, weight in folded(net).items():
+        assert merged[name].equal(weight), name
+        assert not weight.equal(base.state_dict()[name]), name
+    with loraio.attach(base, adapter):
+        assert base(tokens()).equal(net(tokens()))
+
+
+@pytest.mark.parametrize("ranks", [(3,), (2, 3), (3, 2, 5)])
+def test_what_it_trained_gives_its_outputs_here(ranks: tuple[int, ...], base: nn.Module, tmp_path: Path) -> None:
+    net = adapted(base, *ranks)
+    adapter = loraio.load(saved(net, tmp_path / "file.pt"), base=base, alpha=ALPHA)
+    before = base(tokens())
+    with loraio.attach(base, adapter):
+        assert close(base(tokens()), net(tokens()))
+        assert not close(before, base(tokens()))
+    merged = loraio.merge(base.state_dict(), adapter)
+    assert all(close(merged[name], weight) for name, weight in folded(net).items())
+
+
+def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, tmp_path: Path) -> None:
+    fresh = loraio.new_adapter(base, loraio.TrainConfig(digit=0, targets=("all",), rank=2, alpha=ALPHA))
+    factors = {name: torch.randn(factor.shape) / 4 for name, factor in fresh.factors.items()}
+    adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
+    dialect = MinLora()
+    for name in ("one.pt", "two.pt"):
+        formats.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+    net = adapted(base, 2)
+    loaded = net.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True), strict=False)
+    assert not loaded.unexpected_keys
+    assert not [name for name in loaded.missing_keys if name.endswith((".lora_A", ".lora_B"))]
+    with loraio.attach(base, adapter):
+        assert close(net(tokens()), base(tokens()))
+    again = loraio.load(tmp_path / "one.pt", base=base, alpha=ALPHA)
+    expected, merged = (loraio.merge(base.state_dict(), one) for one in (adapter, again))
+    assert all(merged[name].equal(tensor) for name, tensor in expected.items())
+    assert dict(again.targets) == dict(sorted(adapter.targets.items()))
+
+
+def test_its_own_alpha_is_said_where_none_is_given(base: nn.Module, tmp_path: Path) -> None:
+    path = saved(adapted(base, 2), tmp_path / "file.pt")
+    with pytest.raises(AdapterError, match="minLoRA's lora_alpha is 1 unless"):
+        loraio.load(path, base=base)
+    assert formats.identify(path).dialect is formats.DIALECTS["minlora"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lora_A": None}, r"'fc\.weight': lora_A of parametrization 0 is missing"),
+        ({"lora_A": torch.ones(3, 5)}, "which is no pair"),
+        ({"lora_A": torch.ones(2, 4)}, r"needs \(r, 5\) and \(3, r\)"),
+        ({"original": torch.ones(3, 5)}, "the adapter belongs to another base"),
+        ({"original0": torch.ones(3, 5)}, "the base has no 'fc.parametrizations.weight.original0'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    changes: dict[str, Tensor | None], says: str, base: nn.Module, tmp_path: Path
+) -> None:
+    pair = {"0.lora_A": torch.ones(2, 5), "0.lora_B": torch.ones(3, 2)}
+    for name, tensor in changes.items():
+        key = name if name.startswith("original") else f"0.{name}"
+        pair = {k: t for k, t in pair.items() if k != key} | ({} if tensor is None else {key: tensor})
+    torch.save({f"fc.parametrizations.weight.{key}": tensor for key, tensor in pair.items()}, tmp_path / "file.pt")
+    with pytest.raises((AdapterError, BaseMismatchError), match=says):
+        loraio.load(tmp_path / "file.pt", base=base, alpha=ALPHA)
+
+
+def test_pairs_of_several_ranks_need_a_dtype_that_holds_them(base: nn.Module, tmp_path: Path) -> None:
+    """float32 times a small whole number fits float64; float64 need not."""
+    found = {}
+    for at, rank in enumerate((2, 3)):
+        found[f"fc.parametrizations.weight.{at}.lora_A"] = torch.randn(rank, 5)
+        found[f"fc.parametrizations.weight.{at}.lora_B"] = torch.randn(3, rank)
+    torch.save(found, tmp_path / "file.pt")
+    adapter = loraio.load(tmp_path / "file.pt", base=base, alpha=ALPHA)
+    assert adapter.factors["fc.weight.lora_B"].dtype == torch.float64
+    assert adapter.targets["fc.weight"].scale == ALPHA / 6
+    torch.save({name: tensor.double() for name, tensor in found.items()}, tmp_path / "wide.pt")
+    with pytest.raises(BaseMismatchError, match="float64 cannot hold lora_B times 3"):
+        loraio.load(tmp_path / "wide.pt", base=base, alpha=ALPHA)

@@ -1,0 +1,155 @@
+"""torchtune's LoRALinear in a few lines, since torchtune needs packages that do not go with every torch.
+
+Its output is the base layer's plus ``alpha / rank`` times that of two Linear layers without bias, lora_a and lora_b.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loraio
+from loraio import formats
+from loraio.adapter import Adapter
+from loraio.errors import AdapterError, BaseMismatchError, LoraioError
+from loraio.formats.foreign import ORIGIN, Options
+from loraio.formats.torchtune import Torchtune
+
+ULP = 32
+"""It multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number at most."""
+
+
+class LoRALinear(nn.Module):
+    """A Linear layer's own parameters, and a pair of layers beside them."""
+
+    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_a = nn.Linear(linear.in_features, rank, bias=False)
+        self.lora_b = nn.Linear(rank, linear.out_features, bias=False)
+        self.scale = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) + self.scale * self.lora_b(self.lora_a(x))
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    inner = nn.ModuleDict({"q_proj": nn.Linear(6, 4, bias=False), "out": nn.Linear(4, 3)})
+    return nn.Sequential(nn.Linear(5, 6), inner["q_proj"], nn.ReLU(), inner["out"], nn.Sequential(nn.Linear(3, 2)))
+
+
+def adapted(base: nn.Module, *, rank: int, alpha: float) -> nn.Module:
+    net = copy.deepcopy(base)
+    for path, module in list(net.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(net.get_submodule(parent), name, LoRALinear(module, rank=rank, alpha=alpha))
+    return net
+
+
+def pairs(net: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in net.state_dict().items() if "lora" in name}
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= ULP * torch.finfo(torch.float32).eps * expected.abs().max())
+
+
+def written(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    torch.save(tensors, folder / "adapter_model.pt")
+    if config:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+CONFIG: dict[str, Any] = {"r": 2, "lora_alpha": 16, "target_modules": ["q_proj"], "peft_type": "LORA"}
+
+
+@pytest.mark.parametrize("config", [CONFIG, {}])
+def test_what_torchtune_trained_gives_its_outputs_here(config: dict[str, Any], base: nn.Module, tmp_path: Path) -> None:
+    net = adapted(base, rank=2, alpha=16)
+    path = written(tmp_path / "folder", pairs(net), **config)
+    assert formats.identify(path).dialect is formats.DIALECTS["torchtune"]
+    adapter = loraio.load(path, base=base, alpha=None if config else 16)
+    assert adapter.training[ORIGIN] == {"dialect": "torchtune", "settings": config}
+    x = torch.randn(4, 5)
+    before = base(x)
+    with loraio.attach(base, adapter):
+        assert close(base(x), net(x))
+        assert not close(before, net(x))
+    if not config:
+        with pytest.raises(AdapterError, match="in torchtune it stands in the recipe's configuration"):
+            loraio.load(path, base=base)
+
+
+def test_what_torchtune_trained_merges_to_its_bits_where_nothing_is_rounded(base: nn.Module, tmp_path: Path) -> None:
+    net = adapted(base, rank=2, alpha=16)
+    for parameter in net.parameters():
+        parameter.data = (parameter.data * 16).round() / 16
+    for name, parameter in base.named_parameters():
+        parameter.data = net.state_dict()[name]
+    adapter = loraio.load(written(tmp_path / "folder", pairs(net), **CONFIG), base=base)
+    x = torch.randint(-4, 5, (4, 5)) / 16.0
+    first = net[0](x)
+    with loraio.attach(base, adapter):
+        assert base[0](x).equal(first)
+
+
+def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, tmp_path: Path) -> None:
+    fresh = loraio.new_adapter(base, loraio.TrainConfig(digit=0, targets=("all",), rank=2, alpha=5))
+    factors = {name: torch.randn(factor.shape) for name, factor in fresh.factors.items()}
+    adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
+    dialect = Torchtune()
+    for name in ("one.pt", "two.pt"):
+        formats.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+    net = adapted(base, rank=2, alpha=5)
+    loaded = net.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True), strict=False)
+    assert not loaded.unexpected_keys
+    assert not [name for name in loaded.missing_keys if "lora" in name]
+    x = torch.randn(4, 5)
+    with loraio.attach(base, adapter):
+        assert close(net(x), base(x))
+    again = loraio.load(tmp_path / "one.pt", base=base, alpha=5)
+    assert dict(again.targets) == dict(sorted(adapter.targets.items()))
+    assert all(again.factors[name].equal(factor) for name, factor in adapter.factors.items())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "says"),
+    [
+        ({"0.lora_b.weight": None}, CONFIG, "'0': lora_b.weight is missing"),
+        ({"0.lora_b.weight": torch.ones(6, 3)}, CONFIG, "which is no pair"),
+        ({"0.lora_b.weight": torch.ones(7, 2)}, CONFIG, r"lora_B is \(7, 2\)"),
+        ({}, CONFIG | {"r": 4}, "the configuration says rank 4, the tensors have 2"),
+        ({}, CONFIG | {"lora_alpha": "16"}, "lora_alpha is '16', not a number"),
+        ({}, CONFIG | {"use_rslora": True}, "unknown setting 'use_rslora': True"),
+        ({"0.magnitude": torch.ones(6)}, CONFIG, "multiplies the layer's bias too"),
+        ({"0.experts.lora_gate_a": torch.ones(2, 2, 2)}, CONFIG, "a layer of experts has a pair for each"),
+        ({"0.lora_c": torch.ones(2)}, CONFIG, "the base has no '0.lora_c'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tensors: dict[str, Tensor | None], config: dict[str, Any], says: str, base: nn.Module, tmp_path: Path
+) -> None:
+    good: dict[str, Tensor | None] = {"0.lora_a.weight": torch.ones(2, 5), "0.lora_b.weight": torch.ones(6, 2)}
+    found = {name: tensor for name, tensor in (good | tensors).items() if tensor is not None}
+    with pytest.raises(LoraioError, match=says) as caught:
+        loraio.load(written(tmp_path / "folder", found, **config), base=base)
+    assert isinstance(caught.value, AdapterError | BaseMismatchError)
+
+
+def test_adapters_of_several_ranks_are_not_written(base: nn.Module) -> None:
+    config = loraio.TrainConfig(digit=0, targets=("all",), rank=2, rank_pattern={"0": 1}, alpha_pattern={"3": 7})
+    with pytest.raises(AdapterError, match=r"one rank for all layers, the adapter has \[1, 2\]") as caught:
+        Torchtune().encode(loraio.new_adapter(base, config), network=None, state=None, options=Options())
+    assert "one alpha for all layers" in str(caught.value)
