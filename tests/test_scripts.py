@@ -142,6 +142,18 @@ def test_the_benchmarks_of_the_bank_check_their_answers_and_run(words: list[str]
     assert all(row["ratio"] > 0 for row in rows.values())
 
 
+def test_the_shipped_adapters_give_the_same_wrong_answers_in_peft() -> None:
+    command = [sys.executable, ROOT / "scripts/bench/peft_digits.py", "--dataset", "digits", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["images"] == 899
+    assert set(found["adapters"]) == {f"digit-{digit}" for digit in range(10)}
+    for row in found["adapters"].values():
+        assert row["wrong"] == row["wrong_in_peft"] != found["wrong_without"]
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
 def test_the_benchmark_of_compiled_swaps_checks_its_answers_and_runs() -> None:
     bench = ROOT / "scripts/bench/compiled_swap.py"

@@ -126,6 +126,56 @@ def test_every_command_takes_it(run_json: RunJson, files: Path, exported: Path, 
     assert set(both["adapters"]) == {"three"}
 
 
+@pytest.mark.parametrize("dialect", ["loralib", "minlora"])
+def test_what_has_no_alpha_needs_lossy_to_be_written_and_alpha_to_be_read(
+    dialect: str, run: Run, run_json: RunJson, files: Path, tmp_path: Path, three: loraio.Adapter
+) -> None:
+    base, out = files / "base.safetensors", tmp_path / "out.pt"
+    words = ("convert", files / "three.safetensors", "-o", out, "--to", dialect)
+    found = run_json(*words, code=3)
+    lost = {line["name"]: line["how"] for line in found["written"] if line["fate"] == "lost"}
+    assert set(lost) == {"alpha", "base", "training"}
+    assert lost["alpha"].endswith(": 6")
+    assert not out.exists()
+    assert run_json(*words, "--lossy")["done"]
+    assert run_json("inspect", out)["dialect"] == dialect
+    assert "lora_alpha is 1 unless" in run("merge", base, out, "-o", tmp_path / "m", code=1).stderr
+    merged = tmp_path / "merged.safetensors"
+    run("merge", base, out, "-o", merged, "--alpha", "6")
+    expected = load_file(files / "merged.safetensors")
+    assert all(tensor.equal(expected[name]) for name, tensor in load_file(merged).items())
+    back = run_json("convert", out, "-o", tmp_path / "back", "--to", "native", "--base", base, "--alpha", "6")
+    assert back["from"] == dialect
+    again = loraio.load(tmp_path / "back")
+    assert {name: (t.rank, t.alpha) for name, t in again.targets.items()} == dict.fromkeys(three.targets, (4, 6))
+
+
+def test_flags_of_a_merged_linear_are_given_as_ones_and_zeros(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path
+) -> None:
+    base = files / "base.safetensors"
+    rows, columns = load_file(base)["fc.weight"].shape
+    torch.save({"fc.lora_A": torch.ones(2, columns), "fc.lora_B": torch.ones(rows // 2, 2)}, tmp_path / "theirs.pt")
+    words = (
+        "convert",
+        tmp_path / "theirs.pt",
+        "-o",
+        tmp_path / "out",
+        "--to",
+        "native",
+        "--base",
+        base,
+        "--alpha",
+        "1",
+    )
+    assert "--enable-lora 1,0,1 of `loraio convert`" in run(*words, code=1).stderr
+    assert run_json(*words, "--enable-lora", "0,1")["done"]
+    lower = loraio.load(tmp_path / "out").factors["fc.weight.lora_B"]
+    assert lower.ne(0).any(1).tolist() == [False] * (rows // 2) + [True] * (rows // 2)
+    for wrong in ("0,0", "1,2", "yes", "1,", ""):
+        assert "is no list of flags" in run(*words, "--enable-lora", wrong, code=2).stderr
+
+
 def test_inspect_says_what_it_is_and_why(run: Run, run_json: RunJson, exported: Path) -> None:
     found = run_json("inspect", exported)
     assert (found["type"], found["dialect"], found["rank"], found["alpha"]) == ("adapter", "peft", 4, 6)

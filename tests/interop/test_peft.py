@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,25 @@ def test_an_adapter_of_one_projection_alone_is_completed(base: nn.Module, tokens
         again, _ = formats.load_reported(folder, base=base, options=Options())
         merged, remerged = (loraio.merge(base.state_dict(), one) for one in (adapter, again))
         assert all(merged[name].equal(remerged[name]) for name in merged)
+
+
+def test_a_bias_that_peft_passes_over_is_said_and_left_out(base: nn.Module, tokens: Tensor, tmp_path: Path) -> None:
+    """As mergekit writes what it extracts: a pattern for each rank, and biases without lora_bias."""
+    folder = tmp_path / "extracted"
+    trained(base, folder, r=3, lora_alpha=3, target_modules=["c1", "fc"], rank_pattern={"fc": 2}, lora_bias=True)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"lora_bias": False, "alpha_pattern": {"fc": 2}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="lora_bias is not set: PEFT would pass over it") as caught:
+        loraio.load(folder, base=base)
+    assert "base_model.model.fc.lora_B.bias" in str(caught.value)
+    adapter, report = formats.load_reported(folder, base=base, options=Options(lossy=True))
+    assert report is not None
+    assert [line.name for line in report.lost] == [f"base_model.model.{path}.lora_B.bias" for path in ("c1", "fc")]
+    assert not adapter.whole
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    with loraio.attach(base, adapter):
+        assert close(theirs(tokens), base(tokens))
 
 
 @pytest.mark.parametrize("rule", ["alpha/r", "alpha/sqrt(r)"])
