@@ -22,7 +22,8 @@ from loraio.layers import TargetModule
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_FACTOR = re.compile(r"(?:(?P<path>.+)\.)?lora_(?P<slot>[AB])")
+_FACTOR = re.compile(r"(?:(?P<path>.+)(?<!weight)\.)?lora_(?P<slot>[AB])")
+"""Named by a module; what is named by its weight is a factor of ours that has lost its metadata."""
 
 _INNER = re.compile(r"(?P<path>(?:.+\.)?)conv\.(?P<parameter>weight|bias)")
 """Parameters of the convolution inside a ConvLoRA, which some releases also have without the "conv"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,44 @@ def test_any_value_of_a_setting_is_read_or_refused(folder: Path, base: nn.Module
 @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map(".".join))
 def test_any_further_key_is_read_or_refused(folder: Path, base: nn.Module, name: str) -> None:
     read(folder, base, CONFIG, (name,))
+
+
+STATE_PARTS = (
+    "0",
+    "1",
+    "conv",
+    "lora_A",
+    "lora_B",
+    "lora_a",
+    "lora_b",
+    "lora_up_a",
+    "magnitude",
+    "weight",
+    "bias",
+    "original",
+    "parametrizations",
+    "lora_dropout_mask",
+)
+
+SHAPES = ((), (2,), (2, 3), (4, 2), (1, 1), (2, 1), (1, 2), (0, 2), (2, 1, 1, 1), (2, 2, 3))
+
+tensors_of_any_name = st.dictionaries(
+    st.lists(st.sampled_from(STATE_PARTS), min_size=1, max_size=6).map(".".join), st.sampled_from(SHAPES), max_size=4
+)
+
+
+@HOSTILE
+@given(
+    st.sampled_from(["{}.lora_{}", "{}.parametrizations.weight.0.lora_{}", "{}.lora_{}.weight"]),
+    st.sampled_from("01"),
+    st.tuples(st.sampled_from(SHAPES), st.sampled_from(SHAPES)),
+    tensors_of_any_name,
+)
+def test_any_state_dict_is_read_or_refused(
+    folder: Path, base: nn.Module, form: str, layer: str, pair: tuple[tuple[int, ...], ...], more: dict[str, Any]
+) -> None:
+    slots = "ab" if form.endswith("weight") else "AB"
+    shapes = {form.format(layer, slot): shape for slot, shape in zip(slots, pair, strict=True)}
+    torch.save({name: torch.ones(shape) for name, shape in (more | shapes).items()}, folder / "state.pt")
+    with contextlib.suppress(LoraioError):
+        loraio.load(folder / "state.pt", base=base, alpha=3, enable_lora=(True, False))
