@@ -159,9 +159,9 @@ def _from_merged_linear(A: Tensor, B: Tensor, place: TargetModule, alpha: int | 
             "--enable-lora 1,0,1 of `loraio convert` (enable_lora=) does"
         )
     enabled = [part for part, flag in enumerate(flags) if flag]
-    size = out // len(flags)
+    size = out // max(len(flags), 1)
     expected = (rank * len(enabled), fan_in), (size * len(enabled), rank)
-    if out % len(flags) or (tuple(A.shape), tuple(B.shape)) != expected:
+    if not enabled or out % len(flags) or (tuple(A.shape), tuple(B.shape)) != expected:
         raise AdapterError(f"{shapes}, which is no MergedLinear with {len(enabled)} of {len(flags)} parts enabled")
     up = B.new_zeros(out, rank * len(enabled))
     for at, part in enumerate(enabled):
@@ -218,52 +218,59 @@ def _pieces(kernel: int, groups: int) -> tuple[int, int]:
 def _cut_anew(A: Tensor, B: Tensor, *, have: int, want: int) -> tuple[Tensor, Tensor]:
     """The pair whose product is that of this one with its rows cut into pieces, ``want`` instead of ``have`` to a row.
 
-    Each number of the pair is copied or left out, none is computed.
+    Each number of the pair is copied or left out, none is computed. Terms that are zero are left out as they come: a
+    pair of many groups has mostly those.
 
     Args:
         A: (r, have * piece).
         B: (rows, r).
 
     Returns:
-        (want * have * r, want * piece) and (rows * have / want, want * have * r).
+        (at most want * have * r, want * piece) and (rows * have / want, as many).
     """
     import torch
 
     rank, length = A.shape
-    pieces = A.reshape(rank, have, length // have).transpose(0, 1)
-    down = A.new_zeros(want, have, rank, want, length // have)
-    for at in range(want):
-        down[at, :, :, at] = pieces
+    pieces = A.reshape(rank, have, length // have)
     number = torch.arange(len(B) * have, device=B.device)
-    up = B.new_zeros(len(B) * have // want, want, have, rank)
-    up[number // want, number % want, number % have] = B[number // have]
-    return down.reshape(want * have * rank, -1), up.reshape(len(up), -1)
+    rows = len(number) // want
+    downs, ups = [A.new_zeros(0, length // have * want)], [B.new_zeros(rows, 0)]
+    for at in range(want):
+        for origin in range(have):
+            moved = number[(number % want == at) & (number % have == origin)]
+            columns = B[moved // have]
+            terms = pieces[:, origin].ne(0).any(1) & columns.ne(0).any(0)
+            down = A.new_zeros(int(terms.sum()), want, length // have)
+            down[:, at] = pieces[terms, origin]
+            up = B.new_zeros(rows, len(down))
+            up[moved // want] = columns[:, terms]
+            downs.append(down.flatten(1))
+            ups.append(up)
+    return torch.cat(downs), torch.cat(ups, 1)
 
 
 def _reduced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """The same product at a smaller rank, where that takes no arithmetic: it gives our own pairs back as they were."""
+    if not len(A):
+        return A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)
     A, B = _together(A, B)
     up, down = _together(B.T, A.T)
     return down.T, up.T
 
 
 def _together(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The terms of ``columns @ rows`` but zeros, with those as one that share a column and whose rows do not meet."""
+    """The terms of ``columns @ rows``, with those as one that share a column and whose rows do not meet."""
     import torch
 
     _, alike = torch.unique(columns.T.double(), dim=0, return_inverse=True)
-    used = rows.ne(0).any(1) & columns.ne(0).any(0)
     found: dict[int, list[int]] = {}
     made: dict[int, Tensor] = {}
-    for term in used.nonzero().flatten().tolist():
-        row = rows[term]
-        mine = found.setdefault(int(alike[term]), [])
+    for term, (row, group) in enumerate(zip(rows, alike.tolist(), strict=True)):
+        mine = found.setdefault(group, [])
         place = next((one for one in mine if not (made[one].ne(0) & row.ne(0)).any()), None)
         if place is None:
             mine.append(term)
             made[term] = row
         else:
             made[place] = torch.where(row.ne(0), row, made[place])
-    if not made:
-        return rows[:1], columns[:, :1]
     return torch.stack(list(made.values())), columns[:, list(made)]

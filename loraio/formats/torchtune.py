@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter
+from loraio.errors import AdapterError
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.report import settings
 from loraio.formats.sources import Source
@@ -27,11 +28,13 @@ _MAGNITUDE = re.compile(r"(?:(?P<path>.+)\.)?magnitude")
 
 _EXPERTS = re.compile(r"(?:.+\.)?lora_(?:gate|down|up)_[ab](?:\.weight)?")
 
+_SCALES_BIAS = "torchtune's DoRA multiplies the layer's bias too, which is no change of its weight"
+
 _SETTINGS = ("r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path")
 
 
 class Torchtune:
-    """torchtune's LoRALinear."""
+    """torchtune's LoRALinear and DoRALinear."""
 
     name = "torchtune"
     container = "pickle"
@@ -92,15 +95,18 @@ class Torchtune:
         """What its layers hold."""
         if layer != "Linear":
             return "torchtune has no LoRA for this layer type"
-        if kind == "dora":
-            return "torchtune's DoRA multiplies the layer's bias too, which is no change of its weight"
-        return None if kind == "lora" else f"torchtune has no {kind}"
+        return None if kind in ("lora", "dora") else f"torchtune has no {kind}"
 
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """As they are."""
-        return Factors(values={"lora_A": values["a"], "lora_B": values["b"]})
+        """As they are; DoRA of layers without a bias alone."""
+        factors = {"lora_A": values["a"], "lora_B": values["b"]}
+        if layer.kind == "dora":
+            if getattr(place.module, "bias", None) is not None:
+                raise AdapterError(_SCALES_BIAS)
+            factors["magnitude"] = values["magnitude"]
+        return Factors(values=factors)
 
     def encode(
         self,
@@ -112,15 +118,20 @@ class Torchtune:
     ) -> Encoded:
         """A state dict for ``load_state_dict(.., strict=False)``."""
         export = Export(tool="torchtune", adapter=adapter)
+        modules = dict(network.named_modules()) if network is not None else {}
         for name, target in adapter.targets.items():
+            path, _ = module_and_parameter(name)
             reason = self.refusal(target.layer, target.kind, grouped=target.groups > 1)
+            if reason is None and target.kind == "dora" and getattr(modules.get(path), "bias", True) is not None:
+                reason = f"{_SCALES_BIAS}; without one it is written where the network is known"
             if reason is not None:
                 export.problems.append(f"{name!r}: {reason}")
                 continue
             export.alpha(name, target)
-            path, _ = module_and_parameter(name)
             factors = adapter.factors_of(name)
             slots = {"lora_a.weight": factors["lora_A"], "lora_b.weight": factors["lora_B"]}
+            if target.kind == "dora":
+                slots["magnitude"] = factors["magnitude"]
             export.add(name, {joined(path, slot): value for slot, value in slots.items()})
         for what, values in (
             ("rank", {t.rank for t in adapter.targets.values()}),

@@ -27,7 +27,7 @@ LAYERS: dict[str, nn.Module] = {
     "ConvTranspose1d": nn.ConvTranspose1d(4, 6, 3),
     "ConvTranspose2d": nn.ConvTranspose2d(4, 6, 2),
     "ConvTranspose3d": nn.ConvTranspose3d(4, 6, 2),
-    "Linear": nn.Linear(5, 6),
+    "Linear": nn.Linear(5, 6, bias=False),  # with one torchtune has no DoRA that is a change of weights
     "Bilinear": nn.Bilinear(3, 4, 5),
     "MultiheadAttention": nn.MultiheadAttention(6, 2),
     "Embedding": nn.Embedding(9, 5),

@@ -201,7 +201,18 @@ def test_there_and_back_gives_our_own_pairs(tmp_path: Path) -> None:
     assert all(merged[name].equal(tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("flags", [None, (True, True, True), (True, False), (True, False, True, True)])
+def test_many_groups_take_no_memory_that_grows_with_their_square(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv2d(384, 384, 3, groups=384, bias=False))
+    adapter = random_adapter(base, "all")
+    encoded = Loralib().encode(adapter, network=None, state=None, options=Options())
+    formats.write(Loralib(), encoded, tmp_path / "ours.pt")
+    again = loraio.load(tmp_path / "ours.pt", base=base, alpha=ALPHA)
+    assert again.targets["0.weight"].rank == 2
+    expected, merged = (loraio.merge(base.state_dict(), one)["0.weight"] for one in (adapter, again))
+    assert merged.equal(expected)
+
+
+@pytest.mark.parametrize("flags", [None, (), (False,), (True, True, True), (True, False), (True, False, True, True)])
 def test_the_flags_of_a_merged_linear_are_asked_for_and_checked(flags: tuple[bool, ...] | None, tmp_path: Path) -> None:
     base = plain()
     torch.save(trained(base, dyadic=False)[1], tmp_path / "theirs.pt")

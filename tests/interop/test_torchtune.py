@@ -39,6 +39,18 @@ class LoRALinear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias) + self.scale * self.lora_b(self.lora_a(x))
 
 
+class DoRALinear(LoRALinear):
+    """The sum of both is brought to the length that magnitude says for each output, which has the bias in it."""
+
+    def __init__(self, linear: nn.Linear, *, rank: int, alpha: float) -> None:
+        super().__init__(linear, rank=rank, alpha=alpha)
+        self.magnitude = nn.Parameter(torch.rand(linear.out_features) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.scale * self.lora_b.weight @ self.lora_a.weight
+        return super().forward(x) * (self.magnitude / (self.weight + change).norm(dim=1))
+
+
 @pytest.fixture
 def base() -> nn.Module:
     torch.manual_seed(0)
@@ -46,17 +58,17 @@ def base() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), inner["q_proj"], nn.ReLU(), inner["out"], nn.Sequential(nn.Linear(3, 2)))
 
 
-def adapted(base: nn.Module, *, rank: int, alpha: float) -> nn.Module:
+def adapted(base: nn.Module, *, rank: int, alpha: float, layer: type[LoRALinear] = LoRALinear) -> nn.Module:
     net = copy.deepcopy(base)
     for path, module in list(net.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
-            setattr(net.get_submodule(parent), name, LoRALinear(module, rank=rank, alpha=alpha))
+            setattr(net.get_submodule(parent), name, layer(module, rank=rank, alpha=alpha))
     return net
 
 
 def pairs(net: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in net.state_dict().items() if "lora" in name}
+    return {name: tensor for name, tensor in net.state_dict().items() if "lora" in name or "magnitude" in name}
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -122,6 +134,27 @@ def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, t
     again = loraio.load(tmp_path / "one.pt", base=base, alpha=5)
     assert dict(again.targets) == dict(sorted(adapter.targets.items()))
     assert all(again.factors[name].equal(factor) for name, factor in adapter.factors.items())
+
+
+def test_dora_of_layers_without_a_bias_gives_the_outputs_of_both(base: nn.Module, tmp_path: Path) -> None:
+    net = adapted(base, rank=2, alpha=16, layer=DoRALinear)
+    path = written(tmp_path / "biased", pairs(net), **CONFIG)
+    with pytest.raises(BaseMismatchError, match="multiplies the layer's bias too"):
+        loraio.load(path, base=base)
+    bare = nn.Sequential(nn.Linear(5, 6, bias=False), nn.ReLU(), nn.Linear(6, 4, bias=False))
+    net = adapted(bare, rank=2, alpha=16, layer=DoRALinear)
+    adapter = loraio.load(written(tmp_path / "bare", pairs(net), **CONFIG), base=bare)
+    assert {target.kind for target in adapter.targets.values()} == {"dora"}
+    x = torch.randn(4, 5)
+    before = bare(x)
+    with loraio.attach(bare, adapter):
+        assert close(bare(x), net(x))
+        assert not close(before, net(x))
+    encoded = Torchtune().encode(adapter, network=bare, state=None, options=Options())
+    assert encoded.tensors.keys() == pairs(net).keys()
+    assert all(encoded.tensors[name].equal(tensor) for name, tensor in pairs(net).items())
+    with pytest.raises(AdapterError, match="where the network is known"):
+        Torchtune().encode(adapter, network=None, state=None, options=Options())
 
 
 @pytest.mark.parametrize(
