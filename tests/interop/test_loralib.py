@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,10 @@ def test_what_loralib_trained_gives_its_outputs_here(bias: str, tmp_path: Path) 
     )
     assert report is not None
     assert {line.name for line in report.lines if line.what == "tensor"} == set(saved)
+    for name, (sizes, settings) in CONVOLUTIONS.items():
+        kernel, groups = sizes[2], settings.get("groups", 1)
+        overlaps = (kernel + groups) // math.gcd(kernel, groups) - 1  # of rows of the weight with rows of B @ A
+        assert adapter.targets[f"{name}.weight"].rank == 2 * kernel * overlaps
     before = base(tokens())
     net.eval()
     with loraio.attach(base, adapter):
@@ -172,6 +177,7 @@ def test_what_we_write_gives_our_outputs_in_loralib(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "ours.pt", weights_only=True)
     kernels = {name: sizes[2] for name, (sizes, _) in CONVOLUTIONS.items()}
     ranks = {key[:-7]: len(A) // kernels.get(key[:-7], 1) for key, A in loaded.items() if key.endswith(".lora_A")}
+    assert ranks["conv"] == ranks["point"] == ranks["quarters"] == 2 < ranks["halves"]
     net = theirs_for(base, ranks, merged=False)
     assert not net.load_state_dict(loaded, strict=False).unexpected_keys
     with loraio.attach(base, adapter):
