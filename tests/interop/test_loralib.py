@@ -177,7 +177,7 @@ def test_what_we_write_gives_our_outputs_in_loralib(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "ours.pt", weights_only=True)
     kernels = {name: sizes[2] for name, (sizes, _) in CONVOLUTIONS.items()}
     ranks = {key[:-7]: len(A) // kernels.get(key[:-7], 1) for key, A in loaded.items() if key.endswith(".lora_A")}
-    assert ranks["conv"] == ranks["point"] == ranks["quarters"] == 2 < ranks["halves"]
+    assert ranks["conv"] == ranks["point"] == ranks["sixths"] == 2 < ranks["halves"]
     net = theirs_for(base, ranks, merged=False)
     assert not net.load_state_dict(loaded, strict=False).unexpected_keys
     with loraio.attach(base, adapter):
