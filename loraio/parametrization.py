@@ -349,6 +349,10 @@ class Place:
         """What is on the tensor."""
         return cast(AdapterPart, self.stack[0])
 
+    def exchange(self, part: AdapterPart) -> None:
+        """Put another part in the place of the one on the tensor, in one step."""
+        self.stack._modules["0"] = part
+
     def put_on(self, part: AdapterPart) -> None:
         """Parametrize the tensor, which must be a plain Parameter or buffer."""
         _own_class(self.module)
