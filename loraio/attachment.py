@@ -254,6 +254,8 @@ class Attachment:
         self._last = self._now()
         self._take_off(list(self._places))
         self._release()
+        self._recent.forget()  # which hold on to this handle, and so to the model
+        self._fitting = _Fitting(None, self.model)
 
     def _now(self) -> tuple[dict[str, Tensor], list[str]]:
         """Copies of the adapter's tensors as they are, not checked; and which tensors of the base changed meanwhile."""
