@@ -251,13 +251,14 @@ class PreparedStep:
 
     Args:
         model: in the mode in which it is trained.
+        blocked: whether convolutions compute in oneDNN's blocks. torch itself does so for all but the smallest.
 
     Raises:
         Exception: of any class, where it cannot be traced: its forward method looks at values, or does what torch.fx
             does not follow.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, blocked: bool = True) -> None:
         graph = _Tracer().trace(model)
         self._calls: list[_Call] = []
         for node in graph.nodes:
@@ -266,7 +267,7 @@ class PreparedStep:
             elif node.op == "output":
                 (self._exit,) = node.all_input_nodes
             else:
-                self._calls.append(_call_of(node, model))
+                self._calls.append(_call_of(node, model, blocked))
 
     def __call__(self, batches: Sequence[Batch]) -> tuple[Tensor, Gradients]:
         """Mean loss over batches, and its gradients.
@@ -330,12 +331,12 @@ class PreparedStep:
         )
 
 
-def _call_of(node: fx.Node, model: nn.Module) -> _Call:
+def _call_of(node: fx.Node, model: nn.Module, blocked: bool) -> _Call:
     """How a call of the traced network is made here."""
     target: Any = node.target
     if node.op == "call_module":
         module = model.get_submodule(target)
-        if _Convolution.takes(module):
+        if blocked and _Convolution.takes(module):
             return _Convolution(node, module)
         return _Rectifier(node) if type(module) is nn.ReLU else _Other(node, module, module)
     if target in RECTIFIERS:
