@@ -139,3 +139,11 @@ def test_the_benchmarks_of_the_bank_check_their_answers_and_run(words: list[str]
     rows = found["ways"] if "ways" in found else found["banks"]
     assert len(rows) >= 3
     assert all(row["ratio"] > 0 for row in rows.values())
+
+
+def test_training_together_is_measured_after_it_is_checked() -> None:
+    command = [sys.executable, ROOT / "scripts/bench/train_together.py", "--steps", "2", "--rounds", "1", "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(printed)["ratios"]
+    assert list(rows) == ["apart", "steps", "together", "kernels"]
+    assert all(row["seconds"] > 0 for row in rows.values())

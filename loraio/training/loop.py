@@ -323,7 +323,7 @@ def _train_together(
     fresh = new_adapter(model, shared)
     drawn = {digit: _drawn(config, dataset) for digit, config in configs.items()}
     plans = {digit: _planned(config, drawn[digit][0], on_progress) for digit, config in configs.items()}
-    trained: dict[int | None, tuple[Adapter, Validation | None]] = {}
+    trained: dict[int | None, tuple[Adapter, Validation | None] | TrainingError] = {}
     with _frozen(model), attach(model, fresh, trainable=True) as live, ExitStack() as stack:
         if shared.heads:
             predict(model, dataset.images[:1], classes=dataset.classes)
@@ -348,11 +348,21 @@ def _train_together(
         for digit, member in members.items():
             member.put_on()
             validation = surroundings[digit].validation
-            trained[digit] = _trained(member.run, validation, fresh, live), validation
-    return (
-        (digit, _counted(model, adapter, configs[digit], dataset, counted_on, before, plans[digit], validation))
-        for digit, (adapter, validation) in trained.items()
-    )
+            try:
+                trained[digit] = _trained(member.run, validation, fresh, live), validation
+            except TrainingError as error:  # of this one alone: those before it are given
+                message = f"{plans[digit].label}: {error.message}"
+                trained[digit] = TrainingError(message, problems=error.problems, hint=error.hint)
+
+    def counted() -> Iterator[tuple[int | None, Adapter]]:
+        for digit, found in trained.items():
+            if isinstance(found, TrainingError):
+                raise found
+            adapter, validation = found
+            config, plan = configs[digit], plans[digit]
+            yield digit, _counted(model, adapter, config, dataset, counted_on, before, plan, validation)
+
+    return counted()
 
 
 @contextmanager

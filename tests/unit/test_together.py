@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import loraio
 from loraio.errors import DataError, OutputExistsError, TrainingError
 from loraio.training import loop
+from loraio.training.optimizing import Moment, Optimization
 from loraio.training.prepared import Batch, PreparedStep
 from loraio.training.resuming import SideFile
 from loraio.training.together import reason_to_part
@@ -144,7 +145,7 @@ def test_networks_of_all_sorts_and_those_that_draw_random_numbers_give_the_same_
 def test_runs_that_stop_early_leave_the_others_as_they_are(
     base: nn.Module, digits: loraio.Dataset, tmp_path: Path
 ) -> None:
-    config = loraio.TrainConfig(steps=40, batch_size=16, val_share=0.2, val_every=1, patience=2, lr=0.02)
+    config = loraio.TrainConfig(steps=40, batch_size=16, val_share=0.2, val_every=2, patience=1, lr=0.003)
     found = together(base, config, digits)
     stops = {digit: adapter.training["validation"].get("stopped") for digit, adapter in found.items()}
     assert len(set(stops.values())) > 1, stops
@@ -291,6 +292,26 @@ def test_a_loss_that_explodes_names_its_adapter_and_the_base_is_back(base: nn.Mo
         loraio.train_each(base, loraio.TrainConfig(steps=30, lr=1e30), digits, digits=[3, 7])
     assert list(base.state_dict()) == list(before)
     assert all(value.equal(before[name]) for name, value in base.state_dict().items())
+
+
+def test_one_that_learned_nothing_is_named_and_those_before_it_are_given(
+    base: nn.Module, digits: loraio.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int | None] = []
+    real = Optimization.count
+
+    def undone(self: Optimization, loss: Tensor, lr: float) -> Moment:
+        if self.plan.label == "digit 7":
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.zero_() if name.endswith("lora_B") else None
+        return real(self, loss, lr)
+
+    monkeypatch.setattr(Optimization, "count", undone)
+    config = loraio.TrainConfig(steps=3, batch_size=16)
+    with pytest.raises(TrainingError, match="digit 7: the run learned nothing: 6 of 6 tensors did not move"):
+        loraio.train_each(base, config, digits, digits=DIGITS, on_trained=lambda digit, adapter: given.append(digit))
+    assert given == [3]
 
 
 def test_a_step_with_other_bits_is_noticed(
