@@ -125,6 +125,8 @@ class _Convolution:
         (self._source,) = node.all_input_nodes
         self._module = module
         self._geometry = _Blocked(module.stride, module.padding, module.dilation, module.groups)
+        weight = module.parametrizations["weight"].original.detach()
+        self._channels_last = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
     @staticmethod
     def takes(module: Any) -> bool:
@@ -145,20 +147,27 @@ class _Convolution:
         stack = self._module.parametrizations["weight"]
         part = stack[0]
         pair = Pair(stack.original, part.lora_A, part.lora_B, part.target.scale * part.strength)
-        self._pair, self._folded = pair, pair.fold(torch.float32)
+        self._pair = pair
         x = values[self._source].blocks
-        blocks = self._geometry.blocks(x, self._folded, self._module.bias)
+        blocks = self._geometry.blocks(x, pair.fold(torch.float32), self._module.bias)
         values[self._node] = _Value(blocks=blocks, needed=True)
 
     def backward(self, values: Values, gradients: Gradients) -> None:
         x, grad = values[self._source], values[self._node].gradient
         if grad is None:
             return
-        folded = self._folded if x.needed else None
+        folded = self._folded_last() if x.needed else None
         grad_x, grad_A, grad_B = convolution_gradients(self._pair, self._geometry, grad, x.blocks, folded)
         x.add(grad_x)
         for factor, gradient in ((self._pair.lora_A, grad_A), (self._pair.lora_B, grad_B)):
             _collect(gradients, factor, gradient)
+
+    def _folded_last(self) -> Tensor:
+        """The folded weight channels last, as the input's gradient takes it; to fold anew is less than to copy."""
+        pair, (out, channels, *kernel) = self._pair, self._pair.weight.shape
+        lora_A = pair.lora_A.view(-1, channels, *kernel).permute(0, 2, 3, 1).flatten(1)
+        folded: Tensor = self._channels_last.addmm(pair.lora_B, lora_A, alpha=pair.scale)
+        return folded.view(out, *kernel, channels).permute(0, 3, 1, 2)
 
 
 class _Rectifier:
