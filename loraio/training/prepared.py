@@ -136,6 +136,7 @@ class _Convolution:
             and getattr(type(module), "forward", None) is FORWARDS[nn.Conv2d.forward]
             and "parametrizations" in module._modules
             and list(module.parametrizations) == ["weight"]  # type: ignore[arg-type]
+            and module.parametrizations["weight"].original.dtype == torch.float32  # type: ignore[index,union-attr]
             and module.padding_mode == "zeros"
             and isinstance(module.padding, tuple)
             and module.groups == 1

@@ -59,6 +59,9 @@ def prepared(
         dataset: of which the step is tried on a batch.
         rows: that batch, as indices.
     """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for module in model.modules() for name in hooks):
+        return "the network has hooks"
     batch = Batch(dataset.images[rows].to(next(model.parameters()).dtype), dataset.labels[rows])
     try:
         for blocked in (True, False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,28 @@ def test_networks_of_all_sorts_and_those_that_draw_random_numbers_give_the_same_
     model = Wide()
     config = loraio.TrainConfig(steps=5, batch_size=16, rank=2, targets=("all",), clamp_rank=True)
     assert_same_files(together(model, config, digits), apart(model, config, digits), tmp_path)
+
+
+def test_a_base_in_double_precision_and_channels_last_trains_together_too(
+    base: nn.Module, digits: loraio.Dataset, tmp_path: Path
+) -> None:
+    config = loraio.TrainConfig(steps=3, batch_size=16)
+    for model in (copy.deepcopy(base).double(), base.to(memory_format=torch.channels_last)):  # type: ignore[call-overload]
+        assert_same_files(together(model, config, digits), apart(model, config, digits), tmp_path)
+
+
+def test_a_network_with_hooks_is_trained_one_after_another_and_every_hook_is_called(
+    base: nn.Module, digits: loraio.Dataset, apart_only: list[str]
+) -> None:
+    called, said = [], []
+    base.get_submodule("conv2").register_forward_hook(
+        lambda module, given, output: called.append(torch.is_grad_enabled())
+    )
+    config = loraio.TrainConfig(steps=3, batch_size=16)
+    loraio.train_each(base, config, digits, digits=[3, 7], on_apart=said.append)
+    assert said == ["the network has hooks"]
+    assert called.count(True) == 6
+    assert len(apart_only) == 2
 
 
 def test_runs_that_stop_early_leave_the_others_as_they_are(
