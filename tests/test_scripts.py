@@ -153,3 +153,11 @@ def test_the_benchmark_of_compiled_swaps_checks_its_answers_and_runs() -> None:
     assert row["recompiles"]["reserved"] == 0 < row["recompiles"]["without a reserve"]
     assert len(row["times"]) == 5
     assert all(times["ratio"] > 0 for times in row["times"].values())
+
+
+def test_training_together_is_measured_after_it_is_checked() -> None:
+    command = [sys.executable, ROOT / "scripts/bench/train_together.py", "--steps", "2", "--rounds", "1", "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(printed)["ratios"]
+    assert list(rows) == ["apart", "steps", "together", "kernels"]
+    assert all(row["seconds"] > 0 for row in rows.values())

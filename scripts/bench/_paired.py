@@ -12,13 +12,20 @@ from typing import Any
 import torch
 
 
-def ratios(works: Mapping[str, Callable[[], Any]], *, against: str, rounds: int) -> dict[str, dict[str, float]]:
+def ratios(
+    works: Mapping[str, Callable[[], Any]],
+    *,
+    against: str,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, float]]:
     """Times of several pieces of work, taken in turn; each round begins with another of them.
 
     Args:
         works: by name; each is called once for every round, and once before that is not counted.
         against: the name of the work that the others are compared with, round by round.
         rounds: how many.
+        clock: seconds, of the wall or, by ``time.process_time``, of the process.
 
     Returns:
         for each name ``ratio``, the median over the rounds, ``low`` and ``high``, its quartiles, and ``seconds``, the
@@ -29,10 +36,10 @@ def ratios(works: Mapping[str, Callable[[], Any]], *, against: str, rounds: int)
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
+            start = clock()
             works[name]()
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     found = {}
     for name, row in times.items():
         shares = [mine / other for mine, other in zip(row, times[against], strict=True)]
