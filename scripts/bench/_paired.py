@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -11,7 +12,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,7 +115,8 @@ def interleaved(
 ) -> Times:
     """Times of several pieces of work, taken in turn; each round begins with another of them.
 
-    So whatever else the machine does falls on all of them. What a call returns is dropped after its time was taken.
+    So whatever else the machine does falls on all of them. What a call returns is dropped after its time was taken, and
+    Python collects garbage between the rounds.
 
     Args:
         works: by name; each is called once in every round.
@@ -127,17 +130,34 @@ def interleaved(
     """
     names = list(works)
     times: Times = {name: [] for name in names}
-    for number in range(rounds + warmup):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            given = [before[name]()] if before and name in before else []
-            start = clock()
-            result = works[name](*given)
-            seconds = clock() - start
-            del result, given
-            if number >= warmup:
-                times[name].append(seconds)
+    with _garbage_kept():
+        for number in range(rounds + warmup):
+            gc.collect()
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                given = [before[name]()] if before and name in before else []
+                start = clock()
+                result = works[name](*given)
+                seconds = clock() - start
+                del result, given
+                if number >= warmup:
+                    times[name].append(seconds)
     return times
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Python collects no garbage by itself, and what is there already is never looked at."""
+    is_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if is_on:
+            gc.enable()
 
 
 def ratio_of(

@@ -165,22 +165,22 @@ def make_adapter(base: Path, known: dict[str, str], choice: str, path: Path) -> 
 def run(code: str, *words: object) -> tuple[float, float, int, str]:
     """Seconds, those of processors, the most anonymous memory in bytes, sampled, and what a process printed."""
     start, before, peak = time.perf_counter(), processor_seconds(), 0
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, text=True) as process:
 
-    def watch() -> None:
-        nonlocal peak
-        while process.poll() is None:
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-            except OSError:
-                return
-            peak = max([peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if "RssAnon" in line)])
-            time.sleep(0.01)
+        def watch() -> None:
+            nonlocal peak
+            while process.poll() is None:
+                try:
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                except OSError:
+                    return
+                peak = max([peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if "RssAnon" in line)])
+                time.sleep(0.01)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    printed = process.stdout.read() if process.stdout else ""
-    watcher.join()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        printed = process.stdout.read() if process.stdout else ""
+        watcher.join()
     seconds = time.perf_counter() - start
     require(process.returncode == 0, f"exit code {process.returncode}")
     return seconds, processor_seconds() - before, peak, printed

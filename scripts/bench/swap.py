@@ -86,7 +86,11 @@ def measure_one(network: str, count: int, clock: Callable[[], float]) -> Measure
     figures: list[Figure] = []
     if "PEFT" in works:
         unit = "x PEFT's swap and forward"
-        figures = [ratio_of(times, "loraio", "PEFT", row=ROW, case=case, unit=unit, target=TARGETS[network])]
+        targets = {"loraio": TARGETS[network]}
+        figures = [
+            ratio_of(times, who, "PEFT", row=ROW, case=case, unit=unit, target=targets.get(who))
+            for who in ("loraio", "PEFT")
+        ]
     figures += [
         ratio_of(times, who, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}") for who in works if who != PLAIN
     ]  # fmt: skip
