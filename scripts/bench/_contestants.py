@@ -13,8 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from _paired import require
+from _paired import NETWORKS, require
 from torch import Tensor, nn
+from torchvision_builders import set_statistics
 
 import loraio
 
@@ -27,6 +28,18 @@ OUTPUT_TOLERANCE = 1e-4
 """Of the largest output, between ours and a peer's: float32 sums in another order, through up to fifty layers."""
 
 Outputs = Callable[[Tensor], Tensor]
+
+
+def built(network: str) -> nn.Module:
+    """A network of `NETWORKS` with random weights, in eval mode.
+
+    Its normalisation has the statistics of random images: without them the signal of a deep one fades into numbers
+    that take the processor longer.
+    """
+    model = loraio.build_network(network, seed=1)
+    with torch.no_grad():
+        set_statistics(model, NETWORKS[network])
+    return model.eval()
 
 
 def drawn(model: nn.Module, *, seed: int = 1, rank: int = RANK) -> loraio.Adapter:

@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from _contestants import absent, drawn, left_out, module, peft_folder, ungrouped
+from _contestants import absent, built, drawn, left_out, module, peft_folder, ungrouped
 from _paired import Measured, exactly, gathered, parser, require, run_row, short
 
 import loraio
@@ -30,7 +30,7 @@ def raw_bytes(adapter: loraio.Adapter) -> int:
 
 def measure_one(network: str) -> Measured:
     """One network."""
-    model, case, notes = loraio.build_network(network, seed=0).eval(), short(network), []
+    model, case, notes = built(network), short(network), []
     adapter = drawn(model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "adapter.safetensors")

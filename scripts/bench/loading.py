@@ -24,6 +24,7 @@ import torch
 from _contestants import (
     absent,
     add_minlora,
+    built,
     drawn,
     left_out,
     merged,
@@ -62,7 +63,7 @@ ROUNDS = {"digit-cnn": 200, "torchvision:mobilenet_v3_small": 40, "torchvision:r
 
 def measure_one(network: str, folder: Path, count: int, clock: Callable[[], float]) -> Measured:
     """One network."""
-    model, case, notes = loraio.build_network(network, seed=0).eval().requires_grad_(False), short(network), []
+    model, case, notes = built(network).requires_grad_(False), short(network), []
     adapter = drawn(model)
     file = folder / "adapter.safetensors"
     loraio.save(adapter, file)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _contestants import absent, drawn, in_minlora, in_peft, left_out, module, ungrouped
+from _contestants import absent, built, drawn, in_minlora, in_peft, left_out, module, ungrouped
 from _paired import CLOCKS, Measured, exactly, gathered, interleaved, parser, ratio_of, require, rounds, run_row, short
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -97,7 +97,7 @@ def merge_minlora(model: nn.Module) -> None:
 @torch.no_grad()
 def measure_one(network: str, dtype: str, count: int, clock: Callable[[], float]) -> Measured:
     """One network in one dtype."""
-    model = loraio.build_network(network, seed=0).to(getattr(torch, dtype)).eval()
+    model = built(network).to(getattr(torch, dtype))
     adapter = drawn(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     weights = {name: state[name].clone() for name in adapter.targets}

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from _contestants import RANK, absent, drawn, in_peft, left_out, module, ungrouped
+from _contestants import RANK, absent, built, drawn, in_peft, left_out, module, ungrouped
 from _paired import (
     CLOCKS,
     NETWORKS,
@@ -79,7 +79,7 @@ def require_rows(found: Tensor, expected: Tensor, *, what: str) -> None:
 
 def measure_one(network: str, options: argparse.Namespace) -> Measured:
     """One network."""
-    model, notes = loraio.build_network(network, seed=1).eval(), []
+    model, notes = built(network), []
     channels, height, width = NETWORKS[network]
     images = QUICK_IMAGES if options.quick else IMAGES
     generator = torch.Generator().manual_seed(1)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _contestants import absent, drawn, in_peft, left_out, merged, module, require_outputs, ungrouped
+from _contestants import absent, built, drawn, in_peft, left_out, merged, module, require_outputs, ungrouped
 from _paired import (
     CLOCKS,
     NETWORKS,
@@ -54,7 +54,7 @@ ROUNDS = {
 def measure_one(network: str, batch: int, count: int, clock: Callable[[], float]) -> Measured:
     """One network with batches of one size."""
     case, notes = f"{short(network)}, batch {batch}", []
-    plain = loraio.build_network(network, seed=1).eval()
+    plain = built(network)
     adapter = drawn(plain)
     x = torch.rand(batch, *NETWORKS[network], generator=torch.Generator().manual_seed(batch))
     attached = copy.deepcopy(plain)

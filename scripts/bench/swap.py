@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _contestants import absent, drawn, in_peft, left_out, merged, module, require_outputs, ungrouped
+from _contestants import absent, built, drawn, in_peft, left_out, merged, module, require_outputs, ungrouped
 from _paired import (
     CLOCKS,
     NETWORKS,
@@ -63,7 +63,7 @@ def require_swaps(work: Callable[[], Any], expected: list[nn.Module], x: torch.T
 
 def measure_one(network: str, count: int, clock: Callable[[], float]) -> Measured:
     """One network."""
-    plain, case, notes = loraio.build_network(network, seed=1).eval(), short(network), []
+    plain, case, notes = built(network), short(network), []
     adapters = drawn(plain, seed=1), drawn(plain, seed=2)
     x = torch.rand(1, *NETWORKS[network], generator=torch.Generator().manual_seed(1))
     attached = copy.deepcopy(plain)
