@@ -33,8 +33,8 @@ Outputs = Callable[[Tensor], Tensor]
 def built(network: str) -> nn.Module:
     """A network of `NETWORKS` with random weights, in eval mode.
 
-    Its normalisation has the statistics of random images: without them the signal of a deep one fades into numbers
-    that take the processor longer.
+    Its normalisation has the statistics of images of uniform random numbers, as the rows use them: without them the
+    signal of a deep one fades into numbers that take the processor longer.
     """
     model = loraio.build_network(network, seed=1)
     with torch.no_grad():

@@ -5,7 +5,7 @@ usage: python scripts/bench/mixed_batches.py [--networks NAME ...] [--size PIXEL
 Ten adapters of rank 8 with random factors on every convolution and linear layer, 64 random images, adapters drawn at
 random, one thread: the base on the whole batch; the bank; the bank made to take each of its routes; and PEFT's
 ``adapter_names``, where it can be imported, without the convolutions in groups that it refuses. Before any time is
-taken, each output must be what the attached model gives for that image alone.
+taken, each output must be what the attached model gives for that image alone, in float64 and then in float32.
 
 A batch in one piece asks the system for much fresh memory, and page faults are part of what it takes; the variables
 ``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` of the C library make it keep its memory.
@@ -14,6 +14,7 @@ A batch in one piece asks the system for much fresh memory, and page faults are 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 
 import torch
@@ -44,8 +45,12 @@ TARGETS = {"digit-cnn": 1.5, "torchvision:mobilenet_v3_small": 1.15, "torchvisio
 
 ROUNDS = {"digit-cnn": 60, "torchvision:mobilenet_v3_small": 12, "torchvision:resnet50": 5}
 
-TOLERANCE = 1e-5
-"""Of the largest output, between a batch and its images one by one: float32 sums in another order."""
+TOLERANCE, WORSE = 1e-5, 4.0
+"""Of the largest output, between a batch and its images one by one in float32: what sums in another order may make, or
+so many times what float32 itself makes of an image alone, where the network enlarges its roundings."""
+
+SAME = 1e-10
+"""The same in float64, where nothing else than a mistake is larger."""
 
 
 def one_by_one(model: nn.Module, bank: loraio.Bank, x: Tensor, names: list[str]) -> Tensor:
@@ -71,10 +76,39 @@ def forced(layers: bool, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return forward
 
 
-def require_rows(found: Tensor, expected: Tensor, *, what: str) -> None:
-    """Refuse a batch whose rows are not those of its images one by one."""
-    apart = float((found - expected).abs().max() / expected.abs().max())
-    require(apart <= TOLERANCE, f"{what}: off by {apart:.2g} of the largest output")
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, of the largest output."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def drawn_for(model: nn.Module) -> dict[str, loraio.Adapter]:
+    """The adapters by name, the same numbers whatever the model's dtype."""
+    return {f"adapter-{seed}": drawn(model, seed=seed) for seed in range(ADAPTERS)}
+
+
+def routes(model: nn.Module, bank: loraio.Bank, x: Tensor, names: list[str]) -> dict[str, Callable[[], Tensor]]:
+    """The bank as it chooses, and made to take each of its ways."""
+
+    def mixed() -> Tensor:
+        outputs: Tensor = bank.forward(model, x, names)
+        return outputs
+
+    return {"loraio": mixed, "loraio by groups": forced(False, mixed), "loraio by layers": forced(True, mixed)}
+
+
+def check(case: str, model: nn.Module, x: Tensor, names: list[str], expected: Tensor) -> float:
+    """Refuse a bank whose rows in float64 are not those of the images one by one.
+
+    Returns:
+        how far a batch in float32 may be from its images one by one.
+    """
+    wide = copy.deepcopy(model).double()
+    bank = loraio.Bank(drawn_for(wide))
+    exact = one_by_one(wide, bank, x.double(), names)
+    for who, work in routes(wide, bank, x.double(), names).items():
+        apart = distance(work(), exact)
+        require(apart <= SAME, f"{case}, {who} in float64: off by {apart:.2g} of the largest output")
+    return max(TOLERANCE, WORSE * distance(expected, exact))
 
 
 def measure_one(network: str, options: argparse.Namespace) -> Measured:
@@ -83,35 +117,28 @@ def measure_one(network: str, options: argparse.Namespace) -> Measured:
     channels, height, width = NETWORKS[network]
     images = QUICK_IMAGES if options.quick else IMAGES
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(images, channels, options.size or height, options.size or width, generator=generator)
+    x = torch.rand(images, channels, options.size or height, options.size or width, generator=generator)
     case = f"{short(network)}, {images} of {'x'.join(map(str, x.shape[1:]))}"
-    adapters = {f"adapter-{seed}": drawn(model, seed=seed) for seed in range(ADAPTERS)}
+    adapters = drawn_for(model)
     names = [f"adapter-{int(number)}" for number in torch.randint(ADAPTERS, (images,), generator=generator)]
     bank = loraio.Bank(adapters)
-    expected, base = one_by_one(model, bank, x, names), model(x)
-    effect = float((expected - base).abs().max() / expected.abs().max())
-    require(effect > 100 * TOLERANCE, f"{case}: the adapters do nothing")
-
-    def mixed() -> Tensor:
-        outputs: Tensor = bank.forward(model, x, names)
-        return outputs
-
-    works: dict[str, Callable[[], Tensor]] = {
-        BASE: lambda: model(x),
-        "loraio": mixed,
-        "loraio by groups": forced(False, mixed),
-        "loraio by layers": forced(True, mixed),
-    }
-    for who in works:
-        if who != BASE:
-            require_rows(works[who](), expected, what=f"{case}, {who}")
+    expected = one_by_one(model, bank, x, names)
+    tolerance = check(case, model, x, names, expected)
+    effect = distance(model(x), expected)
+    require(effect > 100 * tolerance, f"{case}: the adapters change outputs by {effect:.2g} only")
+    works = routes(model, bank, x, names)
+    rows = dict.fromkeys(works, expected)
     if module("peft") is None:
         notes.append(absent("PEFT"))
     else:
         wrapped, taken = in_peft(model, adapters), {name: ungrouped(each) for name, each in adapters.items()}
         works["PEFT"] = lambda: wrapped(x, adapter_names=names)
-        require_rows(works["PEFT"](), one_by_one(model, loraio.Bank(taken), x, names), what=f"{case}, PEFT")
+        rows["PEFT"] = one_by_one(model, loraio.Bank(taken), x, names)
         notes += [f"{short(network)}: {line}" for line in left_out(adapters["adapter-0"])]
+    for who, work in works.items():
+        apart = distance(work(), rows[who])
+        require(apart <= tolerance, f"{case}, {who}: off by {apart:.2g} of the largest output")
+    works = {BASE: lambda: model(x), **works}
     times = interleaved(works, rounds=rounds(options, ROUNDS[network]), clock=CLOCKS[options.clock])
     is_usual = images == IMAGES and x.shape[1:] == NETWORKS[network]
     targets = {"loraio": TARGETS[network] if is_usual else None}

@@ -1,16 +1,18 @@
 """All rows, each a process of its own: one table, one JSON file, one picture of the bars.
 
-usage: scripts/bench/run [--rows NAME ...] [--all] [--networks NAME ...] [--quick] [--out FOLDER] [--markdown]
+usage: scripts/bench/run [--rows NAME ...] [--all] [--networks NAME ...] [--quick] [--out FOLDER] [--draw | --markdown]
 
 `scripts/bench/run` makes the environment and calls this file. Each row checks its results before it takes a time. A row
 that fails is named, the others go on, and the exit code is 1; a target that is missed is marked, and is no failure.
 FOLDER gets results.json, with versions, threads and sizes, after every row, and bars.png at the end. Rows that are not
-run again stay in results.json. --markdown runs nothing and prints the table for README from results.json.
+run again stay in results.json. --draw and --markdown run nothing: from results.json they draw the picture, or print the
+table for README.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -224,6 +226,7 @@ def main() -> None:
     made.add_argument("--networks", nargs="+", choices=list(NETWORKS), metavar="NAME", help=", ".join(NETWORKS))
     made.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds and small sizes: does it run?")
     made.add_argument("--out", type=Path, default=FOLDER / "results", help="[default: scripts/bench/results]")
+    made.add_argument("--draw", action="store_true", help="draw bars.png from results.json, run nothing")
     made.add_argument("--markdown", action="store_true", help="print the table from results.json, run nothing")
     options = made.parse_args()
     path = options.out / "results.json"
@@ -231,9 +234,15 @@ def main() -> None:
         print(markdown(read(path)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    results = run_rows(list(ROWS) if options.all else options.rows, options, path)
-    if draw(results, options.out / "bars.png"):
-        print(f"{path}\n{options.out / 'bars.png'}")
+    if options.draw:
+        results = read(path)
+    else:
+        results = run_rows(list(ROWS) if options.all else options.rows, options, path)
+        print(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib cannot be imported; with it, scripts/bench/run --draw", file=sys.stderr)
+    elif draw(results, options.out / "bars.png"):
+        print(options.out / "bars.png")
     sys.exit(1 if results["failed"] else 0)
 
 

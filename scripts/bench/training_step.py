@@ -179,7 +179,7 @@ def measure_one(network: str, count: int, options: argparse.Namespace) -> Measur
     case, notes, batch = f"{short(network)}, batch {BATCHES[network]}", [], BATCHES[network]
     base = built(network)
     generator = torch.Generator().manual_seed(2)
-    images = torch.randn(batch, *NETWORKS[network], generator=generator)
+    images = torch.rand(batch, *NETWORKS[network], generator=generator)
     labels = torch.randint(0, 10, (batch,), generator=generator)
     if options.channels_last:
         base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
