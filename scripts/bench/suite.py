@@ -183,13 +183,15 @@ def draw(results: Mapping[str, Any], path: Path) -> bool:
         low, high = (min(edge / figure.target, end) for edge in (figure.low, figure.high))
         if high > low:
             axes.plot([low, high], [place, place], color="black", linewidth=1, zorder=3)
+        beyond = 0
         for peer, other in beside(figure, figures).items():
             marker, color = marks[peer]
-            is_beyond = other.value / figure.target > end
+            at = other.value / figure.target
+            if at > end:
+                marker, at, beyond = ">", end - 0.04 * beyond, beyond + 1
             axes.plot(
-                min(other.value / figure.target, end), place, marker=">" if is_beyond else marker, color=color,
-                markersize=6, clip_on=False, zorder=4, markeredgecolor="white",
-            )  # fmt: skip
+                at, place, marker=marker, color=color, markersize=6, clip_on=False, zorder=4, markeredgecolor="white"
+            )
         text = f"{shown(figure.value, figure.unit)} / {figure.target:g}  {figure.unit}"
         axes.text(end * 1.03, place, text, va="center", fontsize=7.5)
     axes.axvline(1, color="black", linewidth=1.2, zorder=5)
