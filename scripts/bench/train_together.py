@@ -5,31 +5,33 @@ usage: python scripts/bench/train_together.py [--steps N] [--rounds N] [--json]
 Adapters of rank 4 for the ten digits on a `digit-cnn`, batches of 64 of the bundled digits, one thread, processor time.
 Before any time is taken, both ways train for as many steps as are timed, and their files must have the same bytes.
 
-- apart: `loraio.train` for each digit; each run counts what the base misreads by itself.
-- steps: the same, but what the base misreads is known to all: what is left is steps, and counting after them.
-- together: `loraio.train_each`.
-- kernels: of the steps of all ten only the convolutions of both passes, in the layouts in which their kernels compute
+- ten runs: `loraio.train` for each digit; each run counts what the base misreads by itself.
+- ten runs, base counted once: the same, but what the base misreads is known to all.
+- loraio: `loraio.train_each`.
+- bound: of the steps of all ten only the convolutions of both passes, in the layouts in which their kernels compute
   and between no layers. No way of training can spare them, so that this is a bound.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _paired import machine, ratios
+from _paired import CLOCKS, Measured, interleaved, parser, ratio_of, require, rounds, run_row
 from torch import Tensor, nn
 
 import loraio
 
+ROW = "train_together"
+APART = "ten runs"
+TARGET = 0.7
 BATCH = 64
+QUICK_STEPS = 2
 
 Adapters = dict[int | None, loraio.Adapter]
 
@@ -71,8 +73,9 @@ def kernels(model: nn.Module, rank: int) -> list[Callable[[], Any]]:
     return works
 
 
-def measure(steps: int, rounds: int) -> dict[str, Any]:
-    """Figures, as plain JSON values."""
+def measure(options: argparse.Namespace) -> Measured:
+    """All figures."""
+    steps = QUICK_STEPS if options.quick else options.steps
     train, test = (loraio.load_dataset("digits", split) for split in ("train", "test"))
     base = loraio.pretrain("digit-cnn", loraio.PretrainConfig(epochs=3), train)
     config = loraio.TrainConfig(steps=steps, batch_size=BATCH)
@@ -92,28 +95,27 @@ def measure(steps: int, rounds: int) -> dict[str, Any]:
                 for work in alone:
                     work()
 
-    assert bytes_of(apart()) == bytes_of(together()), "the files differ"
-    works = {"apart": apart, "steps": lambda: apart(before), "together": together, "kernels": convolve}
-    return {"steps": steps, "ratios": ratios(works, against="apart", rounds=rounds, clock=time.process_time)}
+    require(bytes_of(apart()) == bytes_of(together()), "the files of adapters that were trained together are others")
+    works = {
+        APART: apart,
+        "ten runs, base counted once": lambda: apart(before),
+        "loraio": together,
+        "bound: kernels": convolve,
+    }
+    times = interleaved(works, rounds=rounds(options, 7), clock=CLOCKS[options.clock])
+    case = f"digit-cnn, {steps} steps"
+    return [
+        ratio_of(times, who, APART, row=ROW, case=case, unit=f"x {APART}", target=TARGET if who == "loraio" else None)
+        for who in works
+        if who != APART
+    ], []
 
 
 def main() -> None:
     """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="of each adapter")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    found = measure(options.steps, options.rounds)
-    if options.json:
-        print(json.dumps({"schema": "loraio/bench/train_together/1", "machine": machine(), **found}))
-        return
-    print(f"ten adapters, {found['steps']} steps each: the files have the same bytes")
-    for name, row in found["ratios"].items():
-        print(
-            f"  {name:9} {row['seconds']:7.2f} s  {row['ratio']:5.3f} x apart ({row['low']:.3f} to {row['high']:.3f})"
-        )
+    made = parser(__doc__, networks=())
+    made.add_argument("--steps", type=int, default=100, help="of each adapter")
+    run_row(ROW, made.parse_args(), measure, title="ten adapters trained together")
 
 
 if __name__ == "__main__":
