@@ -47,7 +47,7 @@ Reserve = str | Adapter | Iterable[str | Adapter] | None
 """Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
 
 
-KEPT_BYTES = 64 * 2**20
+KEPT_BYTES = 256 * 2**20
 """What an `Attachment` may hold of adapters that it had before, so that swapping back to one computes nothing."""
 
 
