@@ -27,6 +27,8 @@ import os, signal, time
 from loraio import exporting
 from loraio.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is born to ignore it
+
 def wait(path, *_):
     assert path.stat().st_size > 400_000
     os.kill(os.getpid(), signal.SIGINT)
