@@ -453,7 +453,18 @@ def parts_of(adapter: Adapter, name: str) -> Iterator[tuple[slice, Adapter]]:
     for at in adapter.targets[name].slices():
         part, mine = adapter.targets[name].part(at, factors)
         named = {f"{name}.{short}": factor for short, factor in mine.items()}
-        yield at, Adapter(targets={name: part}, factors=named, base=adapter.base)
+        yield at, _unchecked({name: part}, named, adapter.base)
+
+
+def _unchecked(targets: Mapping[str, Target], factors: Mapping[str, Tensor], base: BaseReference) -> Adapter:
+    """A part of an adapter, which has been checked as a whole: looking at all factors again for each takes a while."""
+    part = object.__new__(Adapter)
+    given: dict[str, Any] = {"targets": targets, "factors": factors, "base": base}
+    for entry in fields(Adapter):
+        object.__setattr__(
+            part, entry.name, MappingProxyType(given.get(entry.name, {})) if entry.name != "base" else base
+        )
+    return part
 
 
 def check_strength(strength: float) -> float:

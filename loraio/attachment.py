@@ -47,7 +47,7 @@ Reserve = str | Adapter | Iterable[str | Adapter] | None
 """Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
 
 
-KEPT_BYTES = 64 * 2**20
+KEPT_BYTES = 256 * 2**20
 """What an `Attachment` may hold of adapters that it had before, so that swapping back to one computes nothing."""
 
 
@@ -77,7 +77,7 @@ class Attachment:
         self._places: dict[str, Place] = {}
         self._frozen: list[nn.Module] = []
         self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
-        self._fitting = _Fitting()
+        self._fitting = _Fitting(None, model)
         self._recent = _Recent()
         refuse_attached(model)
         self._max_rank = _check_max_rank(max_rank, trainable)
@@ -228,7 +228,8 @@ class Attachment:
         if self._trainable and self._max_rank is None:
             raise StateError("an adapter that is being trained cannot be swapped", hint="detach it first")
         self._check_untouched()
-        if not self._fitting.covers(adapter):
+        known = self._fitting.covers(adapter)
+        if not known:
             self._check(adapter)
         elif self._reserved is not None:
             self._check_reserved(adapter, self._reserved)
@@ -238,8 +239,8 @@ class Attachment:
         except BaseException:
             self._exchange(old)
             raise
-        if not self._allow_base_mismatch:
-            self._fitting.add(adapter, self.model)
+        if not known and not self._allow_base_mismatch:
+            self._fitting = _Fitting(adapter, self.model)
 
     def detach(self) -> None:
         """Take the adapter off: the model has its own Parameters and buffers again, in their order, with their bits.
@@ -253,6 +254,8 @@ class Attachment:
         self._last = self._now()
         self._take_off(list(self._places))
         self._release()
+        self._recent.forget()  # which hold on to this handle, and so to the model
+        self._fitting = _Fitting(None, self.model)
 
     def _now(self) -> tuple[dict[str, Tensor], list[str]]:
         """Copies of the adapter's tensors as they are, not checked; and which tensors of the base changed meanwhile."""
@@ -378,22 +381,36 @@ class Attachment:
         # whole tensors may have other sizes
         stay = {name for name in self._places if name in (self._reserved or adapter.targets)}
         self._take_off([name for name in self._places if name not in stay])
-        recent = self._recent.parts(adapter) if self._reserved is None else {}
-        for name, place in self._places.items():
+        recent = self._recent_parts(adapter)
+        for name, place in self._places.items() if self._places.keys() != recent.keys() else ():
             old, new = place.part, self._part(adapter, name, place.stack.original, recent)
             if isinstance(old, FoldedWeight) and isinstance(new, FoldedWeight):
                 if old.target is None and new.target is None:
                     continue
                 new.slot = old.slot
-            place.stack[0] = new
+            place.exchange(new)
             if isinstance(new, FoldedWeight) and new.slot is not None:
                 new.slot.fill()
+        if self._places.keys() == recent.keys():
+            for name, part in recent.items():
+                self._set(part)
+                self._places[name].exchange(part)
         self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay], recent)
         self._adapter = adapter
-        self._remember(adapter)
+        if not recent:
+            self._remember(adapter)
+
+    def _recent_parts(self, adapter: Adapter) -> Mapping[str, FoldedWeight]:
+        """Its parts from when it was on the model before, if they can be used: the model may have moved meanwhile."""
+        if self._reserved is not None:
+            return {}
+        parts = self._recent.parts(adapter)
+        devices = {name: factor.device for name, part in parts.items() for factor in part.buffers(recurse=False)}
+        here = {name: place.stack.original.device for name, place in self._places.items() if name in devices}
+        return parts if all(devices[name] == device for name, device in here.items()) else {}
 
     def _remember(self, adapter: Adapter) -> None:
-        if self._reserved is None and not self._trainable:
+        if self._reserved is None and not self._trainable and not adapter.whole:
             parts = {
                 name: part for name in adapter.targets if isinstance(part := self._places[name].part, FoldedWeight)
             }
@@ -404,9 +421,8 @@ class Attachment:
     ) -> AdapterPart:
         part: AdapterPart
         form = self._forms.get(name)
-        if name in recent and all(factor.device == base.device for factor in recent[name].factors().values()):
+        if name in recent:
             part = recent[name]
-            part.strength = self._strength
         elif name in adapter.targets:
             factors = {short: factor.to(base.device, copy=True) for short, factor in adapter.factors_of(name).items()}
             target = adapter.targets[name]
@@ -428,8 +444,15 @@ class Attachment:
                 requires_grad=self._trainable or base.requires_grad,
                 handle=self,
             )
-        part.enabled = self._enabled
+        self._set(part)
         return part if form is None else part.to(base.device)
+
+    def _set(self, part: AdapterPart) -> None:
+        """Let a part be as strong and as much on as the handle says; setting attributes of a module takes a while."""
+        if part.enabled != self._enabled:
+            part.enabled = self._enabled
+        if isinstance(part, FoldedWeight) and part.strength != self._strength:
+            part.strength = self._strength
 
     def _put_on(
         self, adapter: Adapter, names: Iterable[str], recent: Mapping[str, FoldedWeight] = MappingProxyType({})
@@ -457,23 +480,22 @@ class Attachment:
 
 
 class _Fitting:
-    """What has been checked, so that it need not be again: which adapters fit the model, for as long as it is the same.
+    """An adapter that fits the model, and what follows for others for as long as the model is the same.
 
     What is asked of an adapter follows from its targets' metadata alone; the factors, strength and rank may be others.
+
+    Args:
+        adapter: fits the model as it is now; None where nothing is known.
+        model: with the adapter on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: Adapter | None, model: nn.Module) -> None:
         self._watch: Watch | None = None
-        self._base: Any = None
         self._targets: dict[str, Any] = {}
-
-    def add(self, adapter: Adapter, model: nn.Module) -> None:
-        """This adapter fits the model as it is now."""
-        if self._base is not None and self.covers(adapter):
-            return
-        self._watch = None if adapter.whole else Watch(model, lambda module: isinstance(module, AdapterPart))
-        self._base = _base_facts(adapter)
-        self._targets = {name: _target_facts(target) for name, target in adapter.targets.items()}
+        if adapter is not None and not adapter.whole:
+            self._watch = Watch(model, lambda module: isinstance(module, AdapterPart))
+            self._base = _base_facts(adapter)
+            self._targets = {name: _target_facts(target) for name, target in adapter.targets.items()}
 
     def covers(self, adapter: Adapter) -> bool:
         """Whether it follows that this one fits too."""
@@ -482,12 +504,12 @@ class _Fitting:
             self._watch is not None
             and not adapter.whole
             and self._base == _base_facts(adapter)
-            and all(name in known and known[name] == _target_facts(target) for name, target in adapter.targets.items())
+            and all(known.get(name) == _target_facts(target) for name, target in adapter.targets.items())
             and self._watch.same()
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Fitting:
-        return _Fitting()
+        return _Fitting(None, nn.Module())
 
 
 def _base_facts(adapter: Adapter) -> tuple[Any, ...]:
@@ -509,9 +531,12 @@ class _Recent:
         entry = self._entries.get(id(adapter))
         if entry is None:
             return {}
-        now = _factors(adapter, entry.parts)
-        same = all(a is b and _writes(a) == writes for a, (b, writes) in zip(now, entry.factors, strict=True))
-        return entry.parts if same else {}
+        for held, name, factor, writes in entry.factors:
+            if held.get(name) is not factor or _writes(factor) != writes:
+                del self._entries[id(adapter)]
+                return {}
+        self._entries.move_to_end(id(adapter))
+        return entry.parts
 
     def add(self, adapter: Adapter, parts: dict[str, FoldedWeight], size: int) -> None:
         """Keep them.
@@ -521,11 +546,10 @@ class _Recent:
             parts: of all its targets.
             size: bytes of the weights that they compute.
         """
-        known = self._entries.pop(id(adapter), None)
-        if known is None or any(known.parts[name] is not part for name, part in parts.items()):
-            factors = [(factor, _writes(factor)) for factor in _factors(adapter, parts)]
-            known = _Entry(adapter, parts, factors, size + sum(factor.nbytes for factor, _ in factors))
-        self._entries[id(adapter)] = known
+        held: list[Mapping[str, Any]] = [adapter.factors, *(part._buffers for part in parts.values())]
+        factors = [(each, name, factor, _writes(factor)) for each in held for name, factor in each.items()]
+        size += sum(factor.nbytes for _, _, factor, _ in factors)
+        self._entries[id(adapter)] = _Entry(adapter, parts, factors, size)
         while self._entries and sum(entry.size for entry in self._entries.values()) > KEPT_BYTES:
             self._entries.popitem(last=False)
 
@@ -538,17 +562,12 @@ class _Recent:
 
 
 class _Entry(NamedTuple):
-    """An adapter, its parts, the factors of both with the count of writes to each, and how many bytes that holds."""
+    """An adapter, its parts, the factors of both as a dict, a key, a tensor and its count of writes, and the bytes."""
 
     adapter: Adapter
     parts: dict[str, FoldedWeight]
-    factors: list[tuple[Tensor, int]]
+    factors: list[tuple[Mapping[str, Any], str, Tensor, int]]
     size: int
-
-
-def _factors(adapter: Adapter, parts: Mapping[str, FoldedWeight]) -> list[Tensor]:
-    own = [factor for part in parts.values() for factor in part.factors().values()]
-    return [*adapter.factors.values(), *own]
 
 
 def attach(

@@ -176,21 +176,48 @@ class _Convolution(torch.autograd.Function):
     def gradients(ctx: Any, grad: Tensor) -> Any:
         """One for each argument of `forward`."""
         x, *tensors = ctx.saved_tensors
-        pair, geometry = _pair(tensors, ctx.scale), ctx.geometry
+        pair = _pair(tensors, ctx.scale)
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
-        out, rank = pair.lora_B.shape
-        fan_in, groups = pair.lora_A.shape[1], geometry.groups
-        positions = grad.numel() // out
-        thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=groups, positions=positions)
-        grad_x = grad_A = grad_B = None
-        if needs_x:
-            grad_x = geometry.input_gradient(grad, x, pair.fold(x.dtype))
-        if thin and (needs_A or needs_B):
-            grad_A, grad_B = _thin_gradients(pair, geometry, grad, x, needs_A=needs_A, needs_B=needs_B)
-        elif needs_A or needs_B:
-            grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
-        grad_bias = grad.transpose(0, 1).reshape(out, -1).sum(1) if needs_bias else None
+        folded = pair.fold(x.dtype) if needs_x else None
+        found = convolution_gradients(pair, ctx.geometry, grad, x, folded, needs_A=needs_A, needs_B=needs_B)
+        grad_x, grad_A, grad_B = found
+        grad_bias = grad.transpose(0, 1).reshape(len(pair.lora_B), -1).sum(1) if needs_bias else None
         return grad_x, None, grad_A, grad_B, grad_bias, None, None
+
+
+def convolution_gradients(
+    pair: Pair,
+    geometry: Geometry,
+    grad: Tensor,
+    x: Tensor,
+    folded: Tensor | None,
+    *,
+    needs_A: bool = True,
+    needs_B: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the input and of both factors of a convolution.
+
+    Args:
+        pair: what its weight is folded from.
+        geometry: how it moves over the input.
+        grad: of its output.
+        x: the input.
+        folded: the folded weight; None where the input needs no gradient.
+        needs_A: whether lora_A does.
+        needs_B: whether lora_B does.
+    """
+    out, rank = pair.lora_B.shape
+    fan_in, groups = pair.lora_A.shape[1], geometry.groups
+    positions = grad.numel() // out
+    thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=groups, positions=positions)
+    grad_x = grad_A = grad_B = None
+    if folded is not None:
+        grad_x = geometry.input_gradient(grad, x, folded)
+    if thin and (needs_A or needs_B):
+        grad_A, grad_B = _thin_gradients(pair, geometry, grad, x, needs_A=needs_A, needs_B=needs_B)
+    elif needs_A or needs_B:
+        grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
+    return grad_x, grad_A, grad_B
 
 
 def _thin_gradients(

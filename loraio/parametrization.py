@@ -38,12 +38,14 @@ class AdapterPart(nn.Module):
         enabled: whether it takes part; else the base's tensor goes through.
         handle: the `loraio.Attachment` that it belongs to. A deep copy of the model copies it along, so that the copy
             has a handle of its own.
+        ready: the weight as it was read last, for the next reading.
     """
 
     def __init__(self, *, handle: Any) -> None:
         super().__init__()
         self.enabled = True
         self.handle = handle
+        self.ready: _Ready | None = None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The adapter's own tensors as they are now, by their names in files.
@@ -349,6 +351,10 @@ class Place:
         """What is on the tensor."""
         return cast(AdapterPart, self.stack[0])
 
+    def exchange(self, part: AdapterPart) -> None:
+        """Put another part in the place of the one on the tensor, in one step."""
+        self.stack._modules["0"] = part
+
     def put_on(self, part: AdapterPart) -> None:
         """Parametrize the tensor, which must be a plain Parameter or buffer."""
         _own_class(self.module)
@@ -455,30 +461,26 @@ def _reader(name: str, usual: Callable[[nn.Module], Tensor]) -> Callable[[nn.Mod
     torch's takes three module calls and as many lookups of submodules, which on a small layer is longer than the layer.
     """
 
-    last: list[_Ready | None] = [None]
-
     def read(module: nn.Module) -> Tensor:
-        if torch.is_grad_enabled() or is_compiling():
+        if torch.is_grad_enabled() or is_compiling() or parametrize._cache_enabled:
             return usual(module)
-        ready = last[0]
-        if ready is not None and ready.module is module:
+        stack = vars(module)["_modules"]["parametrizations"]._modules[name]
+        part = stack._modules["0"]
+        if type(part) is not FoldedWeight or len(stack._modules) > 1:
+            return usual(module)
+        ready = part.ready
+        if ready is not None:
             for held, key, tensor, writes in ready.sources:
                 if held.get(key) is not tensor or tensor._version != writes:
                     break
             else:
-                if ready.holds():
+                if ready.holds(part):
                     return ready.given
-        if parametrize._cache_enabled:
-            return usual(module)
-        stack = vars(module)["_modules"]["parametrizations"]._modules[name]
-        modules = stack._modules
-        part = modules["0"]
-        given = None
-        if len(modules) == 1 and type(part) is FoldedWeight and not torch._C._len_torch_dispatch_stack():
-            given = part.at_hand(stack._parameters["original"])
+        given = None if torch._C._len_torch_dispatch_stack() else part.at_hand(stack._parameters["original"])
         if given is None:
             return usual(module)
-        last[0] = None if part.trainable else _Ready(module, stack, part, given)
+        if not part.trainable:
+            part.ready = _Ready(stack, part, given)
         return given
 
     read._loraio = True  # type: ignore[attr-defined]
@@ -493,51 +495,41 @@ class _Ready:
     factors, which are buffers here and as such never given other memory by torch.
 
     Attributes:
-        module: the layer.
         given: the answer.
         sources: a dict, a key, the tensor that must be there and its count of writes: of base weight and factors.
     """
 
-    __slots__ = (
-        "_asking",
-        "_device",
-        "_modules",
-        "_part",
-        "_pointer",
-        "_state",
-        "_writes",
-        "given",
-        "module",
-        "sources",
-    )
+    __slots__ = ("_asking", "_device", "_kept", "_pointer", "_steps", "_strength", "_writes", "given", "sources")
 
-    def __init__(self, module: nn.Module, stack: Any, part: FoldedWeight, given: Tensor) -> None:
+    def __init__(self, stack: Any, part: FoldedWeight, given: Tensor) -> None:
         weight: Tensor = stack._parameters["original"]
-        self.module, self.given = module, given
         held: dict[str, Any] = part._buffers
+        self.given = given
         self.sources: list[tuple[dict[str, Any], str, Tensor, int]] = [
             (stack._parameters, "original", weight, weight._version),
             *((held, name, factor, factor._version) for name, factor in held.items()),
         ]
-        self._modules, self._part, self._state = stack._modules, part, (part._kept, part.strength, _STEPS.count)
+        self._kept, self._strength, self._steps = part._kept, part.strength, _STEPS.count
         self._pointer, self._writes, self._asking = weight.data_ptr(), given._version, given.requires_grad
         self._device = weight.device.type
 
-    def holds(self) -> bool:
+    def holds(self, part: FoldedWeight) -> bool:
         """Whether all the rest is the same too."""
-        modules, part, weight = self._modules, self._part, self.sources[0][2]
+        weight = self.sources[0][2]
         return (
-            len(modules) == 1
-            and modules["0"] is part
-            and part.enabled
-            and (part._kept, part.strength, _STEPS.count) == self._state
+            part.enabled
+            and part._kept is self._kept
+            and part.strength == self._strength
+            and _STEPS.count == self._steps
             and weight.data_ptr() == self._pointer
             and self.given._version == self._writes
             and weight.requires_grad == self._asking
             and not torch.is_autocast_enabled(self._device)
             and not torch._C._len_torch_dispatch_stack()
-            and not parametrize._cache_enabled
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copy of the model finds its own
 
 
 def _refuse_pickling(module: nn.Module) -> NoReturn:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from operator import is_
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from operator import is_, methodcaller
 from typing import Any
 
 import torch
@@ -26,38 +27,48 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, besides: Callable[[nn.Module], bool]) -> None:
-        self._held: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
-        self._tensors: list[Tensor] = []
+        self._held: list[Mapping[str, Any]] = []
+        tensors: list[Tensor] = []
         for module in model.modules():
             if besides(module):
                 continue
             for held in (module._parameters, module._buffers):
-                self._held.append((held, tuple(held.values())))
-                self._tensors += [tensor for tensor in held.values() if tensor is not None]
+                self._held.append(held)
+                tensors += [tensor for tensor in held.values() if tensor is not None]
             if not any(child is not None and besides(child) for child in module._modules.values()):
-                self._held.append((module._modules, tuple(module._modules.values())))
-        self._marks = self._marks_now()
-        groups: dict[Any, list[Tensor]] = {}
-        for tensor in self._tensors if self._marks else ():
-            if tensor.numel():
-                groups.setdefault((tensor.dtype, tensor.device), []).append(sampled(tensor))
-        self._samples = [(views, torch.cat(views)) for views in groups.values()]
+                self._held.append(module._modules)
+        self._objects = list(self._objects_now())
+        self._lengths = list(map(len, self._held))
+        self._tensors = tensors
+        self._can_tell = not any(t.is_inference() or t.is_meta or not is_dense(t) for t in tensors)
+        if self._can_tell:
+            self._marks = self._marks_now()
+            groups: dict[Any, list[Tensor]] = {}
+            for tensor in tensors:
+                if tensor.numel():
+                    groups.setdefault((tensor.dtype, tensor.device), []).append(sampled(tensor))
+            self._samples = [(views, torch.cat(views)) for views in groups.values()]
 
     def same(self) -> bool:
         """Whether nothing has changed; False also where that cannot be told."""
         return (
-            self._marks is not None
-            and all(len(held) == len(was) and all(map(is_, held.values(), was)) for held, was in self._held)
-            and self._marks == self._marks_now()
+            self._can_tell
+            and list(map(len, self._held)) == self._lengths
+            and all(map(is_, self._objects_now(), self._objects))
+            and self._marks_now() == self._marks
             and all(torch.cat(views).equal(was) for views, was in self._samples)
         )
 
-    def _marks_now(self) -> list[tuple[int, int]] | None:
-        """Of each tensor its address and how often it was written to; None where something has no such count."""
-        tensors = self._tensors
-        if any(t.is_inference() or t.is_meta or not is_dense(t) for t in tensors):
-            return None
-        return [(t.data_ptr(), t._version) for t in tensors]
+    def _objects_now(self) -> Iterable[Any]:
+        """All modules, parameters and buffers."""
+        return chain.from_iterable(map(_values, self._held))
+
+    def _marks_now(self) -> list[tuple[int, int]]:
+        """Of each tensor its address and how often it was written to."""
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+
+
+_values = methodcaller("values")
 
 
 def sampled(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,35 +112,6 @@ def test_adapters_go_on_and_off_networks_of_several_families(
         assert row["targets"] > 20
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_the_streamed_merge_is_measured_after_it_is_checked() -> None:
-    words = ("--gigabytes", "0.002", "--width", "64", "--targets", "k", "all", "--repeats", "1", "--json")
-    bench = ROOT / "scripts/bench/streamed_merge.py"
-    printed = subprocess.run([sys.executable, bench, *words], capture_output=True, text=True, check=True).stdout
-    rows = [json.loads(line) for line in printed.splitlines()]
-    assert [(row["targets"], round(row["share_folded"], 2)) for row in rows] == [("k", 0.03), ("all", 1.0)]
-    for row in rows:
-        assert row["ratio"] == row["ratios"][0] > 0
-        assert row["seconds_in_all_workers"]["merge_file"] > 0
-        assert row["peak_anonymous_mb"] > row["import_anonymous_mb"] * 0.9
-
-
-@pytest.mark.parametrize(
-    "words", [["mixed_batches.py", "--rounds", "2"], ["bank.py", "--rounds", "2", "--registered", "30"]]
-)
-def test_the_benchmarks_of_the_bank_check_their_answers_and_run(words: list[str]) -> None:
-    """In processes of their own: they set threads and gradients for the whole of it."""
-    command = [sys.executable, ROOT / "scripts/bench" / words[0], *words[1:], "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    rows = found["ways"] if "ways" in found else found["banks"]
-    assert len(rows) >= 3
-    assert all(row["ratio"] > 0 for row in rows.values())
-
-
 def test_the_shipped_adapters_give_the_same_wrong_answers_in_peft() -> None:
     command = [sys.executable, ROOT / "scripts/bench/peft_digits.py", "--dataset", "digits", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -152,16 +122,3 @@ def test_the_shipped_adapters_give_the_same_wrong_answers_in_peft() -> None:
     assert set(found["adapters"]) == {f"digit-{digit}" for digit in range(10)}
     for row in found["adapters"].values():
         assert row["wrong"] == row["wrong_in_peft"] != found["wrong_without"]
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler")
-def test_the_benchmark_of_compiled_swaps_checks_its_answers_and_runs() -> None:
-    bench = ROOT / "scripts/bench/compiled_swap.py"
-    command = [sys.executable, bench, "--networks", "digit-cnn", "--rounds", "2", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout)["rows"]["digit-cnn"]
-    assert row["recompiles"]["reserved"] == 0 < row["recompiles"]["without a reserve"]
-    assert len(row["times"]) == 5
-    assert all(times["ratio"] > 0 for times in row["times"].values())

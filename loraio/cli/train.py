@@ -79,6 +79,9 @@ def train(
         results = {key: adapter.training["results"].get(key) for key in ("before", "after")}
         rows.append({"file": str(file), "digit": n, "bytes": file.stat().st_size, **results})
 
+    def say_apart(reason: str) -> None:
+        _output.note(f"note: one adapter after another: {reason}")
+
     with _output.progress(lines=not as_json) as report:
         adapters = loraio.train_each(
             network,
@@ -89,6 +92,7 @@ def train(
             files=files,
             on_progress=report,
             on_trained=save,
+            on_apart=None if as_json else say_apart,
         )
     parameters = loraio.parameter_report(network, next(iter(adapters.values())))
     if as_json:

@@ -26,6 +26,7 @@ from loraio.training.recording import MetricsLog, RunFiles, TensorBoardLog
 from loraio.training.records import adapter_record
 from loraio.training.resuming import SideFile, identity_of
 from loraio.training.starting import new_adapter
+from loraio.training.together import Member, optimize_together, prepared, reason_to_part
 from loraio.training.validation import Validation
 
 
@@ -109,21 +110,11 @@ def train(
         rows, held = _drawn(config, dataset)
         counted_on = dataset if held_out is None else held_out
         before = before or _results_of_base(model, config, counted_on)
-        label = "all classes" if config.digit is None else f"digit {config.digit}"
-        plan = Plan.of(config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
+        plan = _planned(config, rows, on_progress)
         with _frozen(model), attach(model, fresh, trainable=True) as live:
             if config.heads:
                 predict(model, dataset.images[:1], classes=dataset.classes)
-            validation = None
-            if held is not None:
-                validation = Validation(model, held, every=config.val_every, patience=config.patience)
-            side = None
-            if files.checkpoint is not None:
-                identity = identity_of(config, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
-                side = SideFile(
-                    Path(files.checkpoint), every=files.checkpoint_every, identity=identity, validation=validation
-                )
-            with _Surroundings(files, validation, side) as around:
+            with _Surroundings.of(model, config, dataset, held, plan, files, fresh) as around:
                 run = optimize(
                     model,
                     _named(model, live),
@@ -134,12 +125,36 @@ def train(
                     observers=around.observers,
                     start=around.start,
                 )
-            if validation is not None:
-                validation.give_best(run)
-            _refuse_unmoved(fresh, live)
-            trained = live.adapter
-        with attach(model, trained):
-            after = evaluate(model, counted_on)
+            trained = _trained(run, around.validation, fresh, live)
+        return _counted(model, trained, config, dataset, counted_on, before, plan, around.validation)
+
+
+def _planned(config: TrainConfig, rows: Tensor, on_progress: OnProgress | None) -> Plan:
+    label = "all classes" if config.digit is None else f"digit {config.digit}"
+    return Plan.of(config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
+
+
+def _trained(run: Optimization, validation: Validation | None, fresh: Adapter, live: Attachment) -> Adapter:
+    """What is on the model after a run: the best of it, if that was asked for."""
+    if validation is not None:
+        validation.give_best(run)
+    _refuse_unmoved(fresh, live)
+    return live.adapter
+
+
+def _counted(
+    model: nn.Module,
+    trained: Adapter,
+    config: TrainConfig,
+    dataset: Dataset,
+    counted_on: Dataset,
+    before: Evaluation | None,
+    plan: Plan,
+    validation: Validation | None,
+) -> Adapter:
+    """The adapter with the record of its training and of what it does."""
+    with attach(model, trained):
+        after = evaluate(model, counted_on)
     validated = None if validation is None else validation.to_json()
     record = adapter_record(
         config, dataset, counted_on, steps=plan.steps, before=before, after=after, validation=validated
@@ -174,10 +189,33 @@ class _Surroundings:
 
     def __init__(self, files: RunFiles, validation: Validation | None, side: SideFile | None) -> None:
         self._files = files
-        self._validation = validation
+        self.validation = validation
         self._side = side
         self._stack = ExitStack()
         self.observers: list[Observer] = []
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        config: TrainConfig,
+        dataset: Dataset,
+        held: Dataset | None,
+        plan: Plan,
+        files: RunFiles,
+        fresh: Adapter,
+    ) -> _Surroundings:
+        """Of a run with these settings and files."""
+        validation = None
+        if held is not None:
+            validation = Validation(model, held, every=config.val_every, patience=config.patience)
+        side = None
+        if files.checkpoint is not None:
+            identity = identity_of(config, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
+            side = SideFile(
+                Path(files.checkpoint), every=files.checkpoint_every, identity=identity, validation=validation
+            )
+        return cls(files, validation, side)
 
     def __enter__(self) -> _Surroundings:
         return self
@@ -189,18 +227,18 @@ class _Surroundings:
         """Resume if that was asked for, and open what is written; False when nothing is left to do."""
         if self._side is not None and self._files.resume:
             self._side.load(run)
-        if self._validation is not None:
-            self.observers.append(self._validation)
+        if self.validation is not None:
+            self.observers.append(self.validation)
         wanted: tuple[tuple[Any, type[MetricsLog] | type[TensorBoardLog]], ...]
         wanted = ((self._files.log, MetricsLog), (self._files.tensorboard, TensorBoardLog))
         for path, log in wanted:
             if path is not None:
-                opened = log(Path(path), validation=self._validation, done=run.done)
+                opened = log(Path(path), validation=self.validation, done=run.done)
                 self._stack.callback(opened.close)
                 self.observers.append(opened)
         if self._side is not None:  # last: it keeps what the others found
             self.observers.append(self._side)
-        return self._validation is None or self._validation.stopped is None
+        return self.validation is None or self.validation.stopped is None
 
 
 def _named(model: nn.Module, live: Attachment) -> dict[str, nn.Parameter]:
@@ -219,13 +257,20 @@ def train_each(
     files: RunFiles | None = None,
     on_progress: OnProgress | None = None,
     on_trained: Callable[[int | None, Adapter], None] | None = None,
+    on_apart: Callable[[str], None] | None = None,
 ) -> dict[int | None, Adapter]:
     """One adapter for each digit, all with the same settings; see `train`.
+
+    They are trained together in one loop, to the bits of separate runs, with the same logs and side files. What has no
+    place in it is trained one after another: another kind than lora, norms that adapt, mixed precision, torch.compile,
+    a GPU, and networks that torch.fx cannot trace.
 
     Args:
         digits: which; None among them is an adapter that fits all classes. By default every class of the data set.
         files: as for `train`; with several digits each has its own, named by `RunFiles.of`.
-        on_trained: called with each digit and its adapter as soon as it is done, to save it for example.
+        on_trained: called with each digit and its adapter, to save it for example: in one loop when all are trained, so
+            that without a side file a run that is killed before leaves nothing; else as soon as it is done.
+        on_apart: called with the reason, in words, where several are trained one after another.
 
     Returns:
         the adapters by digit, in the order of ``digits``.
@@ -236,17 +281,88 @@ def train_each(
         own = {digit: files.of(f"digit-{digit}") for digit in chosen}
         if files.resume and not any(one.resume for one in own.values() if one):
             files.check()  # says that there is nothing to resume from
-    with placed(model, config.device):
-        before = _results_of_base(model, config, dataset if held_out is None else held_out)
+    configs = {digit: replace(config, digit=digit) for digit in chosen}
+    counted_on = dataset if held_out is None else held_out
     adapters: dict[int | None, Adapter] = {}
-    for digit in chosen:
-        one = replace(config, digit=digit)
+    with placed(model, config.device):
+        before = _results_of_base(model, config, counted_on)
+        reason = reason_to_part(config, chosen, dataset, next(model.parameters()).device)
+        if reason is None:
+            together = _train_together(model, configs, dataset, counted_on, before, own, on_progress)
+            for digit, adapter in together if not isinstance(together, str) else ():
+                adapters[digit] = adapter
+                if on_trained is not None:
+                    on_trained(digit, adapter)
+            reason = together if isinstance(together, str) else None
+    if reason is not None and len(chosen) > 1 and on_apart is not None:
+        on_apart(reason)
+    for digit in chosen if reason is not None else ():
         adapters[digit] = train(
-            model, one, dataset, held_out=held_out, before=before, files=own[digit], on_progress=on_progress
+            model, configs[digit], dataset, held_out=held_out, before=before, files=own[digit], on_progress=on_progress
         )
         if on_trained is not None:
             on_trained(digit, adapters[digit])
     return adapters
+
+
+def _train_together(
+    model: nn.Module,
+    configs: Mapping[int | None, TrainConfig],
+    dataset: Dataset,
+    counted_on: Dataset,
+    before: Evaluation | None,
+    files: Mapping[int | None, RunFiles | None],
+    on_progress: OnProgress | None,
+) -> Iterator[tuple[int | None, Adapter]] | str:
+    """What `train` does, for all of them at once; or why it cannot be done, in words.
+
+    Args:
+        configs: by digit; they differ in it only.
+    """
+    shared = next(iter(configs.values()))
+    fresh = new_adapter(model, shared)
+    drawn = {digit: _drawn(config, dataset) for digit, config in configs.items()}
+    plans = {digit: _planned(config, drawn[digit][0], on_progress) for digit, config in configs.items()}
+    trained: dict[int | None, tuple[Adapter, Validation | None] | TrainingError] = {}
+    with _frozen(model), attach(model, fresh, trainable=True) as live, ExitStack() as stack:
+        if shared.heads:
+            predict(model, dataset.images[:1], classes=dataset.classes)
+        parameters = _named(model, live)
+        step = prepared(model, parameters, dataset, drawn[shared.digit][0][0])
+        if isinstance(step, str):
+            return step
+        for one in files.values():
+            (one or RunFiles()).check()
+        members, going = {}, []
+        surroundings = {}
+        for digit, (rows, held) in drawn.items():
+            around = _Surroundings.of(
+                model, configs[digit], dataset, held, plans[digit], files[digit] or RunFiles(), fresh
+            )
+            surroundings[digit] = stack.enter_context(around)
+            members[digit] = member = Member.of(model, parameters, plans[digit], rows)
+            if member.start(around.start):
+                going.append(member)
+            member.observers = around.observers
+        optimize_together(model, going, step, dataset)
+        for digit, member in members.items():
+            member.put_on()
+            validation = surroundings[digit].validation
+            try:
+                trained[digit] = _trained(member.run, validation, fresh, live), validation
+            except TrainingError as error:  # of this one alone: those before it are given
+                message = f"{plans[digit].label}: {error.message}"
+                trained[digit] = TrainingError(message, problems=error.problems, hint=error.hint)
+
+    def counted() -> Iterator[tuple[int | None, Adapter]]:
+        for digit, found in trained.items():
+            if isinstance(found, TrainingError):
+                raise found
+            adapter, validation = found
+            config, plan = configs[digit], plans[digit]
+            yield digit, _counted(model, adapter, config, dataset, counted_on, before, plan, validation)
+
+    return counted()
 
 
 @contextmanager

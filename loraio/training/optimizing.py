@@ -148,9 +148,7 @@ class Optimization:
     def step(self, model: Callable[[Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> Moment:
         """One optimizer step over the gradients of ``accumulate`` batches."""
         plan = self.plan
-        share = plan.rate(self.done)
-        for group, highest in zip(self.optimizer.param_groups, self._highest, strict=True):
-            group["lr"] = highest * share
+        lr = self.set_rates()
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for images, labels in parts:
@@ -159,19 +157,34 @@ class Optimization:
             part = part / plan.accumulate if plan.accumulate > 1 else part
             (part if self.scaler is None else self.scaler.scale(part)).backward()
             loss = loss + part.detach()
-        if plan.clip_norm is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip_norm)
+        if self.scaler is not None and plan.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+        self.clip()
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        return self.count(loss, lr)
+
+    def set_rates(self) -> float:
+        """Give the optimizer its rates for the next step; returns that of parameters without one of their own."""
+        share = self.plan.rate(self.done)
+        for group, highest in zip(self.optimizer.param_groups, self._highest, strict=True):
+            group["lr"] = highest * share
+        return self.plan.lr * share
+
+    def clip(self) -> None:
+        """Scale the gradients down to the largest norm that they may have, if there is one."""
+        if self.plan.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip_norm)
+
+    def count(self, loss: Tensor, lr: float) -> Moment:
+        """Take note of a step that was done."""
         self.done += 1
         self._running += loss
         self._since += 1
-        return Moment(step=self.done, last=self.done == plan.steps, loss=loss, lr=self.plan.lr * share)
+        return Moment(step=self.done, last=self.done == self.plan.steps, loss=loss, lr=lr)
 
     def report(self) -> None:
         """Tell how far the run is.

@@ -4,92 +4,116 @@ usage: python scripts/bench/bank.py [--registered N] [--rounds N] [--json]
 
 It writes N files of a `digit-cnn` adapter and a pack of them to a temporary folder. First it checks that the banks give
 the adapters that were written, and that ten times as many as fit are swapped through without more being kept than the
-bound. Then, one thread, in turn, the order rotated: 20 swaps between two resident adapters from each bank. The ratio is
-the median over the rounds of each round's time over that of a folder with these two alone.
+bound. Then, one thread, in turn: 20 swaps between two resident adapters, out of two banks of one adapter each, out of
+the folder, and out of the pack.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import torch
+from _paired import CLOCKS, Measured, exactly, interleaved, parser, ratio_of, require, rounds, run_row
+from torch import nn
 
 import loraio
 
-SWAPS = 20
+ROW = "bank"
+ONE = "banks of one"
+SWAPS, ROUNDS = 20, 60
+REGISTERED, QUICK_REGISTERED = 10_000, 30
+TARGET = 1.1
+FIT = 10
+"""How many adapters fit into the bank whose memory is watched."""
 
 
-def main() -> None:
-    """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--registered", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def swaps(model: nn.Module, banks: tuple[loraio.Bank, loraio.Bank]) -> None:
+    """Between the adapters a0 and a1, each out of its bank."""
+    for number in range(SWAPS):
+        banks[number % 2].swap(model, f"a{number % 2}")
+
+
+def fill(folder: Path, adapters: list[loraio.Adapter], numbers: range) -> Path:
+    """Write adapters by number, even ones the first, odd ones the second."""
+    folder.mkdir()
+    contents: dict[int, bytes] = {}
+    for number in numbers:
+        file = folder / f"a{number}.safetensors"
+        if number % 2 in contents:
+            file.write_bytes(contents[number % 2])
+        else:
+            loraio.save(adapters[number % 2], file)
+            contents[number % 2] = file.read_bytes()
+    return folder
+
+
+def measure_in(folder: Path, options: argparse.Namespace) -> Measured:
+    """All figures, with files in this folder."""
+    registered = options.registered or (QUICK_REGISTERED if options.quick else REGISTERED)
     model = loraio.build_network("digit-cnn", seed=1).eval()
     adapters = [
         loraio.new_adapter(model, loraio.TrainConfig(rank=4, targets=("conv", "linear"), seed=seed)) for seed in (1, 2)
     ]
     size = sum(factor.nbytes for factor in adapters[0].factors.values())
-    with tempfile.TemporaryDirectory() as temporary:
-        few, many = Path(temporary) / "few", Path(temporary) / "many"
-        for folder, count in ((few, 2), (many, options.registered)):
-            folder.mkdir()
-            contents = []
-            for number, adapter in enumerate(adapters):
-                loraio.save(adapter, folder / f"a{number}.safetensors")
-                contents.append((folder / f"a{number}.safetensors").read_bytes())
-            for number in range(2, count):
-                (folder / f"a{number}.safetensors").write_bytes(contents[number % 2])
-        loraio.pack([many], Path(temporary) / "many.pack")
-        banks = {"folder with 2": few, f"folder with {options.registered:,}": many}
-        banks[f"pack of {options.registered:,}"] = Path(temporary) / "many.pack"
-        opened, opening = {}, {}
-        for name, source in banks.items():
-            start = time.perf_counter()
-            opened[name] = loraio.Bank(source)
-            opening[name] = (time.perf_counter() - start) * 1e3
-            assert opened[name]["a0"] == adapters[0]
-            assert opened[name]["a1"] == adapters[1]
+    ones = [fill(folder / f"one{number}", adapters, range(number, number + 1)) for number in range(2)]
+    many = fill(folder / "many", adapters, range(registered))
+    loraio.pack([many], folder / "many.pack")
 
-        bounded, most = loraio.Bank(many, max_bytes=10 * size), 0
-        for number in range(min(100, options.registered)):
-            assert bounded.swap(model, f"a{number}").adapter == adapters[number % 2]
-            most = max(most, bounded.resident_bytes)
-        assert 9 * size < most <= bounded.max_bytes
+    banks: dict[str, tuple[loraio.Bank, loraio.Bank]] = {ONE: (loraio.Bank(ones[0]), loraio.Bank(ones[1]))}
+    notes = []
+    for name, source in ((f"folder of {registered:,}", many), (f"pack of {registered:,}", folder / "many.pack")):
+        start = time.perf_counter()
+        bank = loraio.Bank(source)
+        notes.append(f"{name}: opened in {(time.perf_counter() - start) * 1e3:.1f} ms")
+        require(len(bank) == registered, f"{name}: lists {len(bank)} adapters")
+        banks[name] = bank, bank
+    for name, pair in banks.items():
+        for number, bank in enumerate(pair):
+            require(bank[f"a{number}"] == adapters[number], f"{name}: a{number} is another adapter")
 
-        times: dict[str, list[float]] = {name: [] for name in banks}
-        names = list(banks)
-        for number in range(options.rounds + 1):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                bank = opened[name]
-                start = time.process_time()
-                for swap in range(SWAPS):
-                    bank.swap(model, f"a{swap % 2}")
-                if number:
-                    times[name].append((time.process_time() - start) / SWAPS * 1e3)
-    rows = {
-        name: {
-            "open_ms": opening[name],
-            "swap_ms": statistics.median(own),
-            "ratio": statistics.median(a / b for a, b in zip(own, times[names[0]], strict=True)),
-        }
-        for name, own in times.items()
-    }
-    memory = {"bound": bounded.max_bytes, "most_resident": most, "adapter": size}
-    if options.json:
-        print(json.dumps({"torch": torch.__version__, "rounds": options.rounds, "banks": rows, "memory": memory}))
-        return
-    print(f"torch {torch.__version__}, one thread, {options.rounds} rounds of {SWAPS} swaps, processor time")
-    for name, row in rows.items():
-        print(f"{name:<20} opened in {row['open_ms']:7.1f} ms, swap {row['swap_ms']:.3f} ms, ratio {row['ratio']:.3f}")
-    print(f"100 swapped through: at most {most:,} bytes kept of {bounded.max_bytes:,} allowed, {size:,} each")
+    bounded, most = loraio.Bank(many, max_bytes=FIT * size), 0
+    for number in range(min(10 * FIT, registered)):
+        live = bounded.swap(model, f"a{number}")
+        require(live.adapter == adapters[number % 2], f"a{number} is not on the model after the swap")
+        most = max(most, bounded.resident_bytes)
+    require((FIT - 1) * size < most, "the bank keeps less than it may")
+    require(most <= FIT * size, f"the bank keeps {most:,} bytes of {FIT * size:,} allowed")
+
+    works: dict[str, Callable[[], None]] = {name: partial(swaps, model, pair) for name, pair in banks.items()}
+    times = interleaved(works, rounds=rounds(options, ROUNDS), clock=CLOCKS[options.clock])
+    times = {name: [seconds / SWAPS for seconds in row] for name, row in times.items()}
+    unit = "x swap out of a bank of one"
+    figures = [
+        ratio_of(times, name, ONE, row=ROW, case=name, unit=unit, name="loraio", target=TARGET)
+        for name in works
+        if name != ONE
+    ]
+    share = exactly(
+        ROW,
+        f"{FIT} fit, {min(10 * FIT, registered)} used",
+        "loraio",
+        most / (FIT * size),
+        "x max_bytes kept",
+        target=1.0,
+    )
+    return [*figures, share], notes
+
+
+def measure(options: argparse.Namespace) -> Measured:
+    """All figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_in(Path(folder), options)
+
+
+def main() -> None:
+    """Check, measure, print."""
+    made = parser(__doc__, networks=())
+    made.add_argument("--registered", type=int, default=None, help=f"adapters  [default: {REGISTERED:,}]")
+    run_row(ROW, made.parse_args(), measure, title="swap between resident adapters out of a bank")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Does a compiled model swap among adapters of other ranks and targets without compiling anew, and what does it cost?
 
-usage: python scripts/bench/compiled_swap.py [--networks NAME...] [--rounds N] [--json]
+usage: python scripts/bench/compiled_swap.py [--networks NAME ...] [--rounds N] [--json]
 
-Ten adapters, lora and dora, of ranks 1 to 16 on convolutions, on linear layers, and on both; float32, eval mode, no
-gradients, one thread, batch 1. First each is swapped onto a compiled network with all weights reserved: its outputs are
-compared with those of the merged network, and what is compiled after the first forward pass is counted; also for the
-same swaps without a reserve, where torch gives up after 8 times and goes on uncompiled. Then in the same rounds, order
-rotated: forward passes, and a swap to the next adapter with the forward pass after it; the ratio is to the plain
-network, compiled.
+It needs a C++ compiler. Ten adapters, lora and dora, of ranks 1 to 16 on convolutions, on linear layers, and on both;
+float32, eval mode, no gradients, one thread, batch 1. First each is swapped onto a compiled network with all weights
+reserved: its outputs are compared with those of the merged network, and what is compiled after the first forward pass
+is counted; also for the same swaps without a reserve, where torch gives up after 8 times and goes on uncompiled. Then
+in the same rounds, order rotated: forward passes, and a swap to the next adapter with the forward pass after it; the
+ratio is to the plain network, compiled.
 """
 
 from __future__ import annotations
@@ -16,24 +16,34 @@ import argparse
 import copy
 import functools
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from _paired import machine, ratios
+from _contestants import built
+from _paired import (
+    CLOCKS,
+    NETWORKS,
+    Measured,
+    exactly,
+    gathered,
+    interleaved,
+    parser,
+    ratio_of,
+    require,
+    rounds,
+    run_row,
+    short,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import loraio
 
-NETWORKS = {
-    "digit-cnn": ((1, 28, 28), 200),
-    "torchvision:mobilenet_v3_small": ((3, 224, 224), 40),
-    "torchvision:resnet18": ((3, 224, 224), 20),
-}
-"""Input shape, and rounds."""
+ROW = "compiled_swap"
+PLAIN = "plain forward, compiled"
+ROUNDS = {"digit-cnn": 200, "torchvision:mobilenet_v3_small": 40, "torchvision:resnet50": 10}
 
 FORMS = (
     (1, 3.0, ("conv",), "alpha/r"),
@@ -58,40 +68,49 @@ def adapters_for(model: nn.Module) -> list[loraio.Adapter]:
         factors = dict(fresh.factors)
         for name, target in fresh.targets.items():
             size = float(weights[name].std()) / (3 * target.scale * target.rank**0.5)
-            for short, sigma in (("lora_A", 1.0), ("lora_B", size)):
-                shape = target.factor_shapes[short]
-                factors[f"{name}.{short}"] = sigma * torch.randn(shape, generator=generator)
+            for factor, sigma in (("lora_A", 1.0), ("lora_B", size)):
+                shape = target.factor_shapes[factor]
+                factors[f"{name}.{factor}"] = sigma * torch.randn(shape, generator=generator)
         made.append(replace(fresh, factors=factors))
     return made
 
 
-def measure(name: str, rounds: int | None) -> dict[str, Any]:
+def measure_one(network: str, count: int, clock: Callable[[], float]) -> Measured:
     """All figures of one network."""
-    shape, usual = NETWORKS[name]
-    plain = loraio.build_network(name, seed=1)
+    plain = built(network)
     adapters = adapters_for(plain)
-    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(1))
-    recompiles = {}
-    with torch.no_grad():
-        unreserved = copy.deepcopy(plain)
-        recompiles["without a reserve"] = compiled_anew(unreserved, loraio.attach(unreserved, adapters[0]), adapters, x)
-        torch._dynamo.reset()
-        eager, attached = copy.deepcopy(plain), copy.deepcopy(plain)
-        eager_live = loraio.attach(eager, adapters[0])
-        live = loraio.attach(attached, adapters[0], reserve=adapters)
-        recompiles["reserved"] = compiled_anew(attached, live, adapters, x, plain)
-        assert recompiles["reserved"] == 0
-        torch._dynamo.reset()
-        compiled, compiled_plain = torch.compile(attached, fullgraph=True), torch.compile(plain, fullgraph=True)
-        works: dict[str, Callable[[], Any]] = {
-            "compiled plain": functools.partial(compiled_plain, x),
-            "compiled": functools.partial(compiled, x),
-            "uncompiled": functools.partial(eager, x),
-            "compiled, swap and forward": in_turn(live.swap, adapters, functools.partial(compiled, x)),
-            "uncompiled, swap and forward": in_turn(eager_live.swap, adapters, functools.partial(eager, x)),
-        }
-        times = ratios(works, against="compiled plain", rounds=rounds or usual)
-    return {"recompiles": recompiles, "times": times}
+    x = torch.rand(1, *NETWORKS[network], generator=torch.Generator().manual_seed(1))
+    unreserved = copy.deepcopy(plain)
+    anew = compiled_anew(unreserved, loraio.attach(unreserved, adapters[0]), adapters, x)
+    torch._dynamo.reset()
+    eager, attached = copy.deepcopy(plain), copy.deepcopy(plain)
+    eager_live = loraio.attach(eager, adapters[0])
+    live = loraio.attach(attached, adapters[0], reserve=adapters)
+    reserved = compiled_anew(attached, live, adapters, x, plain)
+    torch._dynamo.reset()
+    compiled, compiled_plain = torch.compile(attached, fullgraph=True), torch.compile(plain, fullgraph=True)
+    works: dict[str, Callable[[], Any]] = {
+        PLAIN: functools.partial(compiled_plain, x),
+        "loraio": functools.partial(compiled, x),
+        "loraio, uncompiled": functools.partial(eager, x),
+        "loraio, swap and forward": in_turn(live.swap, adapters, functools.partial(compiled, x)),
+        "loraio, swap and forward, uncompiled": in_turn(eager_live.swap, adapters, functools.partial(eager, x)),
+    }
+    times = interleaved(works, rounds=count, clock=clock, warmup=2)
+    case, unit = short(network), f"compilations in {2 * len(adapters)} swaps"
+    figures = [
+        exactly(ROW, case, "loraio", reserved, unit, target=0),
+        exactly(ROW, case, "loraio, nothing reserved", anew, unit),
+    ]
+    figures += [ratio_of(times, who, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}") for who in works if who != PLAIN]
+    return figures, []
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> Measured:
+    """All networks."""
+    clock = CLOCKS[options.clock]
+    return gathered(measure_one(network, rounds(options, ROUNDS[network]), clock) for network in options.networks)
 
 
 def compiled_anew(
@@ -118,8 +137,8 @@ def compiled_anew(
             merged.load_state_dict(loraio.merge(plain.state_dict(), adapter))
             expected = merged(x)
             tolerance = 1e-4 * float(expected.abs().max())
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance)
-            assert float((expected - plain(x)).abs().max()) > 10 * tolerance
+            require(float((found - expected).abs().max()) <= tolerance, "the compiled network gives other outputs")
+            require(float((expected - plain(x)).abs().max()) > 10 * tolerance, "an adapter does nothing")
     return counter.frame_count - first
 
 
@@ -138,27 +157,7 @@ def in_turn(
 
 def main() -> None:
     """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = {name: measure(name, options.rounds) for name in options.networks}
-    if options.json:
-        print(json.dumps({"machine": machine(), "rows": rows}))
-        return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    for name, row in rows.items():
-        swaps = 2 * 2 * len(FORMS)
-        print(
-            ", ".join(
-                f"{name}: {count} compilations in {swaps} swaps {how}" for how, count in row["recompiles"].items()
-            )
-        )
-        for work, times in row["times"].items():
-            figures = f"{times['ratio']:.3f} ({times['low']:.3f} to {times['high']:.3f})"
-            print(f"{name:<31} {work:<29} {figures}, {times['seconds'] * 1e3:.2f} ms")
+    run_row(ROW, parser(__doc__).parse_args(), measure, title="swaps on a compiled network")
 
 
 if __name__ == "__main__":

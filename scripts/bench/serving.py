@@ -1,11 +1,10 @@
-"""What does an attached adapter cost when the network answers, and what does a swap cost?
+"""What does an attached adapter cost when the network answers?
 
-usage: python scripts/bench/serving.py [--networks NAME...] [--rounds N] [--json]
+usage: python scripts/bench/serving.py [--networks NAME ...] [--rounds N] [--json]
 
-Rank 8 on every convolution and linear layer, float32, eval mode, no gradients, one thread. Forward passes with the
-adapter on against the plain network, and a swap with the next forward pass against a plain forward pass; with PEFT in
-the same rounds where it is installed: its forward pass, and its `set_adapter` and forward pass. First the outputs are
-compared with those of the merged network.
+Rank 8 on every convolution and linear layer, float32, eval mode, no gradients, one thread: forward passes with the
+adapter on against those of the plain network, at batch 1 and 64; in the same rounds PEFT's forward pass, where it can
+be imported. Before any time is taken, the outputs are compared with those of the merged network, ours bit for bit.
 """
 
 from __future__ import annotations
@@ -13,118 +12,92 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib.util
-import itertools
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from _paired import machine, ratios
-from torch import Tensor, nn
+from _contestants import absent, built, drawn, in_peft, left_out, merged, module, require_outputs, ungrouped
+from _paired import (
+    CLOCKS,
+    NETWORKS,
+    Measured,
+    gathered,
+    interleaved,
+    parser,
+    ratio_of,
+    require,
+    rounds,
+    run_row,
+    short,
+)
 
 import loraio
 
-NETWORKS = {
-    "digit-cnn": ((1, 28, 28), (1, 64), 200),
-    "torchvision:mobilenet_v3_small": ((3, 224, 224), (1, 64), 20),
-    "torchvision:resnet50": ((3, 224, 224), (1, 64), 8),
+ROW = "serving"
+PLAIN = "plain forward"
+TARGETS = {
+    ("digit-cnn", 1): 1.20,
+    ("torchvision:mobilenet_v3_small", 1): 1.08,
+    ("torchvision:resnet50", 1): 1.03,
+    **{(network, 64): 1.03 for network in NETWORKS},
 }
-"""Input shape, batch sizes, and rounds at batch 1; a tenth of them, but at least 3, for larger batches."""
-
-RANK = 8
-
-
-def adapter(model: nn.Module, seed: int) -> loraio.Adapter:
-    """Random factors."""
-    fresh = loraio.new_adapter(model, loraio.TrainConfig(targets=("conv", "linear"), rank=RANK, clamp_rank=True))
-    generator = torch.Generator().manual_seed(seed)
-    factors = {name: 0.02 * torch.randn(factor.shape, generator=generator) for name, factor in fresh.factors.items()}
-    return replace(fresh, factors=factors)
+ROUNDS = {
+    ("digit-cnn", 1): 400,
+    ("torchvision:mobilenet_v3_small", 1): 60,
+    ("torchvision:resnet50", 1): 30,
+    ("digit-cnn", 64): 60,
+    ("torchvision:mobilenet_v3_small", 64): 12,
+    ("torchvision:resnet50", 64): 5,
+}
 
 
-def peft_model(model: nn.Module, adapters: list[loraio.Adapter]) -> Any:
-    """The same adapters on PEFT's wrapper, named "0" and "1"; layers that it refuses stay plain."""
-    import peft
-
-    names = [name.removesuffix(".weight") for name in adapters[0].targets]
-    modules = dict(model.named_modules())
-    names = [name for name in names if getattr(modules[name], "groups", 1) == 1]
-    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, init_lora_weights=False)
-    wrapped = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="0")
-    wrapped.add_adapter("1", config)
-    return wrapped.eval()
-
-
-def measure(name: str, rounds: int | None) -> dict[str, Any]:
-    """All figures of one network."""
-    shape, batches, usual = NETWORKS[name]
-    plain = loraio.build_network(name, seed=1)
-    one, two = adapter(plain, 1), adapter(plain, 2)
+def measure_one(network: str, batch: int, count: int, clock: Callable[[], float]) -> Measured:
+    """One network with batches of one size."""
+    case, notes = f"{short(network)}, batch {batch}", []
+    plain = built(network)
+    adapter = drawn(plain)
+    x = torch.rand(batch, *NETWORKS[network], generator=torch.Generator().manual_seed(batch))
     attached = copy.deepcopy(plain)
-    live = loraio.attach(attached, one)
-    peft = peft_model(plain, [one, two]) if importlib.util.find_spec("peft") else None
-    found: dict[str, Any] = {}
-    for batch in batches:
-        x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(batch))
-        check(plain, attached, live, (one, two), x)
-        works: dict[str, Callable[[], Any]] = {
-            "plain": functools.partial(plain, x),
-            "attached": functools.partial(attached, x),
-        }
-        if peft is not None:
-            works["peft"] = functools.partial(peft, x)
-        if batch == 1:
-            works["swap and forward"] = in_turn(live.swap, (one, two), works["attached"])
-            if peft is not None:
-                works["peft swap and forward"] = in_turn(peft.set_adapter, ("0", "1"), works["peft"])
-        count = rounds or (usual if batch == 1 else max(3, usual // 10))
-        with torch.no_grad():
-            found[f"batch {batch}"] = ratios(works, against="plain", rounds=count)
-    return found
+    loraio.attach(attached, adapter)
+    expected = merged(plain, adapter)(x)
+    require_outputs(attached(x), expected, what=f"{case}, loraio", tolerance=0)
+    require(not plain(x).equal(expected), f"{case}: the adapter does nothing")
+    works: dict[str, Callable[[], Any]] = {
+        PLAIN: functools.partial(plain, x),
+        "loraio": functools.partial(attached, x),
+    }
+    if module("peft") is None:
+        notes.append(absent("PEFT"))
+    else:
+        works["PEFT"] = functools.partial(in_peft(plain, {"0": adapter}), x)
+        require_outputs(works["PEFT"](), merged(plain, ungrouped(adapter))(x), what=f"{case}, PEFT")
+        notes += [f"{short(network)}: {line}" for line in left_out(adapter)]
+    times = interleaved(works, rounds=count, clock=clock)
+    targets = {"loraio": TARGETS.get((network, batch))}
+    return [
+        ratio_of(times, who, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}", target=targets.get(who))
+        for who in works
+        if who != PLAIN
+    ], notes
 
 
-def in_turn(swap: Callable[[Any], Any], adapters: tuple[Any, ...], forward: Callable[[], Any]) -> Callable[[], Any]:
-    """A swap to the next adapter, and the forward pass after it."""
-    following = itertools.cycle(adapters)
-
-    def work() -> None:
-        swap(next(following))
-        forward()
-
-    return work
-
-
-def check(plain: nn.Module, attached: nn.Module, live: Any, adapters: tuple[loraio.Adapter, ...], x: Tensor) -> None:
-    """Attached and merged give the same bits, before and after a swap."""
-    for each in adapters:
-        live.swap(each)
-        merged = copy.deepcopy(plain)
-        merged.load_state_dict(loraio.merge(plain.state_dict(), each))
-        with torch.no_grad():
-            assert merged(x).equal(attached(x))
-            assert not plain(x).equal(attached(x))
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> Measured:
+    """All networks and batches."""
+    clock = CLOCKS[options.clock]
+    batches = options.batches or ([1, 4] if options.quick else [1, 64])
+    return gathered(
+        measure_one(network, batch, rounds(options, ROUNDS.get((network, batch), 10)), clock)
+        for network in options.networks
+        for batch in batches
+    )
 
 
 def main() -> None:
     """Check, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=None)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = {name: measure(name, options.rounds) for name in options.networks}
-    if options.json:
-        print(json.dumps({"machine": machine(), "rows": rows}))
-        return
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    for name, batches in rows.items():
-        for batch, works in batches.items():
-            for work, row in works.items():
-                figures = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-                print(f"{name:<31} {batch:<9} {work:<22} {figures}, {row['seconds'] * 1e3:.2f} ms")
+    made = parser(__doc__)
+    made.add_argument("--batches", type=int, nargs="+", default=None, help="[default: 1 64; 1 4 for a quick run]")
+    run_row(ROW, made.parse_args(), measure, title="forward pass with the adapter on, eval mode")
 
 
 if __name__ == "__main__":

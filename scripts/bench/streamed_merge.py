@@ -1,11 +1,12 @@
 """How long does a streamed merge take next to a plain copy of the base, and how much memory?
 
-    python scripts/bench/streamed_merge.py --gigabytes 6 --folder /tmp/big --json
+usage: python scripts/bench/streamed_merge.py [--gigabytes N] [--targets k|qv|attention|all ...] [--folder FOLDER]
+       [--workers N] [--rounds N] [--json]
 
 Writes a bfloat16 checkpoint of random weights, blocks of a transformer, and a rank 16 adapter for some of its weights;
-then merges and copies it in turn, each a process of its own that ends in fsync. Both outputs are checked first: the
-copy by its bytes, the merge by its own evidence and by the digest of the state dict that it says it holds. Twice
-the checkpoint has to fit on the disk.
+then merges and copies it in turn, each a process of its own that ends in fsync, by the wall clock. Both outputs are
+checked first: the copy by its bytes, the merge by its own evidence and by the digest of the state dict that it says it
+holds. Twice the checkpoint has to fit on the disk.
 
 ``--targets`` says how much is folded: ``k`` the key projections, 0.03 of the bytes; ``qv`` the query and value
 projections, 0.15; ``attention`` all four projections, 0.29; ``all`` every matrix.
@@ -14,10 +15,9 @@ projections, 0.15; ``attention`` all four projections, 0.29; ``all`` every matri
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import math
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,16 +25,30 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from _paired import (
+    CLOCKS,
+    Measured,
+    Times,
+    exactly,
+    gathered,
+    interleaved,
+    parser,
+    ratio_of,
+    require,
+    rounds,
+    run_row,
+)
 
 import loraio
 from loraio import container
 from loraio.adapter import Adapter, BaseReference, Target
 from loraio.identity import state_sha256, tensor_sha256
 
+ROW = "streamed_merge"
 RANK = 16
 TARGETS = {
     "k": ("attention.k",),
@@ -42,6 +56,14 @@ TARGETS = {
     "attention": ("attention.q", "attention.k", "attention.v", "attention.o"),
     "all": ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.up", "mlp.down"),
 }
+
+TARGET = 1.3
+"""Of the time of cp, where the key projections are folded."""
+
+MAX_MEGABYTES = 400
+ROUNDS = 3
+QUICK_SIZE, QUICK_WIDTH = 0.002, 64
+IMPORT = "import loraio; loraio.merge_file"
 
 MERGE = """
 import json, sys, time
@@ -143,25 +165,24 @@ def make_adapter(base: Path, known: dict[str, str], choice: str, path: Path) -> 
 def run(code: str, *words: object) -> tuple[float, float, int, str]:
     """Seconds, those of processors, the most anonymous memory in bytes, sampled, and what a process printed."""
     start, before, peak = time.perf_counter(), processor_seconds(), 0
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, text=True) as process:
 
-    def watch() -> None:
-        nonlocal peak
-        while process.poll() is None:
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-            except OSError:
-                return
-            peak = max([peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if "RssAnon" in line)])
-            time.sleep(0.01)
+        def watch() -> None:
+            nonlocal peak
+            while process.poll() is None:
+                try:
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                except OSError:
+                    return
+                peak = max([peak, *(int(line.split()[1]) * 1024 for line in status.splitlines() if "RssAnon" in line)])
+                time.sleep(0.01)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    printed = process.stdout.read() if process.stdout else ""
-    watcher.join()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        printed = process.stdout.read() if process.stdout else ""
+        watcher.join()
     seconds = time.perf_counter() - start
-    if process.returncode:
-        raise SystemExit(f"exit code {process.returncode}")
+    require(process.returncode == 0, f"exit code {process.returncode}")
     return seconds, processor_seconds() - before, peak, printed
 
 
@@ -180,78 +201,81 @@ def cached(path: Path) -> float:
         return -1.0
 
 
-def measure(base: Path, adapter: Path, folder: Path, *, repeats: int, workers: int) -> dict[str, Any]:
+def measure_one(base: Path, adapter: Path, case: str, target: float | None, options: argparse.Namespace) -> Measured:
     """Merge and copy in turn, their outputs checked in the first round, which is not counted."""
-    merged, copy = folder / "merged.safetensors", folder / "copy.safetensors"
-    words = {"merge": (MERGE, base, adapter, merged, workers), "copy": (COPY, base, copy)}
-    seconds: dict[str, list[float]] = {"merge": [], "copy": []}
-    processors: dict[str, list[float]] = {"merge": [], "copy": []}
+    merged, copy = base.with_name("merged.safetensors"), base.with_name("copy.safetensors")
+    words = {"merge": (MERGE, base, adapter, merged, options.workers), "cp": (COPY, base, copy)}
+    processors: Times = {"merge": [], "cp": []}
     peak, resident, inside = 0, 1.0, []
-    for turn in range(repeats + 1):
-        for kind in ("merge", "copy") if turn % 2 else ("copy", "merge"):
-            for old in (merged, copy):
-                old.unlink(missing_ok=True)
-            resident = min(resident, cached(base))
-            taken, busy, memory, printed = run(*words[kind])
-            if not turn and kind == "copy":
-                subprocess.run(["cmp", base, copy], check=True)
-            elif not turn:
-                assert (container.read_header(merged).document() or {})["sha256"] == json.loads(printed)["sha256"]
-            else:
-                seconds[kind].append(taken)
-                processors[kind].append(busy)
-            if kind == "merge":
-                peak = max(peak, memory)
-                inside.append(json.loads(printed)["import"])
-    for old in (merged, copy):
-        old.unlink(missing_ok=True)
+
+    def clear() -> None:
+        nonlocal resident
+        for old in (merged, copy):
+            old.unlink(missing_ok=True)
+        resident = min(resident, cached(base))
+
+    def work(kind: str, _: None = None) -> str:
+        nonlocal peak
+        _, busy, memory, printed = run(*words[kind])
+        processors[kind].append(busy)
+        if kind == "merge":
+            peak = max(peak, memory)
+            inside.append(json.loads(printed)["import"])
+        return printed
+
+    clear()
+    printed, _ = work("merge"), work("cp")
+    require(filecmp.cmp(base, copy, shallow=False), "the copy is another file")
+    sha256 = (container.read_header(merged).document() or {})["sha256"]
+    require(sha256 == json.loads(printed)["sha256"], "the merged file names another digest")
+    for row in (*processors.values(), inside):
+        row.clear()
+    works = {kind: partial(work, kind) for kind in words}
+    count = rounds(options, ROUNDS)
+    seconds = interleaved(works, rounds=count, clock=CLOCKS["wall"], before=dict.fromkeys(words, clear), warmup=0)
+    clear()
     *_, printed = run(SPLIT, *words["merge"][1:])
     merged.unlink()
-    ratios = [m / c for m, c in zip(seconds["merge"], seconds["copy"], strict=True)]
-    return {
-        "merge_seconds": statistics.median(seconds["merge"]),
-        "copy_seconds": statistics.median(seconds["copy"]),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "import_seconds": statistics.median(inside),
-        "merge_processor_seconds": statistics.median(processors["merge"]),
-        "copy_processor_seconds": statistics.median(processors["copy"]),
-        "peak_anonymous_mb": peak / 1e6,
-        "base_in_page_cache": resident,
-        "seconds_in_all_workers": json.loads(printed),
-    }
+    seen = ", ".join(f"{name} {seconds:.2f}" for name, seconds in sorted(json.loads(printed).items()))
+    limit = None if options.quick else MAX_MEGABYTES
+    unit = "x cp, processor time"
+    return [
+        ratio_of(seconds, "merge", "cp", row=ROW, case=case, unit="x cp", name="loraio", target=target),
+        ratio_of(processors, "merge", "cp", row=ROW, case=case, unit=unit, name="loraio"),
+        exactly(ROW, case, "loraio", peak / 1e6, "MB of anonymous memory", target=limit),
+        exactly(ROW, case, "import alone", run(IMPORT)[2] / 1e6, "MB of anonymous memory"),
+        exactly(ROW, case, "import alone", statistics.median(inside), "s"),
+    ], [
+        f"{case}: base in the page cache at the least {resident:.2f}",
+        f"{case}: seconds of a merge, in all workers together: {seen}",
+    ]
+
+
+def measure(options: argparse.Namespace) -> Measured:
+    """Each choice of targets."""
+    size = options.gigabytes or (QUICK_SIZE if options.quick else 6.0)
+    width = options.width or (QUICK_WIDTH if options.quick else 4096)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        base, adapter = Path(name, "base.safetensors"), Path(name, "adapter.safetensors")
+        known = make_base(base, size, width)
+        parts = []
+        for choice in options.targets:
+            share = make_adapter(base, known, choice, adapter)
+            case = f"{base.stat().st_size / 1e9:.3g} GB, {share:.2f} folded"
+            target = TARGET if choice == "k" and not options.quick else None
+            parts.append(measure_one(base, adapter, case, target, options))
+    return gathered(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--targets", choices=TARGETS, nargs="+", default=["qv"])
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--folder", type=Path, default=None, help="where the files go  [default: a temporary one]")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
-        base, adapter = Path(name, "base.safetensors"), Path(name, "adapter.safetensors")
-        known = make_base(base, given.gigabytes, given.width)
-        for choice in given.targets:
-            result: dict[str, Any] = {
-                "gigabytes": base.stat().st_size / 1e9,
-                "targets": choice,
-                "share_folded": make_adapter(base, known, choice, adapter),
-                "workers": given.workers,
-                **measure(base, adapter, Path(name), repeats=given.repeats, workers=given.workers),
-                "import_anonymous_mb": run("import loraio; loraio.merge_file")[2] / 1e6,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "processors": os.cpu_count(),
-            }
-            if given.json:
-                print(json.dumps(result), flush=True)
-                continue
-            for key, value in result.items():
-                print(f"{key:24} {value:.3f}" if isinstance(value, float) else f"{key:24} {value}", flush=True)
+    """Check, measure, print."""
+    made = parser(__doc__, networks=(), clock="wall")
+    made.add_argument("--gigabytes", type=float, default=None, help="[default: 6]")
+    made.add_argument("--targets", choices=TARGETS, nargs="+", default=["k"])
+    made.add_argument("--width", type=int, default=None, help="of the blocks  [default: 4096]")
+    made.add_argument("--folder", type=Path, default=None, help="where the files go  [default: a temporary one]")
+    made.add_argument("--workers", type=int, default=2)
+    run_row(ROW, made.parse_args(), measure, title="streamed merge of a checkpoint against cp, until it is on the disk")
 
 
 if __name__ == "__main__":

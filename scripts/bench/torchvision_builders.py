@@ -107,7 +107,7 @@ def check(name: str, rank: int) -> dict[str, Any]:
     side = image_size(name)
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(2))
     if name in models.list_models(module=models):
-        set_statistics(model, side)
+        set_statistics(model, (3, side, side))
     before = [(key, parameter, tensor_bytes(parameter).clone()) for key, parameter in model.named_parameters()]
     digest, keys = state_sha256(model.state_dict()), list(model.state_dict())
     targets, refused = usable_targets(model)
@@ -146,7 +146,7 @@ def check(name: str, rank: int) -> dict[str, Any]:
     }
 
 
-def set_statistics(model: nn.Module, side: int) -> None:
+def set_statistics(model: nn.Module, shape: tuple[int, ...]) -> None:
     """Let every BatchNorm take the mean and variance of what two random images bring it."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -154,7 +154,7 @@ def set_statistics(model: nn.Module, side: int) -> None:
         norm.momentum = 1.0
         norm.train()
     if norms:
-        model(torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(3)))
+        model(torch.rand(2, *shape, generator=torch.Generator().manual_seed(3)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -137,6 +137,13 @@ def test_the_command_writes_what_the_library_trains(
     assert loraio.load(path) == loraio.train(base, config, digits, held_out=digits_test)
 
 
+def test_all_says_why_it_trains_one_after_another(run: Run, files: Path, tmp_path: Path) -> None:
+    words = ("train", files / "base.safetensors", "--digit", "all", "--rank", 1, *BASICS, "-o")
+    assert "one after another" not in run(*words, tmp_path / "together").stderr
+    said = run(*words, tmp_path / "apart", "--kind", "dora").stderr
+    assert said.startswith("note: one adapter after another: kind dora\n")
+
+
 def test_all_makes_a_folder_of_ten_files(run_json: RunJson, files: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ten"
     found = run_json("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS)

@@ -1,0 +1,161 @@
+"""How long does it take to load an adapter file and attach it to a fresh model, against reading its tensors?
+
+usage: python scripts/bench/loading.py [--networks NAME ...] [--rounds N] [--json]
+
+Rank 8 on every convolution and linear layer, float32, one thread; what it is against is ``load_file`` of safetensors
+on the same file. A fresh model is a copy of the base that was never looked at. Beside it: the same model a second time,
+when the digests of the base are remembered; PEFT's `PeftModel.from_pretrained` of the folder that it saves itself; and
+minLoRA's parametrizations with the factors loaded into them. The share of the time in which the base is hashed, and
+that in which the file is read and checked, are figures of their own; neither peer looks at the base at all.
+
+Before any time is taken, the outputs of all are compared with those of the merged network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _contestants import (
+    absent,
+    add_minlora,
+    built,
+    drawn,
+    left_out,
+    merged,
+    minlora_state,
+    module,
+    peft_folder,
+    require_outputs,
+    ungrouped,
+)
+from _paired import (
+    CLOCKS,
+    NETWORKS,
+    Measured,
+    gathered,
+    interleaved,
+    parser,
+    ratio_of,
+    require,
+    rounds,
+    run_row,
+    short,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import loraio
+from loraio.attachment import base_state_dict
+from loraio.identity import digests
+
+ROW = "loading"
+BASELINE = "load_file"
+AGAIN, HASHING, READING = "loraio, same model again", "hashing the base", "reading and checking the file"
+TARGET = 10.0
+ROUNDS = {"digit-cnn": 200, "torchvision:mobilenet_v3_small": 40, "torchvision:resnet50": 20}
+
+
+def measure_one(network: str, folder: Path, count: int, clock: Callable[[], float]) -> Measured:
+    """One network."""
+    model, case, notes = built(network).requires_grad_(False), short(network), []
+    adapter = drawn(model)
+    file = folder / "adapter.safetensors"
+    loraio.save(adapter, file)
+    require(loraio.load(file) == adapter, f"{case}: the file holds another adapter")
+    x = torch.rand(2, *NETWORKS[network], generator=torch.Generator().manual_seed(1))
+
+    def fresh() -> nn.Module:
+        return copy.deepcopy(model)
+
+    def ours(other: nn.Module) -> loraio.Attachment:
+        return loraio.attach(other, loraio.load(file))
+
+    again = fresh()
+    held = {"live": ours(again)}
+
+    def once_more(_: None) -> None:
+        held["live"] = ours(again)
+
+    state = base_state_dict(model)
+    works: dict[str, Callable[..., Any]] = {
+        BASELINE: lambda: load_file(file),
+        "loraio": ours,
+        AGAIN: once_more,
+        HASHING: lambda: digests(state),
+        READING: lambda: loraio.load(file),
+    }
+    before: dict[str, Callable[[], Any]] = {"loraio": fresh, AGAIN: lambda: held["live"].detach()}
+    expected = merged(model, adapter)(x)
+    other = fresh()
+    ours(other)
+    require_outputs(other(x), expected, what=f"{case}, loraio", tolerance=0)
+    require_outputs(again(x), expected, what=f"{case}, {AGAIN}", tolerance=0)
+    require(not model(x).equal(expected), f"{case}: the adapter does nothing")
+    peft = module("peft")
+    if peft is None:
+        notes.append(absent("PEFT"))
+    else:
+        saved = peft_folder(model, adapter, folder / "peft")
+        works["PEFT"], before["PEFT"] = lambda plain: peft.PeftModel.from_pretrained(plain, saved).eval(), fresh
+        found = works["PEFT"](fresh())(x)
+        require_outputs(found, merged(model, ungrouped(adapter))(x), what=f"{case}, PEFT")
+        notes += [f"{case}: {line}" for line in left_out(adapter)]
+    if module("minlora") is None:
+        notes.append(absent("minLoRA"))
+    else:
+        factors = folder / "minlora.safetensors"
+        save_file(minlora_state(adapter), factors)
+
+        def with_minlora(plain: nn.Module) -> nn.Module:
+            add_minlora(plain, adapter).load_state_dict(load_file(factors), strict=False)
+            return plain
+
+        works["minLoRA"], before["minLoRA"] = with_minlora, fresh
+        require_outputs(with_minlora(fresh())(x), expected, what=f"{case}, minLoRA")
+    times = interleaved(works, rounds=count, clock=clock, before=before)
+    figures = [
+        ratio_of(
+            times,
+            who,
+            BASELINE,
+            row=ROW,
+            case=case,
+            unit=f"x {BASELINE}",
+            target=TARGET if who == "loraio" else None,
+        )
+        for who in works
+        if who not in (BASELINE, HASHING, READING)
+    ]
+    figures += [
+        ratio_of(times, who, "loraio", row=ROW, case=case, unit="share of loraio's time") for who in (HASHING, READING)
+    ]
+    return figures, notes
+
+
+def in_a_folder(network: str, count: int, clock: Callable[[], float]) -> Measured:
+    """One network, with a folder for the files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_one(network, Path(folder), count, clock)
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> Measured:
+    """All networks."""
+    clock = CLOCKS[options.clock]
+    return gathered(in_a_folder(network, rounds(options, ROUNDS[network]), clock) for network in options.networks)
+
+
+def main() -> None:
+    """Check, measure, print."""
+    options = parser(__doc__).parse_args()
+    run_row(ROW, options, measure, title="load an adapter file and attach it to a fresh model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What do a swap in memory and the next forward pass cost, against PEFT's `set_adapter` and forward pass?
+
+usage: python scripts/bench/swap.py [--networks NAME ...] [--rounds N] [--json]
+
+Two adapters of rank 8 on every convolution and linear layer, float32, batch 1, eval mode, no gradients, one thread.
+Each time the adapter that is on gives way to the other one, and an image goes through the network. Without PEFT there
+is nothing to hold it against but a plain forward pass, whose ratio is given in any case. An adapter that was on the
+model lately still has its folded weights, as far as `loraio.attachment.KEPT_BYTES` go; "a new one" is an adapter that
+the model has not had before, whose weights are folded at the forward pass.
+
+Before any time is taken, the outputs after each swap are compared with those of the merged networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from _contestants import absent, built, drawn, in_peft, left_out, merged, module, require_outputs, ungrouped
+from _paired import (
+    CLOCKS,
+    NETWORKS,
+    Figure,
+    Measured,
+    gathered,
+    interleaved,
+    parser,
+    ratio_of,
+    require,
+    rounds,
+    run_row,
+    short,
+)
+from torch import nn
+
+import loraio
+
+ROW = "swap"
+PLAIN = "plain forward"
+NEW = "loraio, a new one"
+TARGETS = {"digit-cnn": 0.6, "torchvision:mobilenet_v3_small": 0.75, "torchvision:resnet50": 0.95}
+ROUNDS = {"digit-cnn": 400, "torchvision:mobilenet_v3_small": 60, "torchvision:resnet50": 20}
+
+
+def in_turn(swap: Callable[[Any], Any], adapters: tuple[Any, ...], forward: Callable[[], Any]) -> Callable[[], Any]:
+    """A swap to the next adapter, and the forward pass after it."""
+    following = itertools.cycle(adapters)
+
+    def work() -> Any:
+        swap(next(following))
+        return forward()
+
+    return work
+
+
+def require_swaps(work: Callable[[], Any], expected: list[nn.Module], x: torch.Tensor, **options: Any) -> None:
+    """Refuse a swap that gives other outputs than the merged networks, in their order; twice around."""
+    for network in expected * 2:
+        require_outputs(work(), network(x), **options)
+
+
+def measure_one(network: str, count: int, clock: Callable[[], float]) -> Measured:
+    """One network."""
+    plain, case, notes = built(network), short(network), []
+    adapters = drawn(plain, seed=1), drawn(plain, seed=2)
+    x = torch.rand(1, *NETWORKS[network], generator=torch.Generator().manual_seed(1))
+    attached = copy.deepcopy(plain)
+    live = loraio.attach(attached, adapters[1])
+    other = copy.deepcopy(plain)
+    other_live, copies = loraio.attach(other, adapters[1]), itertools.cycle(adapters)
+
+    def put_on(adapter: loraio.Adapter) -> Any:
+        other_live.swap(adapter)
+        return other(x)
+
+    works: dict[str, Callable[..., Any]] = {
+        PLAIN: functools.partial(plain, x),
+        NEW: put_on,
+        "loraio": in_turn(live.swap, adapters, functools.partial(attached, x)),
+    }
+    first, second = (merged(plain, adapter)(x) for adapter in adapters)
+    require(not first.equal(second), f"{case}: both adapters do the same")
+    require_swaps(works["loraio"], [merged(plain, each) for each in adapters], x, what=f"{case}, loraio", tolerance=0)
+    require_outputs(put_on(replace(adapters[0])), first, what=f"{case}, {NEW}", tolerance=0)
+    if module("peft") is None:
+        notes.append(absent("PEFT"))
+    else:
+        wrapped = in_peft(plain, {"1": adapters[1], "0": adapters[0]})
+        works["PEFT"] = in_turn(wrapped.set_adapter, ("0", "1"), functools.partial(wrapped, x))
+        require_swaps(works["PEFT"], [merged(plain, ungrouped(each)) for each in adapters], x, what=f"{case}, PEFT")
+        notes += [f"{case}: {line}" for line in left_out(adapters[0])]
+    times = interleaved(works, rounds=count, clock=clock, before={NEW: lambda: replace(next(copies))})
+    figures: list[Figure] = []
+    if "PEFT" in works:
+        unit = "x PEFT's swap and forward"
+        targets = {"loraio": TARGETS[network]}
+        figures = [
+            ratio_of(times, who, "PEFT", row=ROW, case=case, unit=unit, target=targets.get(who))
+            for who in ("loraio", NEW, "PEFT")
+        ]
+    figures += [
+        ratio_of(times, who, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}") for who in works if who != PLAIN
+    ]  # fmt: skip
+    return figures, notes
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> Measured:
+    """All networks."""
+    clock = CLOCKS[options.clock]
+    return gathered(measure_one(network, rounds(options, ROUNDS[network]), clock) for network in options.networks)
+
+
+def main() -> None:
+    """Check, measure, print."""
+    run_row(ROW, parser(__doc__).parse_args(), measure, title="swap in memory and the next forward pass, batch 1")
+
+
+if __name__ == "__main__":
+    main()
