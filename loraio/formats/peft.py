@@ -23,7 +23,9 @@ from loraio.formats.foreign import (
     Options,
     carried_lines,
     exported_metadata,
+    misuse,
     origin_of,
+    passed_over,
 )
 from loraio.formats.report import Line, Report, settings, tensors
 from loraio.formats.sources import Source
@@ -208,11 +210,9 @@ class Peft:
             factors["lora_B"] = 2 * factors["lora_B"]
             note = "lora_B doubled: PEFT adds the product of an attention layer's out_proj twice"
         bias = values["bias"].double() * layer.scale if "bias" in values and layer.scale is not None else None
-        misuse = _misuse(place.module)
-        if misuse is None and not note and type(place.module).__name__ == "NonDynamicallyQuantizableLinear":
-            misuse = "passes over the out_proj of an attention layer"
-        if misuse is not None:
-            note = f"as PEFT merges it; attached, PEFT {misuse}"
+        wrong = misuse(place.module) or (None if note else passed_over(place.module))
+        if wrong is not None:
+            note = f"as PEFT merges it; attached, PEFT {wrong}"
         return Factors(values=factors, bias=bias, note=note)
 
     def encode(
@@ -390,22 +390,6 @@ def _in_modules(name: str, modules: Iterable[str]) -> bool:
     return False
 
 
-def _misuse(module: nn.Module) -> str | None:
-    """What PEFT's own forward pass gets wrong on this convolution; None for others."""
-    kernel: Sequence[int] = getattr(module, "kernel_size", ())
-    dilation: Sequence[int] = getattr(module, "dilation", ())
-    if not kernel:
-        return None
-    if any(step > 1 and size > 1 for step, size in zip(dilation, kernel, strict=True)):
-        return f"ignores the layer's dilation {dilation}"
-    padding: Any = getattr(module, "padding", 0)
-    padded = any(size > 1 for size in kernel) if isinstance(padding, str) else any(padding)
-    mode = getattr(module, "padding_mode", "zeros")
-    if mode != "zeros" and padded and padding != "valid":
-        return f"ignores the layer's padding_mode {mode!r}"
-    return None
-
-
 @dataclass
 class _Export:
     """An adapter on its way to PEFT."""
@@ -471,9 +455,9 @@ class _Export:
             reason = "PEFT has no LoRA for attention whose projections are apart"
         if reason is None and target.layer == "Conv3d" and target.shape[2:4] == (1, 1):
             reason = f"PEFT fails to merge a Conv3d with the kernel {target.shape[2:]}"
-        misuse = _misuse(place.module)
-        if reason is None and misuse is not None:
-            reason = f"PEFT {misuse}"
+        wrong = misuse(place.module)
+        if reason is None and wrong is not None:
+            reason = f"PEFT {wrong}"
         if reason is not None:
             self.problems.append(f"{name!r}: {reason}")
             return
