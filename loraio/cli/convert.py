@@ -18,10 +18,16 @@ LOST = 3
 @click.command(epilog=_options.example("loraio convert three.safetensors -o three-peft --to peft"))
 @click.argument("adapter", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="What to make: a file; for peft a folder.")
-@click.option("--to", required=True, metavar="DIALECT", help="native, or another tool's: peft.")
+@click.option(
+    "--to", required=True, metavar="DIALECT", help="native, or another tool's: peft, lycoris, kohya, diffusers."
+)
 @click.option("--base", type=click.Path(), default=None, help="The base; adapters of other tools need it.")
 @_options.alpha_option
 @click.option("--lossy", is_flag=True, help="Leave out what has no place in the output.")
+@click.option("--approximate", is_flag=True, help="Make pairs of layers that are none (LoHa, LoKr); says the error.")
+@click.option("--rank", type=click.IntRange(min=1), default=None, help="Of those pairs; else the file's own.")
+@click.option("--as-full-delta", is_flag=True, help="Write the whole change of each weight; for lycoris.")
+@click.option("--prefix", default=None, help="In front of the names of modules; for kohya, lycoris and diffusers.")
 @click.option("--dry-run", is_flag=True, help="Print the report, write nothing.")
 @_options.model_option
 @_options.force_option
@@ -35,6 +41,10 @@ def convert(
     base: str | None,
     alpha: float | None,
     lossy: bool,
+    approximate: bool,
+    rank: int | None,
+    as_full_delta: bool,
+    prefix: str | None,
     dry_run: bool,
     model: str | None,
     model_args: dict[str, Any] | None,
@@ -57,6 +67,10 @@ def convert(
         model_args=model_args,
         alpha=alpha,
         lossy=lossy,
+        approximate=approximate,
+        rank=rank,
+        as_full_delta=as_full_delta,
+        prefix=prefix,
         dry_run=dry_run,
         overwrite=force,
     )

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING
 from loraio import container
 from loraio.adapter import Adapter
 from loraio.errors import ConfigError, FormatError, OutputError
+from loraio.formats.diffusers import Diffusers
 from loraio.formats.foreign import Dialect, Encoded, Options, bind
+from loraio.formats.kohya import Kohya
+from loraio.formats.lycoris import Lycoris
 from loraio.formats.native import Native
 from loraio.formats.peft import Peft
 from loraio.formats.report import Report
@@ -31,6 +34,9 @@ NATIVE = Native()
 
 DIALECTS: dict[str, Dialect] = {
     "peft": Peft(),
+    "lycoris": Lycoris(),
+    "kohya": Kohya(),
+    "diffusers": Diffusers(),
 }
 """Dialects of other tools. The first that recognises a file has it."""
 

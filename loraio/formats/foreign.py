@@ -258,7 +258,7 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
             "these layers are no plain pairs of factors",
             problems=products,
             where=where,
-            hint="`loraio convert --approximate` makes pairs of the file's rank and says the error; --rank R of another",
+            hint="`loraio convert --approximate` makes pairs of the file's rank and says the error; --rank R: of R",
         )
     values, state = source.read(), _state_of(base)
     placed = _placed(dialect, foreign, base, where)

@@ -72,7 +72,7 @@ _OTHER_MATHS = (
 )
 """Settings that, where they are set, give other weights than factors alone do."""
 
-_MEANT: dict[str, Any] = {
+MEANT: dict[str, Any] = {
     "alpha_pattern": {},
     "bias": "none",
     "lora_alpha": None,
@@ -136,7 +136,7 @@ class Peft:
         config = source.config
         parsed = {key: _parse(key) for key in source.tensors}
         adapters = sorted({one.adapter for one in parsed.values() if one is not None and one.adapter})
-        refusals = _refused_settings(config or {}) + [
+        refusals = refused_settings(config or {}) + [
             f"{key!r}: the base is quantised" for key in source.tensors if key.endswith(_QUANTISED)
         ]
         if len(adapters) > 1:
@@ -158,11 +158,11 @@ class Peft:
                 slots.setdefault(one.path, {})[one.slot] = key
         layers = []
         for path, found in slots.items():
-            layer, problems = _layer(path, found, source, config)
+            layer, problems = layer_of(path, found, source, config)
             refusals += problems
             if layer is not None:
                 layers.append(layer)
-        refusals += _unmatched(config or {}, [layer.name for layer in layers])
+        refusals += unmatched(config or {}, [layer.name for layer in layers])
         refusals += [
             f"{layer.name!r} is in exclude_modules: PEFT would pass over it"
             for layer in layers
@@ -172,8 +172,8 @@ class Peft:
             refusals.append("it holds no layer's factors")
         modules = _names((config or {}).get("modules_to_save"))
         saved |= {name for name in whole if _in_modules(name, modules)}
-        lines = settings(set(config or {}) & _MEANT.keys(), "carried")
-        lines += settings(set(config or {}) - _MEANT.keys(), "carried", f"kept in the record, 'training.{ORIGIN}'")
+        lines = settings(set(config or {}) & MEANT.keys(), "carried")
+        lines += settings(set(config or {}) - MEANT.keys(), "carried", f"kept in the record, 'training.{ORIGIN}'")
         return Foreign(
             layers=tuple(layers),
             whole=whole,
@@ -264,7 +264,7 @@ def _plain(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
-def _refused_settings(config: Mapping[str, Any]) -> list[str]:
+def refused_settings(config: Mapping[str, Any]) -> list[str]:
     reasons = []
     method = config.get("peft_type", "LORA")
     if method != "LORA":
@@ -276,7 +276,7 @@ def _refused_settings(config: Mapping[str, Any]) -> list[str]:
             "PEFT's path_initial_model_for_weight_conversion saves them without it"
         )
     reasons += [f"{key} is set, which changes the maths" for key in _OTHER_MATHS if config.get(key)]
-    own = {*_MEANT, *_RECORD, *_OTHER_MATHS}
+    own = {*MEANT, *_RECORD, *_OTHER_MATHS}
     reasons += [f"unknown setting {key!r}: {config[key]!r}" for key in sorted(config.keys() - own) if config[key]]
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         reasons.append(f"bias is {config['bias']!r}, not none, all or lora_only")
@@ -290,7 +290,7 @@ def _refused_settings(config: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def _layer(
+def layer_of(
     path: str, slots: Mapping[str, str], source: Source, config: Mapping[str, Any] | None
 ) -> tuple[ForeignLayer | None, list[str]]:
     """One layer, or why not."""
@@ -344,7 +344,7 @@ def _pattern_value(patterns: Any, path: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _unmatched(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def unmatched(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """A line for each layer that PEFT would pass over, and for each entry of the list that no layer answers to."""
     wanted = config.get("target_modules")
     if isinstance(wanted, str):

@@ -1,0 +1,161 @@
+"""Changes of a weight that are no plain pair of factors, and the pairs that give them: exactly, or nearest at a rank.
+
+Everything here is float64. An entry that is one product of two float32 numbers is exact in it.
+
+Hyeon-Woo et al. 2022, FedPara, arXiv:2108.06098 (Hadamard products); Edalati et al. 2022, KronA, arXiv:2212.10650
+(Kronecker products); Tucker 1966, Some mathematical notes on three-mode factor analysis (cores).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A change of a weight, unscaled.
+
+    Attributes:
+        delta: (out, fan_in).
+        up: (out, R), for some R, possibly more than the rank that a matrix can have.
+        down: (R, fan_in), with ``up @ down`` the delta but for rounding.
+    """
+
+    delta: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A plain pair of factors in the place of a product.
+
+    Attributes:
+        up: (out, rank), float32 or float64.
+        down: (rank, fan_in).
+        note: how near it is.
+    """
+
+    up: Tensor
+    down: Tensor
+    note: str
+
+    @property
+    def rank(self) -> int:
+        """The inner size."""
+        return self.down.shape[0]
+
+
+def whole(delta: Tensor) -> Product:
+    """Any matrix: with an identity on its shorter side."""
+    out, fan_in = delta.shape
+    if out <= fan_in:
+        return Product(delta=delta, up=_identity(out), down=delta)
+    return Product(delta=delta, up=delta, down=_identity(fan_in))
+
+
+def hadamard(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Product:
+    """The entry by entry product of two low-rank matrices, each (out, r) and (r, fan_in).
+
+    Column (j, k) of the pair is the product of column j of the first and column k of the second.
+
+    >>> import torch
+    >>> a, b = torch.tensor([[2.0], [3.0]]).double(), torch.tensor([[1.0, 5.0]]).double()
+    >>> hadamard((a, b), (a, b)).delta.tolist()
+    [[4.0, 100.0], [9.0, 225.0]]
+    """
+    (up_1, down_1), (up_2, down_2) = first, second
+    up = (up_1[:, :, None] * up_2[:, None, :]).flatten(1)
+    down = (down_1[:, None, :] * down_2[None, :, :]).flatten(0, 1)
+    return Product(delta=(up_1 @ down_1) * (up_2 @ down_2), up=up, down=down)
+
+
+def kronecker(first: Sequence[Tensor], second: Sequence[Tensor]) -> Product:
+    """The Kronecker product of two matrices, each given whole or as a pair (rows, r) and (r, columns).
+
+    >>> import torch
+    >>> product = kronecker([torch.ones(2, 3).double()], [torch.ones(4, 1).double(), torch.ones(1, 5).double()])
+    >>> tuple(product.delta.shape), tuple(product.up.shape)
+    ((8, 15), (8, 2))
+    """
+    import torch
+
+    one, two = _as_pair(first), _as_pair(second)
+    delta = torch.kron(_matrix(first).contiguous(), _matrix(second).contiguous())
+    up = torch.kron(one[0].contiguous(), two[0].contiguous())
+    return Product(delta=delta, up=up, down=torch.kron(one[1].contiguous(), two[1].contiguous()))
+
+
+def with_core(core: Tensor, down: Tensor) -> Tensor:
+    """A core (r, s, kernel...) and what it is multiplied with, (s, in), as one factor (r, in * kernel)."""
+    import torch
+
+    return torch.einsum("ab...,bi->ai...", core.double(), down.double()).flatten(1)
+
+
+def nearest_pair(product: Product, rank: int) -> Pair:
+    """The product as a pair: exact where that takes no more than the rank, else the nearest one at it.
+
+    Args:
+        product: the change.
+        rank: of the pair, at most; at least 1.
+
+    Eckart and Young 1936, The approximation of one matrix by another of lower rank.
+    """
+    from loraio.lowrank import truncated_svd
+
+    full = min(product.delta.shape)
+    own = product.down.shape[0]
+    if rank >= min(own, full):
+        exact = product if own <= full else whole(product.delta)
+        up, down = narrow(exact.up), narrow(exact.down)
+        return Pair(up=up, down=down, note=f"a pair of rank {down.shape[0]} that gives the same change")
+    up, down = (factor.float() for factor in truncated_svd(product.delta, rank))
+    error = relative_error(product.delta, up.double() @ down.double())
+    return Pair(up=up, down=down, note=f"approximated at rank {rank}, relative Frobenius error {error:.3g}")
+
+
+def narrow(values: Tensor) -> Tensor:
+    """As float32 where that loses nothing."""
+    small = values.float()
+    return small if small.double().equal(values) else values
+
+
+def relative_error(exact: Tensor, found: Tensor) -> float:
+    """The Frobenius norm of the difference over that of the exact values; 0 where both are zero."""
+    difference = (exact - found).norm().item()
+    return difference / exact.norm().item() if difference else 0.0
+
+
+def alpha_at(scale: float, rank: int) -> float:
+    """An alpha with ``alpha / rank == scale``; where float64 has none, the one nearest to it.
+
+    >>> alpha_at(0.1, 3) / 3 == 0.1
+    True
+    """
+    alpha = scale * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((one for one in near if one / rank == scale), alpha)
+
+
+def _matrix(given: Sequence[Tensor]) -> Tensor:
+    return given[0] if len(given) == 1 else given[0] @ given[1]
+
+
+def _as_pair(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    if len(given) == 2:
+        return given[0], given[1]
+    made = whole(given[0])
+    return made.up, made.down
+
+
+def _identity(size: int) -> Tensor:
+    import torch
+
+    return torch.eye(size, dtype=torch.float64)
