@@ -84,12 +84,9 @@ def kronecker(first: Sequence[Tensor], second: Sequence[Tensor]) -> Product:
     >>> tuple(product.delta.shape), tuple(product.up.shape)
     ((8, 15), (8, 2))
     """
-    import torch
-
     one, two = _as_pair(first), _as_pair(second)
-    delta = torch.kron(_matrix(first).contiguous(), _matrix(second).contiguous())
-    up = torch.kron(one[0].contiguous(), two[0].contiguous())
-    return Product(delta=delta, up=up, down=torch.kron(one[1].contiguous(), two[1].contiguous()))
+    delta = _kron(_matrix(first), _matrix(second))
+    return Product(delta=delta, up=_kron(one[0], two[0]), down=_kron(one[1], two[1]))
 
 
 def with_core(core: Tensor, down: Tensor) -> Tensor:
@@ -142,6 +139,11 @@ def alpha_at(scale: float, rank: int) -> float:
     alpha = scale * rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((one for one in near if one / rank == scale), alpha)
+
+
+def _kron(one: Tensor, two: Tensor) -> Tensor:
+    rows, columns = (one.shape[dim] * two.shape[dim] for dim in (0, 1))
+    return (one[:, None, :, None] * two[None, :, None, :]).reshape(rows, columns)
 
 
 def _matrix(given: Sequence[Tensor]) -> Tensor:
