@@ -221,12 +221,13 @@ class Kohya:
                 problems=writing.problems,
                 hint="loraio merge puts it into the base for good",
             )
+        metadata = {**self.metadata(writing), **exported_metadata(adapter)}
         writing.lines += settings(("rank", "kind"), "carried", "by the tensors")
         writing.lines += carried_lines(adapter)
         return Encoded(
             tensors=dict(sorted(writing.tensors.items())),
             report=Report.of(writing.lines),
-            metadata={**self.metadata(writing), **exported_metadata(adapter)},
+            metadata=metadata,
         )
 
     def write_layer(self, mangled: str, name: str, target: Target, place: TargetModule, writing: Writing) -> None:
@@ -240,7 +241,8 @@ class Kohya:
             how = f"{alpha!r} for alpha / r{exact}"
             writing.lines += settings([f"{name}.alpha", f"{name}.scale_rule"], "changed", how)
         if alpha == 0:
-            writing.problems.append(f"{name!r}: alpha is 0, which {self.tool} takes as r, {target.rank}")
+            other = "; --as-full-delta writes it" if self.name == "lycoris" else ""
+            writing.problems.append(f"{name!r}: alpha is 0, which {self.tool} takes as r, {target.rank}{other}")
         factors = writing.adapter.factors_of(name)
         ones = (1,) * (len(target.shape) - 2)
         writing.tensors |= {
