@@ -133,8 +133,8 @@ def relative_error(exact: Tensor, found: Tensor) -> float:
 def alpha_at(scale: float, rank: int) -> float:
     """An alpha with ``alpha / rank == scale``; where float64 has none, the one nearest to it.
 
-    >>> alpha_at(0.1, 3) / 3 == 0.1
-    True
+    >>> alpha_at(1.5, 4), alpha_at(1 / 3, 7) / 7 == 1 / 3
+    (6.0, True)
     """
     alpha = scale * rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
