@@ -137,7 +137,7 @@ class Lycoris(Kohya):
         if _DORA not in values:
             return made
         length = values[_DORA].shape
-        if length[0] != place.weight.shape[0] or math.prod(length[1:]) != 1:
+        if tuple(length[:1]) != tuple(place.weight.shape[:1]) or math.prod(length[1:]) != 1:
             raise AdapterError(
                 f"{layer.slots[_DORA]!r} is {tuple(length)}: lengths of the columns have no form here, those of the"
                 f" {place.weight.shape[0]} rows do"
@@ -208,10 +208,10 @@ class Lycoris(Kohya):
         for half in ("lokr_w1", "lokr_w2"):
             up, down = shapes.get(f"{half}_a"), shapes.get(f"{half}_b")
             core = shapes.get("lokr_t2") if half == "lokr_w2" else None
-            if half in shapes and up is None and down is None and core is None and len(shapes[half]) >= 2:
+            if half in shapes and up is None and down is None and core is None and _is_whole(half, shapes[half]):
                 sizes.append(min(shapes[half][0], math.prod(shapes[half][1:])))
                 continue
-            inner = None if up is None else up[0] if core else up[-1]
+            inner = None if up is None or len(up) != 2 else up[0] if core is not None else up[1]
             if (
                 up is None
                 or down is None
@@ -258,6 +258,12 @@ class Lycoris(Kohya):
     def _from_product(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
+        infinite = [layer.slots[slot] for slot, value in values.items() if not value.isfinite().all()]
+        if infinite:
+            raise AdapterError(f"{infinite[0]!r} holds NaN or infinity")
+        own, found = (place.weight.shape[0], place.weight[0].numel()), _matrix_shape(values)
+        if own != found:
+            raise AdapterError(f"it changes a weight of {found}, {place.name!r} of the base is {own}, as a matrix")
         exact = {slot: value.double() for slot, value in values.items()}
         if _DIFF in values:
             check_kernel(values[_DIFF].shape[2:], layer.slots[_DIFF], place)
@@ -305,6 +311,30 @@ class Lycoris(Kohya):
             writing.tensors[f"{mangled}.{_DIFF_BIAS}"] = difference.to(torch.float32)
             writing.held.add(bias)
             writing.lines += tensors([bias], "changed", f"as its difference from the base's, in {mangled}.{_DIFF_BIAS}")
+
+
+def _is_whole(half: str, shape: Sequence[int]) -> bool:
+    return len(shape) == 2 or (half == "lokr_w2" and len(shape) > 2)
+
+
+def _matrix_shape(values: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(out, fan_in) of the weight that a product changes, before it is made: a small file may ask for a huge one."""
+    shapes = {slot: tuple(value.shape) for slot, value in values.items()}
+    if _DIFF in shapes:
+        return shapes[_DIFF][0], math.prod(shapes[_DIFF][1:])
+    if _HADA[0] in shapes:
+        up, down, core = shapes["hada_w1_a"], shapes["hada_w1_b"], shapes.get("hada_t1")
+        return (up[0], down[1]) if core is None else (up[1], down[1] * math.prod(core[2:]))
+    out, fan_in = 1, 1
+    for half in ("lokr_w1", "lokr_w2"):
+        if half in shapes:
+            rows, columns = shapes[half][0], math.prod(shapes[half][1:])
+        else:
+            core = shapes.get("lokr_t2") if half == "lokr_w2" else None
+            rows = shapes[f"{half}_a"][0 if core is None else 1]
+            columns = math.prod(shapes[f"{half}_b"][1:]) * math.prod(core[2:] if core is not None else ())
+        out, fan_in = out * rows, fan_in * columns
+    return out, fan_in
 
 
 def _hadamard(values: Mapping[str, Tensor]) -> Product:

@@ -9,7 +9,7 @@ Hyeon-Woo et al. 2022, FedPara, arXiv:2108.06098 (Hadamard products); Edalati et
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,13 +23,13 @@ class Product:
 
     Attributes:
         delta: (out, fan_in).
-        up: (out, R), for some R, possibly more than the rank that a matrix can have.
-        down: (R, fan_in), with ``up @ down`` the delta but for rounding.
+        rank: R, of the pair that its structure gives; possibly more than the rank that a matrix can have.
+        pair: makes that pair, (out, R) and (R, fan_in), whose product is the delta but for rounding.
     """
 
     delta: Tensor
-    up: Tensor
-    down: Tensor
+    rank: int
+    pair: Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +54,7 @@ class Pair:
 
 def whole(delta: Tensor) -> Product:
     """Any matrix: with an identity on its shorter side."""
-    out, fan_in = delta.shape
-    if out <= fan_in:
-        return Product(delta=delta, up=_identity(out), down=delta)
-    return Product(delta=delta, up=delta, down=_identity(fan_in))
+    return Product(delta=delta, rank=min(delta.shape), pair=lambda: _as_pair([delta]))
 
 
 def hadamard(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Product:
@@ -71,9 +68,13 @@ def hadamard(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Pro
     [[4.0, 100.0], [9.0, 225.0]]
     """
     (up_1, down_1), (up_2, down_2) = first, second
-    up = (up_1[:, :, None] * up_2[:, None, :]).flatten(1)
-    down = (down_1[:, None, :] * down_2[None, :, :]).flatten(0, 1)
-    return Product(delta=(up_1 @ down_1) * (up_2 @ down_2), up=up, down=down)
+
+    def pair() -> tuple[Tensor, Tensor]:
+        up = (up_1[:, :, None] * up_2[:, None, :]).flatten(1)
+        return up, (down_1[:, None, :] * down_2[None, :, :]).flatten(0, 1)
+
+    rank = up_1.shape[1] * up_2.shape[1]
+    return Product(delta=(up_1 @ down_1) * (up_2 @ down_2), rank=rank, pair=pair)
 
 
 def kronecker(first: Sequence[Tensor], second: Sequence[Tensor]) -> Product:
@@ -81,12 +82,16 @@ def kronecker(first: Sequence[Tensor], second: Sequence[Tensor]) -> Product:
 
     >>> import torch
     >>> product = kronecker([torch.ones(2, 3).double()], [torch.ones(4, 1).double(), torch.ones(1, 5).double()])
-    >>> tuple(product.delta.shape), tuple(product.up.shape)
-    ((8, 15), (8, 2))
+    >>> tuple(product.delta.shape), product.rank
+    ((8, 15), 2)
     """
-    one, two = _as_pair(first), _as_pair(second)
-    delta = _kron(_matrix(first), _matrix(second))
-    return Product(delta=delta, up=_kron(one[0], two[0]), down=_kron(one[1], two[1]))
+
+    def pair() -> tuple[Tensor, Tensor]:
+        one, two = _as_pair(first), _as_pair(second)
+        return _kron(one[0], two[0]), _kron(one[1], two[1])
+
+    rank = math.prod(min(half[0].shape) if len(half) == 1 else half[1].shape[0] for half in (first, second))
+    return Product(delta=_kron(_matrix(first), _matrix(second)), rank=rank, pair=pair)
 
 
 def with_core(core: Tensor, down: Tensor) -> Tensor:
@@ -108,10 +113,9 @@ def nearest_pair(product: Product, rank: int) -> Pair:
     from loraio.lowrank import truncated_svd
 
     full = min(product.delta.shape)
-    own = product.down.shape[0]
-    if rank >= min(own, full):
-        exact = product if own <= full else whole(product.delta)
-        up, down = narrow(exact.up), narrow(exact.down)
+    if rank >= min(product.rank, full):
+        exact = product if product.rank <= full else whole(product.delta)
+        up, down = (narrow(factor) for factor in exact.pair())
         return Pair(up=up, down=down, note=f"a pair of rank {down.shape[0]} that gives the same change")
     up, down = (factor.float() for factor in truncated_svd(product.delta, rank))
     error = relative_error(product.delta, up.double() @ down.double())
@@ -151,13 +155,10 @@ def _matrix(given: Sequence[Tensor]) -> Tensor:
 
 
 def _as_pair(given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    if len(given) == 2:
-        return given[0], given[1]
-    made = whole(given[0])
-    return made.up, made.down
-
-
-def _identity(size: int) -> Tensor:
     import torch
 
-    return torch.eye(size, dtype=torch.float64)
+    if len(given) == 2:
+        return given[0], given[1]
+    rows, columns = given[0].shape
+    identity = torch.eye(min(rows, columns), dtype=torch.float64)
+    return (identity, given[0]) if rows <= columns else (given[0], identity)

@@ -125,6 +125,8 @@ def test_a_network_of_ones_own_with_such_a_name_is_no_adapter(tmp_path: Path) ->
         (HADA | {"hada_w2_b": (2, 2, 2)}, "do not go together"),
         (CORES, "one of hada_t1 and hada_t2 is missing"),
         (CORES | {"hada_t2": (2, 3, 3, 2)}, "do not go together"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (), "lokr_w2_b": (2, 2)}, "lokr_w2 is neither whole nor a pair"),
+        ({"lokr_w1": (2, 2, 1, 1), "lokr_w2": (3, 2)}, "lokr_w1 is neither whole nor a pair"),
         ({"lokr_w1": (2, 2)}, "lokr_w2 is neither whole nor a pair"),
         ({"lokr_w1": (2, 2), "lokr_w2": (3, 2), "lokr_w2_a": (3, 1)}, "lokr_w2 is neither whole nor a pair"),
         ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 1), "lokr_w2_b": (2, 2)}, "lokr_w2 is neither whole nor a pair"),
@@ -148,7 +150,11 @@ def test_what_has_no_form_is_refused_by_the_key(
 @pytest.mark.parametrize(
     ("name", "slots", "says"),
     [
-        ("lycoris_fc", HADA | {"hada_w1_b": (2, 5), "hada_w2_b": (2, 5)}, "lora_A is (2, 5)"),
+        (
+            "lycoris_fc",
+            HADA | {"hada_w1_b": (2, 5), "hada_w2_b": (2, 5)},
+            "it changes a weight of (6, 5), 'fc.weight' of the base is (6, 4)",
+        ),
         (
             "lycoris_conv",
             {"diff": (6, 4, 2, 3)},
@@ -158,6 +164,9 @@ def test_what_has_no_form_is_refused_by_the_key(
         ("lycoris_conv", {"lokr_w1": (2, 2), "lokr_w2": (3, 2, 2, 3)}, "lokr_w2' has the kernel (2, 3)"),
         ("lycoris_fc", {**PAIR, "dora_scale": (1, 4)}, "'lycoris_fc.dora_scale' is (1, 4): lengths of the columns"),
         ("lycoris_fc", {"diff": (6, 4), "diff_b": (5,)}, "'lycoris_fc.diff_b' is (5,), 'fc.bias' of the base (6,)"),
+        ("lycoris_fc", {"lokr_w1": (999, 999), "lokr_w2": (999, 999)}, "a weight of (998001, 998001)"),
+        ("lycoris_fc", {"diff": torch.full((6, 4), torch.nan)}, "'lycoris_fc.diff' holds NaN"),
+        ("lycoris_fc", {**PAIR, "dora_scale": ()}, "'lycoris_fc.dora_scale' is ()"),
         ("lycoris_at", PAIR, "'lycoris_at' is no layer of it"),
     ],
 )
