@@ -273,7 +273,7 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
         binding.lines += settings(["alpha"], "changed", f"{options.alpha!r} as given, the file does not say it")
     elif silent:
         names = known([layer.name for layer in silent], limit=3)
-        binding.lines += settings(["alpha"], "changed", f"r, as {dialect.name} means a file without it: {names}")
+        binding.lines += settings(["alpha"], "changed", f"r, as is meant where a file has none: {names}")
     for layer in foreign.layers:
         place = placed[layer.name]
         if layer.alpha is None:

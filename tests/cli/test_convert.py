@@ -179,6 +179,24 @@ def test_inspect_says_what_it_is_and_why(run: Run, run_json: RunJson, exported: 
 
 
 def test_inspect_of_it_imports_no_torch(exported: Path) -> None:
+    assert_imports_no_torch(exported)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "lycoris", "diffusers"])
+def test_inspect_of_one_file_imports_no_torch(dialect: str, run: Run, files: Path, tmp_path: Path) -> None:
+    run("convert", files / "three.safetensors", "-o", tmp_path / "out", "--to", dialect)
+    assert_imports_no_torch(tmp_path / "out")
+
+
+def test_inspect_says_what_needs_to_be_approximated(run_json: RunJson, tmp_path: Path) -> None:
+    shapes = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 4), "hada_w2_a": (6, 2), "hada_w2_b": (2, 4), "alpha": ()}
+    save_file({f"lycoris_fc.{slot}": torch.ones(shape) for slot, shape in shapes.items()}, tmp_path / "file")
+    found = run_json("inspect", tmp_path / "file")
+    assert found["dialect"] == "lycoris"
+    assert found["warnings"] == ["needs --approximate: 'lycoris_fc': LoHa of rank 2; a pair of rank 4 is exact"]
+
+
+def assert_imports_no_torch(path: Path) -> None:
     code = "import sys; from loraio.cli import main; main(['inspect', sys.argv[1]], standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code, str(exported)], capture_output=True, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False).returncode == 0

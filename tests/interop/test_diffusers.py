@@ -197,7 +197,7 @@ def test_files_of_every_era_give_its_outputs_here(
     with loraio.attach(base, adapter):
         assert close(base(x), theirs(x))
     assert report is not None
-    assert any(line.how.startswith("r, as diffusers means") for line in report.lines) == (not alphas)
+    assert any(line.how.startswith("r, as is meant") for line in report.lines) == (not alphas)
 
 
 def test_a_given_alpha_wins_over_the_one_that_is_meant(save: Save, base: nn.Module) -> None:

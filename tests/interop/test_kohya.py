@@ -171,7 +171,7 @@ def test_its_files_give_its_outputs_here(
     how = {line.name: line.how for line in report.lines}
     assert ("alpha" in how) == (alpha is None)
     if alpha is None:
-        assert how["alpha"].startswith("r, as kohya means a file without it: lora_unet_conv_in")
+        assert how["alpha"].startswith("r, as is meant where a file has none: lora_unet_conv_in")
     core = how["lora_unet_conv_in.lora_down.weight"]
     assert ("lora_mid multiplied into lora_down in float64, rounded once to F32, relative error" in core) == mid
 
