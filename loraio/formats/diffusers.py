@@ -23,6 +23,7 @@ from loraio.formats.foreign import (
     Options,
     carried_lines,
     exported_metadata,
+    is_pipeline,
     origin_of,
 )
 from loraio.formats.peft import MEANT, PEFT, layer_of, refused_settings, unmatched
@@ -165,7 +166,8 @@ class Diffusers:
                 hint="loraio merge puts it into the base for good",
             )
         lost = tensors(adapter.whole, "lost", "diffusers' files replace no tensor of the base")
-        parts = _parts(adapter, options)
+        pipeline = network is not None and options.prefix is None and is_pipeline(network, COMPONENTS)
+        parts = _parts(adapter) if pipeline else _one_part(adapter, options)
         lines = [*lost, *carried_lines(adapter)]
         values: dict[str, Tensor] = {}
         config: dict[str, Any] = {}
@@ -253,18 +255,20 @@ def _layer(
     return replace(layer, name=name, alpha=own, implied_alpha=implied), problems
 
 
-def _parts(adapter: Adapter, options: Options) -> dict[str, tuple[str, Adapter]]:
-    """The adapter by part of the pipeline; and the module of the base that each part is, "" for the base itself."""
-    inside = {name.partition(".")[0] for name in adapter.targets}
-    plain = replace(adapter, whole={}, tensors={})
-    if options.prefix is not None or not inside <= {*COMPONENTS}:
-        before = origin_of(adapter, "diffusers").get("components")
-        own = before[0] if isinstance(before, list) and len(before) == 1 and before[0] in COMPONENTS else COMPONENTS[0]
-        return {options.prefix or own: ("", plain)}
+def _one_part(adapter: Adapter, options: Options) -> dict[str, tuple[str, Adapter]]:
+    """The adapter as that of one part, the base itself: the part that was asked for, or that of its own file."""
+    before = origin_of(adapter, "diffusers").get("components")
+    own = before[0] if isinstance(before, list) and len(before) == 1 and before[0] in COMPONENTS else COMPONENTS[0]
+    return {options.prefix or own: ("", replace(adapter, whole={}, tensors={}))}
+
+
+def _parts(adapter: Adapter) -> dict[str, tuple[str, Adapter]]:
+    """The adapter by part of the pipeline, and the module of the base that each part is."""
     parts = {}
-    for component in sorted(inside):
+    for component in sorted({name.partition(".")[0] for name in adapter.targets}):
         start = f"{component}."
-        targets = {name.removeprefix(start): t for name, t in plain.targets.items() if name.startswith(start)}
-        factors = {name.removeprefix(start): f for name, f in plain.factors.items() if name.startswith(start)}
-        parts[component] = (component, replace(plain, targets=targets, factors=factors))
+        targets = {name.removeprefix(start): t for name, t in adapter.targets.items() if name.startswith(start)}
+        factors = {name.removeprefix(start): f for name, f in adapter.factors.items() if name.startswith(start)}
+        part = replace(adapter, targets=targets, factors=factors, whole={}, tensors={})
+        parts[component] = (component, part)
     return parts

@@ -7,7 +7,7 @@ say, from names and shapes alone; `bind` puts it on a base and accounts for ever
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -347,6 +347,17 @@ def passed_over(module: nn.Module) -> str | None:
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "passes over the out_proj of an attention layer"
     return None
+
+
+def is_pipeline(network: nn.Module, parts: Iterable[str]) -> bool:
+    """Whether a network is a whole pipeline: all its modules with tensors are parts of one, by their names.
+
+    Args:
+        network: the base.
+        parts: names of parts that adapters are for; a "vae" may be beside them.
+    """
+    names = {name for name, module in network.named_children() if module.state_dict()}
+    return bool(names) and names <= {*parts, "vae"}
 
 
 def carried_lines(adapter: Adapter) -> list[Line]:

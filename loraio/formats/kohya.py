@@ -26,6 +26,7 @@ from loraio.formats.foreign import (
     Options,
     carried_lines,
     exported_metadata,
+    is_pipeline,
     misuse,
     origin_of,
     passed_over,
@@ -197,8 +198,9 @@ class Kohya:
                 hint="--base BASE, or --model NAME",
             )
         places = target_modules(network)
-        writing = Writing(adapter=adapter, state=state, options=options)
-        names = self._names(places, writing)
+        writing = Writing(adapter=adapter, network=network, state=state, options=options)
+        aimed = {places[name].path for name in adapter.targets if name in places}
+        self._name(aimed | self.paths_of_whole(writing), writing)
         for name, target in adapter.targets.items():
             place = places.get(name)
             if place is None or (place.layer.name, place.groups) != (target.layer, target.groups):
@@ -213,7 +215,7 @@ class Kohya:
             if reason is not None:
                 writing.problems.append(f"{name!r}: {reason}")
                 continue
-            self.write_layer(names[place.path], name, target, place, writing)
+            self.write_layer(writing.names[place.path], name, target, place, writing)
         self.write_whole(writing)
         if writing.problems:
             raise AdapterError(
@@ -259,6 +261,10 @@ class Kohya:
         names = set(writing.adapter.whole) - writing.held
         writing.lines += tensors(sorted(names), "lost", f"{self.tool} replaces no tensor of the base")
 
+    def paths_of_whole(self, writing: Writing) -> set[str]:
+        """Modules of which replaced tensors have a place."""
+        return set()
+
     def metadata(self, writing: Writing) -> dict[str, str]:
         """What sd-scripts writes itself: its record, and hashes of the tensors."""
         before = self.record(writing)
@@ -288,32 +294,27 @@ class Kohya:
         found = origin_of(writing.adapter, self.name).get("metadata")
         return {str(key): str(value) for key, value in found.items()} if isinstance(found, Mapping) else {}
 
-    def _names(self, places: Mapping[str, TargetModule], writing: Writing) -> dict[str, str]:
-        """The mangled name of each module by its path; collisions among all that could be adapted are problems."""
-        adapter = writing.adapter
-        paths = {place.path for place in places.values() if place.parameter == "weight"}
-        aimed = {places[name].path for name in adapter.targets if name in places}
+    def _name(self, aimed: set[str], writing: Writing) -> None:
+        """The mangled name of each module; those of the aimed ones that another has too are problems."""
         given = writing.options.prefix
         if given is not None:
             lookup(dict.fromkeys(PREFIXES), given, what="prefix")
-        by_component = given is None and all(path.partition(".")[0] in COMPONENTS for path in aimed)
-        before = origin_of(adapter, self.name).get("prefixes")
-        own = before[0] if isinstance(before, list) and len(before) == 1 and before[0] in PREFIXES else self.prefix
-        prefix = given or own
-        names = {}
-        for path in aimed | paths:
+        before = origin_of(writing.adapter, self.name).get("prefixes")
+        before = [one for one in before if one in PREFIXES] if isinstance(before, list) else []
+        prefix = given or (before[0] if len(before) == 1 else self.prefix)
+        by_part = given is None and prefix != "lycoris" and is_pipeline(writing.network, COMPONENTS)
+        for path, _ in writing.network.named_modules():
             component, dot, rest = path.partition(".")
-            if by_component and dot and component in COMPONENTS:
-                names[path] = f"{COMPONENTS[component][0]}_{_mangled(rest)}"
+            if by_part and dot and component in COMPONENTS:
+                writing.names[path] = f"{COMPONENTS[component][0]}_{_mangled(rest)}"
             else:
-                names[path] = f"{prefix}_{_mangled(path)}"
-        counts = Counter(names.values())
-        for name in sorted({names[path] for path in aimed if counts[names[path]] > 1}):
-            several = known(sorted(path for path in names if names[path] == name))
+                writing.names[path] = f"{prefix}_{_mangled(path)}"
+        counts = Counter(writing.names.values())
+        for name in sorted({writing.names[path] for path in aimed if counts[writing.names[path]] > 1}):
+            several = known(sorted(path for path in writing.names if writing.names[path] == name))
             writing.problems.append(f"{several} have one name there, {name!r}")
-        said = ", ".join(sorted({name_prefix(names[path]) for path in aimed}))
+        said = ", ".join(sorted({name_prefix(writing.names[path]) for path in aimed}))
         writing.lines += settings(["prefix"], "carried", f"{said}, in front of every name")
-        return names
 
 
 class Reading:
@@ -337,13 +338,17 @@ class Reading:
 class Writing:
     """A file in the making."""
 
-    def __init__(self, *, adapter: Adapter, state: Mapping[str, Tensor] | None, options: Options) -> None:
+    def __init__(
+        self, *, adapter: Adapter, network: nn.Module, state: Mapping[str, Tensor] | None, options: Options
+    ) -> None:
         self.adapter = adapter
+        self.network = network
         self.state = state
         self.options = options
         self.tensors: dict[str, Tensor] = {}
         self.lines: list[Line] = []
         self.problems: list[str] = []
+        self.names: dict[str, str] = {}  # mangled, by path
         self.held: set[str] = set()  # names of replaced tensors that have a place after all
 
 

@@ -164,8 +164,23 @@ class Lycoris(Kohya):
         writing.tensors[f"{mangled}.{_DORA}"] = factors["magnitude"].reshape(-1, *ones)
         writing.lines += tensors([f"{name}.magnitude"], "changed" if note else "carried", note)
 
+    def paths_of_whole(self, writing: Writing) -> set[str]:
+        """Normalisation layers that it adapts too, of which weight and bias are replaced."""
+        from torch import nn
+
+        if writing.state is None:
+            return set()
+        return {
+            path
+            for path, module in writing.network.named_modules()
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm)
+            and any(_inside(path, last) in writing.adapter.whole for last in _NORM.values())
+        }
+
     def write_whole(self, writing: Writing) -> None:
-        """Biases go with whole changes; nothing else has a place."""
+        """Normalisation layers as differences; biases go with whole changes; nothing else has a place."""
+        for path in sorted(self.paths_of_whole(writing)):
+            self._write_norm(path, writing)
         names = sorted(set(writing.adapter.whole) - writing.held)
         hint = "" if writing.options.as_full_delta else "; of adapted layers it holds biases with --as-full-delta"
         writing.lines += tensors(names, "lost", f"LyCORIS replaces no tensor of the base{hint}")
@@ -290,8 +305,35 @@ class Lycoris(Kohya):
             values={"lora_A": pair.down, "lora_B": pair.up}, rank=pair.rank, alpha=alpha, bias=bias, note=note
         )
 
-    def _write_diff(self, mangled: str, name: str, target: Target, place: TargetModule, writing: Writing) -> None:
+    def _write_norm(self, path: str, writing: Writing) -> None:
         import torch
+
+        assert writing.state is not None
+        for slot, last in _NORM.items():
+            name, key = _inside(path, last), f"{writing.names[path]}.{slot}"
+            if name in writing.adapter.whole:
+                self._write_difference(name, key, writing)
+            elif last == "weight":  # LyCORIS knows the layer by this one
+                writing.tensors[key] = torch.zeros_like(writing.state[name], dtype=torch.float32)
+
+    def _write_difference(self, name: str, key: str, writing: Writing) -> None:
+        """What is added to a tensor that is replaced, in float32, with which LyCORIS computes."""
+        import torch
+
+        from loraio.lowrank import round_once
+
+        assert writing.state is not None
+        base, new = writing.state[name], writing.adapter.tensors[name]
+        if base.shape != new.shape or not base.is_floating_point():
+            return
+        difference = (new.double() - base.double()).to(torch.float32)
+        off = relative_error(new.double(), round_once(base.double() + difference.double(), base.dtype).double())
+        exact = f", relative error {off:.2g}" if off else ""
+        writing.tensors[key] = difference
+        writing.held.add(name)
+        writing.lines += tensors([name], "changed", f"as its difference from the base's, in {key}{exact}")
+
+    def _write_diff(self, mangled: str, name: str, target: Target, place: TargetModule, writing: Writing) -> None:
 
         state, adapter = writing.state, writing.adapter
         if state is None:
@@ -305,12 +347,13 @@ class Lycoris(Kohya):
         how = f"as the whole change, rounded once to float32, relative error {error:.2g}"
         writing.lines += tensors([f"{name}.{short}" for short in factors], "changed", how)
         writing.lines += settings([f"{name}.alpha"], "changed", "in the whole change, with the scale")
-        bias = f"{place.path}.bias" if place.path else "bias"
-        if bias in adapter.whole and adapter.tensors[bias].shape == state[bias].shape:
-            difference = adapter.tensors[bias].double() - state[bias].double()
-            writing.tensors[f"{mangled}.{_DIFF_BIAS}"] = difference.to(torch.float32)
-            writing.held.add(bias)
-            writing.lines += tensors([bias], "changed", f"as its difference from the base's, in {mangled}.{_DIFF_BIAS}")
+        bias = _inside(place.path, "bias")
+        if bias in adapter.whole:
+            self._write_difference(bias, f"{mangled}.{_DIFF_BIAS}", writing)
+
+
+def _inside(path: str, last: str) -> str:
+    return f"{path}.{last}" if path else last
 
 
 def _is_whole(half: str, shape: Sequence[int]) -> bool:

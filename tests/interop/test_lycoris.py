@@ -262,16 +262,26 @@ def test_a_round_trip_keeps_the_weights_and_the_bytes(
 ) -> None:
     trained(base, tmp_path / "theirs", **settings)
     adapter = loraio.load(tmp_path / "theirs", base=base)
-    plain = replace(adapter, whole={}, tensors={})
+    full = settings["algo"] == "full"
     for name in ("one", "two"):
-        written(plain, base, tmp_path / name)
+        assert not written(adapter, base, tmp_path / name, as_full_delta=full).lost
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     again = loraio.load(tmp_path / "one", base=base)
-    first, second = (loraio.merge(base.state_dict(), one) for one in (plain, again))
+    first, second = (loraio.merge(base.state_dict(), one) for one in (adapter, again))
     assert all(first[name].equal(tensor) for name, tensor in second.items())
     for name in ("first", "second"):
-        loraio.save(plain if name == "first" else again, tmp_path / name)
+        loraio.save(adapter if name == "first" else again, tmp_path / name)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_norms_that_we_write_give_our_outputs_in_lycoris(base: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    adapter = ours(base, "mid.fc", norm="affine")
+    moved = {name: tensor + torch.linspace(0.1, 0.9, len(tensor)) for name, tensor in adapter.tensors.items()}
+    adapter = replace(adapter, tensors=moved)
+    assert set(adapter.whole) == {"ln.weight", "ln.bias", "gn.weight", "gn.bias"}
+    assert not written(adapter, base, tmp_path / "file.safetensors").lost
+    with loraio.attach(base, adapter):
+        assert close(loaded(base, tmp_path / "file.safetensors")(x), base(x))
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,25 @@ def test_alpha_0_is_written_as_a_whole_change(write: Write, base: nn.Module, tmp
         LYCORIS.encode(adapter, network=base, state=None, options=Options(as_full_delta=True))
 
 
+def test_a_replaced_tensor_without_a_place_is_lost(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.LayerNorm(4))
+    config = loraio.TrainConfig(digit=0, targets=("all",), rank=1, norm="affine")
+    adapter = loraio.new_adapter(model, config)
+    assert {line.name for line in written(adapter, model, tmp_path / "out").lost} == {
+        f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+def test_a_base_with_a_module_named_as_a_part_of_a_pipeline_is_none(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"transformer": nn.ModuleDict({"fc": nn.Linear(2, 2)}), "head": nn.Linear(2, 2)})
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(digit=0, targets=("transformer.fc",), rank=1))
+    for dialect, key in (("lycoris", "lycoris_transformer_fc.alpha"), ("kohya", "lora_unet_transformer_fc.alpha")):
+        made = formats.DIALECTS[dialect].encode(adapter, network=model, state=None, options=Options())
+        assert key in made.tensors
+    made = formats.DIALECTS["diffusers"].encode(adapter, network=model, state=None, options=Options())
+    assert "unet.transformer.fc.lora_A.weight" in made.tensors
+
+
 def test_the_nearest_pair_is_no_farther_than_the_singular_values_say() -> None:
     matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
     pair = nearest_pair(whole(matrix), 2)
