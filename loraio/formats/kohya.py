@@ -224,7 +224,6 @@ class Kohya:
                 hint="loraio merge puts it into the base for good",
             )
         metadata = {**self.metadata(writing), **exported_metadata(adapter)}
-        writing.lines += settings(("rank", "kind"), "carried", "by the tensors")
         writing.lines += carried_lines(adapter)
         return Encoded(
             tensors=dict(sorted(writing.tensors.items())),
@@ -253,6 +252,7 @@ class Kohya:
             f"{mangled}.{ALPHA}": _number(alpha),
         }
         writing.lines += tensors([f"{name}.lora_A", f"{name}.lora_B"], "carried")
+        writing.lines += settings([f"{name}.rank", f"{name}.kind"], "carried", "by the tensors")
         if target.scale_rule == "alpha/r":
             writing.lines += settings([f"{name}.alpha"], "carried", f"in {mangled}.{ALPHA}")
 

@@ -299,10 +299,18 @@ class Lycoris(Kohya):
         pair = nearest_pair(product, asked)
         alpha = layer.alpha if pair.rank == layer.rank else alpha_at(scale, pair.rank)
         wrong = self.misuse(place.module)
-        note = pair.note if wrong is None else f"{pair.note}; as LyCORIS merges it; attached, it {wrong}"
+        notes = [pair.note]
+        if alpha / pair.rank != scale:
+            notes.append("its scale is off by a unit in float64's last place")
+        if wrong is not None:
+            notes.append(f"as LyCORIS merges it; attached, it {wrong}")
         bias = exact.get("bias")
         return Factors(
-            values={"lora_A": pair.down, "lora_B": pair.up}, rank=pair.rank, alpha=alpha, bias=bias, note=note
+            values={"lora_A": pair.down, "lora_B": pair.up},
+            rank=pair.rank,
+            alpha=alpha,
+            bias=bias,
+            note="; ".join(notes),
         )
 
     def _write_norm(self, path: str, writing: Writing) -> None:
@@ -346,7 +354,8 @@ class Lycoris(Kohya):
         error = relative_error(delta, delta.float().double())
         how = f"as the whole change, rounded once to float32, relative error {error:.2g}"
         writing.lines += tensors([f"{name}.{short}" for short in factors], "changed", how)
-        writing.lines += settings([f"{name}.alpha"], "changed", "in the whole change, with the scale")
+        said = [f"{name}.{setting}" for setting in ("alpha", "kind", "rank")]
+        writing.lines += settings(said, "changed", "in the whole change")
         bias = _inside(place.path, "bias")
         if bias in adapter.whole:
             self._write_difference(bias, f"{mangled}.{_DIFF_BIAS}", writing)
