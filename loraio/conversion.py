@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loraio import formats
 from loraio.adapter import Adapter
 from loraio.bases import load_base
-from loraio.errors import AdapterError, LoraioError
+from loraio.errors import AdapterError, ConfigError, LoraioError
 from loraio.formats import DIALECTS
 from loraio.formats.foreign import Options
 from loraio.formats.report import Report
@@ -20,6 +20,10 @@ from loraio.registry import lookup
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+PREFIXED = ("diffusers", "kohya", "lycoris")
+"""Dialects with a prefix in front of the names of modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,10 @@ def convert(
     alpha: int | float | None = None,
     enable_lora: Sequence[bool] | None = None,
     lossy: bool = False,
+    approximate: bool = False,
+    rank: int | None = None,
+    as_full_delta: bool = False,
+    prefix: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
@@ -76,18 +84,32 @@ def convert(
         alpha: of every layer, where the file does not say it.
         enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
         lossy: leave out what has no place in the output.
+        approximate: make pairs of factors of layers that are none (LoHa, LoKr), and say the error.
+        rank: of those pairs; None for the file's own.
+        as_full_delta: write the whole change of each weight; for "lycoris", which has a form for it.
+        prefix: in front of the names of modules, for "kohya" and "lycoris" ("lora_te") and "diffusers" ("transformer").
         dry_run: write nothing.
         overwrite: replace an existing output.
 
     Raises:
-        UnknownNameError: no such dialect.
+        UnknownNameError: no such dialect, or no such prefix.
+        ConfigError: an option that the dialect has no use for, or a rank without ``approximate``.
         LoraioError: as `loraio.load`, `loraio.load_base` and `loraio.save`.
     """
     dialect = None if to == "native" else lookup({"native": None, **DIALECTS}, to, what="dialect")
+    options = Options(
+        alpha=alpha,
+        lossy=True,
+        enable_lora=enable_lora,
+        approximate=approximate,
+        rank=rank,
+        as_full_delta=as_full_delta,
+        prefix=prefix,
+    )
+    _check(options, to)
     found = formats.identify(path)
     network = load_base(base, model=model, model_args=model_args) if base is not None else None
     state = None if network is None else network.state_dict()
-    options = Options(alpha=alpha, enable_lora=enable_lora, lossy=True)
     adapter, read = formats.load_reported(path, base=network, options=options)
     encoded = None
     if dialect is not None:
@@ -110,6 +132,17 @@ def convert(
     else:
         formats.write(dialect, encoded, output, overwrite=overwrite, inputs=inputs)
     return replace(made, done=True)
+
+
+def _check(options: Options, to: str) -> None:
+    if options.rank is not None and not options.approximate:
+        raise ConfigError("a rank is for layers that are approximated", hint="--approximate (approximate=True)")
+    if options.rank is not None and options.rank < 1:
+        raise ConfigError(f"rank is {options.rank}, it must be at least 1")
+    if options.as_full_delta and to != "lycoris":
+        raise ConfigError(f"{to} has no form for the whole change of a weight", hint="--to lycoris")
+    if options.prefix is not None and to not in PREFIXED:
+        raise ConfigError(f"{to} has no prefix to choose", hint=f"--to {' or '.join(PREFIXED)}")
 
 
 def network_of(

@@ -19,7 +19,10 @@ LOST = 3
 @click.argument("adapter", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="What to make: a file; for peft a folder.")
 @click.option(
-    "--to", required=True, metavar="DIALECT", help="native, or another tool's: peft, torchtune, minlora, loralib."
+    "--to",
+    required=True,
+    metavar="DIALECT",
+    help="native, or another tool's: peft, lycoris, kohya, diffusers, torchtune, minlora, loralib.",
 )
 @click.option("--base", type=click.Path(), default=None, help="The base; adapters of other tools need it.")
 @_options.alpha_option
@@ -30,6 +33,10 @@ LOST = 3
     help="Parts of the output that a MergedLinear of loralib adapts, such as 1,0,1; its files do not say it.",
 )
 @click.option("--lossy", is_flag=True, help="Leave out what has no place in the output.")
+@click.option("--approximate", is_flag=True, help="Make pairs of layers that are none (LoHa, LoKr); says the error.")
+@click.option("--rank", type=click.IntRange(min=1), default=None, help="Of those pairs; else the file's own.")
+@click.option("--as-full-delta", is_flag=True, help="Write the whole change of each weight; for lycoris.")
+@click.option("--prefix", default=None, help="In front of the names of modules; for kohya, lycoris and diffusers.")
 @click.option("--dry-run", is_flag=True, help="Print the report, write nothing.")
 @_options.model_option
 @_options.force_option
@@ -44,6 +51,10 @@ def convert(
     alpha: float | None,
     enable_lora: tuple[bool, ...] | None,
     lossy: bool,
+    approximate: bool,
+    rank: int | None,
+    as_full_delta: bool,
+    prefix: str | None,
     dry_run: bool,
     model: str | None,
     model_args: dict[str, Any] | None,
@@ -67,6 +78,10 @@ def convert(
         alpha=alpha,
         enable_lora=enable_lora,
         lossy=lossy,
+        approximate=approximate,
+        rank=rank,
+        as_full_delta=as_full_delta,
+        prefix=prefix,
         dry_run=dry_run,
         overwrite=force,
     )

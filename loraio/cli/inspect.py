@@ -106,7 +106,10 @@ def _foreign_facts(dialect: Dialect, source: Source) -> dict[str, Any]:
         },
         "base": {"network": None, "network_args": {}, "heads": {}, "sha256": None},
         "training": {"settings": dict(foreign.settings)} if foreign.settings else {},
-        "warnings": [f"cannot be used: {reason}" for reason in foreign.refusals],
+        "warnings": [
+            *(f"cannot be used: {reason}" for reason in foreign.refusals),
+            *(f"needs --approximate: {layer.name!r}: {layer.product}" for layer in layers if layer.product),
+        ],
     }
 
 

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 from loraio import container
 from loraio.adapter import Adapter
 from loraio.errors import ConfigError, FormatError, OutputError
+from loraio.formats.diffusers import Diffusers
 from loraio.formats.foreign import Dialect, Encoded, Options, bind
+from loraio.formats.kohya import Kohya
 from loraio.formats.loralib import Loralib
+from loraio.formats.lycoris import Lycoris
 from loraio.formats.minlora import MinLora
 from loraio.formats.native import Native
 from loraio.formats.peft import Peft
@@ -34,6 +37,9 @@ NATIVE = Native()
 
 DIALECTS: dict[str, Dialect] = {
     "peft": Peft(),
+    "lycoris": Lycoris(),
+    "kohya": Kohya(),
+    "diffusers": Diffusers(),
     "torchtune": Torchtune(),
     "minlora": MinLora(),  # before loralib, whose keys end alike
     "loralib": Loralib(),

@@ -7,7 +7,7 @@ say, from names and shapes alone; `bind` puts it on a base and accounts for ever
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,11 +49,19 @@ class Options:
         alpha: of every layer whose alpha is not in the file.
         lossy: go on where something has no place on the other side.
         enable_lora: which parts of the output a MergedLinear of loralib was made with.
+        approximate: make plain pairs of layers that are none, and say the error.
+        rank: of those pairs; None for the file's own.
+        as_full_delta: write the whole change of each weight, where the tool has a form for it.
+        prefix: in front of the names of modules, where the tool has one; None for its usual one.
     """
 
     alpha: int | float | None = None
     lossy: bool = False
     enable_lora: Sequence[bool] | None = None
+    approximate: bool = False
+    rank: int | None = None
+    as_full_delta: bool = False
+    prefix: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +76,8 @@ class ForeignLayer:
         alpha: None where the file does not say it.
         kind: a name in `loraio.kinds.KINDS`.
         scale_rule: a name in `loraio.adapter.SCALE_RULES`.
-        note: how its tensors change when they become factors; empty where only their shape does.
+        implied_alpha: what the tool itself takes where its file does not say alpha; None where that cannot be told.
+        product: the method, where it is no plain pair and only an approximation is one; empty for plain pairs.
     """
 
     name: str
@@ -77,12 +86,28 @@ class ForeignLayer:
     alpha: int | float | None
     kind: str = "lora"
     scale_rule: str = "alpha/r"
-    note: str = ""
+    implied_alpha: int | float | None = None
+    product: str = ""
 
     @property
     def scale(self) -> float | None:
         """As `loraio.adapter.Target.scale`; None without alpha."""
         return None if self.alpha is None else SCALE_RULES[self.scale_rule](self.alpha, self.rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Added:
+    """A tensor that is added to one of the base that no factors change, such as a normalisation layer's weight.
+
+    Attributes:
+        module: whose tensor it is, as the dialect spells it.
+        parameter: its name in the module.
+        key: in the file.
+    """
+
+    module: str
+    parameter: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +124,8 @@ class Foreign:
         lines: what becomes of each setting.
         refusals: why it cannot be used; empty for an adapter that can.
         own_alpha: what alpha is in the tool where nothing is said; empty where that is not known.
+        added: tensors that are added to the base's.
+        spelled: how the dialect may name a module, for them.
     """
 
     layers: tuple[ForeignLayer, ...]
@@ -110,6 +137,8 @@ class Foreign:
     lines: tuple[Line, ...] = ()
     refusals: tuple[str, ...] = ()
     own_alpha: str = ""
+    added: tuple[Added, ...] = ()
+    spelled: Callable[[str], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,23 +258,35 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     foreign, where = dialect.read(source), f"{str(source.path)!r}"
     if foreign.refusals:
         raise AdapterError(f"this {dialect.name} adapter cannot be used", problems=foreign.refusals, where=where)
+    products = [f"{layer.name!r}: {layer.product}" for layer in foreign.layers if layer.product]
+    if products and not options.approximate:
+        raise AdapterError(
+            "these layers are no plain pairs of factors",
+            problems=products,
+            where=where,
+            hint="`loraio convert --approximate` makes pairs of the file's rank and says the error; --rank R: of R",
+        )
     values, state = source.read(), _state_of(base)
     placed = _placed(dialect, foreign, base, where)
-    silent = [layer.name for layer in foreign.layers if layer.alpha is None]
-    if silent and options.alpha is None:
+    silent = [layer for layer in foreign.layers if layer.alpha is None]
+    unknown = [layer.name for layer in silent if layer.implied_alpha is None]
+    if unknown and options.alpha is None:
         usual = f"; {foreign.own_alpha}" if foreign.own_alpha else ""
         raise AdapterError(
-            f"the file does not say alpha, for {known(silent, limit=3)}{usual}",
+            f"the file does not say alpha, for {known(unknown, limit=3)}{usual}",
             where=where,
             hint="--alpha NUMBER (alpha=)",
         )
     binding = _Binding(state=state, base=base)
-    if silent:
+    if silent and options.alpha is not None:
         binding.lines += settings(["alpha"], "changed", f"{options.alpha!r} as given, the file does not say it")
+    elif silent:
+        names = known([layer.name for layer in silent], limit=3)
+        binding.lines += settings(["alpha"], "changed", f"r, as is meant where a file has none: {names}")
     for layer in foreign.layers:
         place = placed[layer.name]
         if layer.alpha is None:
-            layer = replace(layer, alpha=options.alpha)
+            layer = replace(layer, alpha=layer.implied_alpha if options.alpha is None else options.alpha)
         own = {slot: values[key] for slot, key in layer.slots.items()}
         try:
             binding.add_layer(layer, place, dialect.factors(layer, own, place, options))
@@ -254,7 +295,8 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
             binding.lines += tensors(layer.slots.values(), "lost")
     for name, key in foreign.whole.items():
         binding.add_whole(name, key, values[key], module_saved=name not in foreign.biases)
-    binding.add_biases()
+    binding.add_named(foreign, values)
+    binding.add_deltas()
     binding.lines += [
         Line(what="tensor", name=key, fate="carried", how=f"not used: {why}") for key, why in foreign.not_used.items()
     ]
@@ -289,6 +331,45 @@ def origin_of(adapter: Adapter, dialect: str) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
+def misuse(module: nn.Module, *, dilation: bool = True) -> str | None:
+    """What a tool's own forward pass gets wrong on this convolution, where it copies kernel, stride and padding only.
+
+    Args:
+        module: of the base.
+        dilation: whether it leaves that out too.
+    """
+    kernel: Sequence[int] = getattr(module, "kernel_size", ())
+    steps: Sequence[int] = getattr(module, "dilation", ())
+    if not kernel:
+        return None
+    if dilation and any(step > 1 and size > 1 for step, size in zip(steps, kernel, strict=True)):
+        return f"ignores the layer's dilation {steps}"
+    padding: Any = getattr(module, "padding", 0)
+    padded = any(size > 1 for size in kernel) if isinstance(padding, str) else any(padding)
+    mode = getattr(module, "padding_mode", "zeros")
+    if mode != "zeros" and padded and padding != "valid":
+        return f"ignores the layer's padding_mode {mode!r}"
+    return None
+
+
+def passed_over(module: nn.Module) -> str | None:
+    """What a tool that wraps layers' forward passes gets wrong on a layer of which attention takes the weight alone."""
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "passes over the out_proj of an attention layer"
+    return None
+
+
+def is_pipeline(network: nn.Module, parts: Iterable[str]) -> bool:
+    """Whether a network is a whole pipeline: all its modules with tensors are parts of one, by their names.
+
+    Args:
+        network: the base.
+        parts: names of parts that adapters are for; a "vae" may be beside them.
+    """
+    names = {name for name, module in network.named_children() if module.state_dict()}
+    return bool(names) and names <= {*parts, "vae"}
+
+
 def carried_lines(adapter: Adapter) -> list[Line]:
     """Lines of what an exported safetensors file holds in its own metadata."""
     named = ["base", "training", *adapter.extra]
@@ -308,7 +389,7 @@ class _Binding:
         self.problems: list[str] = []
         self._modules = dict(base.named_modules())
         self._norms = normalisation_modules(base)
-        self._biases: list[tuple[str, str, Tensor]] = []
+        self._deltas: list[tuple[str, str, Tensor]] = []
 
     def add_layer(self, layer: ForeignLayer, place: TargetModule, made: Factors) -> None:
         from loraio.identity import sketch, tensor_sha256
@@ -341,7 +422,8 @@ class _Binding:
         fate = "changed" if made.note else "carried"
         self.lines += tensors((key for slot, key in layer.slots.items() if slot != "bias"), fate, made.note)
         if made.bias is not None:
-            self._biases.append((place.path, layer.slots["bias"], made.bias))
+            name = f"{place.path}.bias" if place.path else "bias"
+            self._deltas.append((name, layer.slots["bias"], made.bias))
 
     def add_whole(self, name: str, key: str, value: Tensor, *, module_saved: bool) -> None:
         """One tensor in the place of the base's; of those that are the base's own nothing needs to be kept."""
@@ -369,20 +451,35 @@ class _Binding:
             return
         self.lines += tensors([key], "changed" if how else "carried", how)
 
-    def add_biases(self) -> None:
-        """Biases beside the factors become part of the layer's own, which is replaced: strength has no hold on it."""
+    def add_named(self, foreign: Foreign, values: Mapping[str, Tensor]) -> None:
+        """Tensors that are added to the base's own, whose modules are matched forward from the base's names."""
+        spelled: dict[str, list[str]] = {}
+        for path in self._modules if foreign.spelled is not None else ():
+            for name in dict.fromkeys(foreign.spelled(path)) if foreign.spelled is not None else ():
+                spelled.setdefault(name, []).append(path)
+        for one in foreign.added:
+            found = spelled.get(one.module, [])
+            if len(found) != 1:
+                several = f"may be {known(found)}" if found else f"is no module of it{nearest(one.module, spelled)}"
+                self.problems.append(f"{one.key!r}: {one.module!r} {several}")
+                continue
+            name = f"{found[0]}.{one.parameter}" if found[0] else one.parameter
+            self._deltas.append((name, one.key, values[one.key].double()))
+
+    def add_deltas(self) -> None:
+        """What is added to a tensor of the base becomes part of it, and replaces it: strength has no hold on it."""
         from loraio.lowrank import round_once
 
-        for path, key, delta in self._biases:
-            name = f"{path}.bias" if path else "bias"
+        for name, key, delta in self._deltas:
             base = self.tensors.get(name, self.state.get(name))
+            path, _, last = name.rpartition(".")
             if base is None:
-                self.lines += tensors([key], "lost", f"the layer {path!r} of the base has no bias to add it to")
+                self.lines += tensors([key], "lost", f"the layer {path!r} of the base has no {last} to add it to")
                 continue
             if delta.shape != base.shape:
                 self.problems.append(f"{key!r} is {tuple(delta.shape)}, {name!r} of the base {tuple(base.shape)}")
                 continue
-            self._replace(name, round_once(base.double() + delta, base.dtype), "bias")
+            self._replace(name, round_once(base.double() + delta, base.dtype), self._role(name, module_saved=False))
             self.lines += tensors([key], "changed", f"added to {name!r}, which is replaced whole, at any strength")
 
     def _replace(self, name: str, value: Tensor, role: str) -> None:

@@ -23,7 +23,9 @@ from loraio.formats.foreign import (
     Options,
     carried_lines,
     exported_metadata,
+    misuse,
     origin_of,
+    passed_over,
 )
 from loraio.formats.report import Line, Report, settings, tensors
 from loraio.formats.sources import Source
@@ -70,7 +72,7 @@ _OTHER_MATHS = (
 )
 """Settings that, where they are set, give other weights than factors alone do."""
 
-_MEANT: dict[str, Any] = {
+MEANT: dict[str, Any] = {
     "alpha_pattern": {},
     "bias": "none",
     "lora_alpha": None,
@@ -134,7 +136,7 @@ class Peft:
         config = source.config
         parsed = {key: _parse(key) for key in source.tensors}
         adapters = sorted({one.adapter for one in parsed.values() if one is not None and one.adapter})
-        refusals = _refused_settings(config or {}) + [
+        refusals = refused_settings(config or {}) + [
             f"{key!r}: the base is quantised" for key in source.tensors if key.endswith(_QUANTISED)
         ]
         if len(adapters) > 1:
@@ -158,11 +160,11 @@ class Peft:
         for path, found in slots.items():
             if "bias" in found and config is not None and not config.get("lora_bias"):
                 lost[found.pop("bias")] = "lora_bias is not set: PEFT would pass over it"
-            layer, problems = _layer(path, found, source, config)
+            layer, problems = layer_of(path, found, source, config)
             refusals += problems
             if layer is not None:
                 layers.append(layer)
-        refusals += _unmatched(config or {}, [layer.name for layer in layers])
+        refusals += unmatched(config or {}, [layer.name for layer in layers])
         refusals += [
             f"{layer.name!r} is in exclude_modules: PEFT would pass over it"
             for layer in layers
@@ -172,8 +174,8 @@ class Peft:
             refusals.append("it holds no layer's factors")
         modules = _names((config or {}).get("modules_to_save"))
         saved |= {name for name in whole if _in_modules(name, modules)}
-        lines = settings(set(config or {}) & _MEANT.keys(), "carried")
-        lines += settings(set(config or {}) - _MEANT.keys(), "carried", f"kept in the record, 'training.{ORIGIN}'")
+        lines = settings(set(config or {}) & MEANT.keys(), "carried")
+        lines += settings(set(config or {}) - MEANT.keys(), "carried", f"kept in the record, 'training.{ORIGIN}'")
         return Foreign(
             layers=tuple(layers),
             whole=whole,
@@ -211,11 +213,9 @@ class Peft:
             factors["lora_B"] = 2 * factors["lora_B"]
             note = "lora_B doubled: PEFT adds the product of an attention layer's out_proj twice"
         bias = values["bias"].double() * layer.scale if "bias" in values and layer.scale is not None else None
-        misuse = _misuse(place.module)
-        if misuse is None and not note and type(place.module).__name__ == "NonDynamicallyQuantizableLinear":
-            misuse = "passes over the out_proj of an attention layer"
-        if misuse is not None:
-            note = f"as PEFT merges it; attached, PEFT {misuse}"
+        wrong = misuse(place.module) or (None if note else passed_over(place.module))
+        if wrong is not None:
+            note = f"as PEFT merges it; attached, PEFT {wrong}"
         return Factors(values=factors, bias=bias, note=note)
 
     def encode(
@@ -267,7 +267,7 @@ def _plain(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
-def _refused_settings(config: Mapping[str, Any]) -> list[str]:
+def refused_settings(config: Mapping[str, Any]) -> list[str]:
     reasons = []
     method = config.get("peft_type", "LORA")
     if method != "LORA":
@@ -279,7 +279,7 @@ def _refused_settings(config: Mapping[str, Any]) -> list[str]:
             "PEFT's path_initial_model_for_weight_conversion saves them without it"
         )
     reasons += [f"{key} is set, which changes the maths" for key in _OTHER_MATHS if config.get(key)]
-    own = {*_MEANT, *_RECORD, *_OTHER_MATHS}
+    own = {*MEANT, *_RECORD, *_OTHER_MATHS}
     reasons += [f"unknown setting {key!r}: {config[key]!r}" for key in sorted(config.keys() - own) if config[key]]
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         reasons.append(f"bias is {config['bias']!r}, not none, all or lora_only")
@@ -293,7 +293,7 @@ def _refused_settings(config: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def _layer(
+def layer_of(
     path: str, slots: Mapping[str, str], source: Source, config: Mapping[str, Any] | None
 ) -> tuple[ForeignLayer | None, list[str]]:
     """One layer, or why not."""
@@ -316,6 +316,8 @@ def _layer(
         alpha = None
     if bool(config.get("use_dora")) != ("magnitude" in slots):
         problems.append(f"{path!r}: use_dora is {bool(config.get('use_dora'))}, a magnitude is {_there(slots)}")
+    if "bias" in slots and not config.get("lora_bias"):
+        problems.append(f"{slots['bias']!r} is there, but lora_bias is not set: PEFT would pass over it")
     rule = "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r"
     layer = ForeignLayer(name=path, slots=slots, rank=rank, alpha=alpha, kind=_kind(slots), scale_rule=rule)
     return layer, problems
@@ -345,7 +347,7 @@ def _pattern_value(patterns: Any, path: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _unmatched(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def unmatched(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """A line for each layer that PEFT would pass over, and for each entry of the list that no layer answers to."""
     wanted = config.get("target_modules")
     if isinstance(wanted, str):
@@ -389,22 +391,6 @@ def _in_modules(name: str, modules: Iterable[str]) -> bool:
             return True
         path = path.rpartition(".")[0]
     return False
-
-
-def _misuse(module: nn.Module) -> str | None:
-    """What PEFT's own forward pass gets wrong on this convolution; None for others."""
-    kernel: Sequence[int] = getattr(module, "kernel_size", ())
-    dilation: Sequence[int] = getattr(module, "dilation", ())
-    if not kernel:
-        return None
-    if any(step > 1 and size > 1 for step, size in zip(dilation, kernel, strict=True)):
-        return f"ignores the layer's dilation {dilation}"
-    padding: Any = getattr(module, "padding", 0)
-    padded = any(size > 1 for size in kernel) if isinstance(padding, str) else any(padding)
-    mode = getattr(module, "padding_mode", "zeros")
-    if mode != "zeros" and padded and padding != "valid":
-        return f"ignores the layer's padding_mode {mode!r}"
-    return None
 
 
 @dataclass
@@ -472,9 +458,9 @@ class _Export:
             reason = "PEFT has no LoRA for attention whose projections are apart"
         if reason is None and target.layer == "Conv3d" and target.shape[2:4] == (1, 1):
             reason = f"PEFT fails to merge a Conv3d with the kernel {target.shape[2:]}"
-        misuse = _misuse(place.module)
-        if reason is None and misuse is not None:
-            reason = f"PEFT {misuse}"
+        wrong = misuse(place.module)
+        if reason is None and wrong is not None:
+            reason = f"PEFT {wrong}"
         if reason is not None:
             self.problems.append(f"{name!r}: {reason}")
             return

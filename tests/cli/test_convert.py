@@ -95,6 +95,44 @@ def test_what_is_lost_makes_the_exit_code_3(run: Run, run_json: RunJson, exporte
         sys.modules.pop("own", None)
 
 
+@pytest.mark.parametrize("dialect", ["kohya", "lycoris", "diffusers"])
+def test_files_of_other_tools_come_back_with_the_same_bytes(
+    dialect: str, run_json: RunJson, files: Path, tmp_path: Path
+) -> None:
+    three, base = files / "three.safetensors", files / "base.safetensors"
+    found = run_json("convert", three, "-o", tmp_path / "out", "--to", dialect)
+    assert (found["to"], found["done"]) == (dialect, True)
+    found = run_json("convert", tmp_path / "out", "-o", tmp_path / "back", "--to", "native", "--base", base)
+    assert (found["from"], found["lost"]) == (dialect, False)
+    assert (tmp_path / "back").read_bytes() == three.read_bytes()
+
+
+def test_options_reach_the_dialect(run: Run, files: Path, tmp_path: Path) -> None:
+    three, base = files / "three.safetensors", files / "base.safetensors"
+    words = ("convert", three, "-o", tmp_path / "kohya", "--to", "kohya", "--prefix", "lora_te1")
+    assert "writing: setting prefix: carried, lora_te1" in run(*words).stdout
+    assert "lora_te1_conv1.alpha" in load_file(tmp_path / "kohya")
+    words = ("convert", three, "-o", tmp_path / "full", "--to", "lycoris", "--as-full-delta", "--base", base)
+    assert "as the whole change, rounded once to float32" in run(*words).stdout
+    assert set(load_file(tmp_path / "full")) == {f"lycoris_{name}.diff" for name in ("conv1", "conv2", "conv3")}
+    words = ("convert", tmp_path / "full", "-o", tmp_path / "back", "--to", "native", "--base", base)
+    text = run(*words, "--approximate", "--rank", "4").stdout
+    assert "approximated at rank 4, relative Frobenius error " in text
+    assert {target.rank for target in loraio.load(tmp_path / "back").targets.values()} == {4}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--to", "kohya", "--rank", "4"], "--approximate"),
+        (["--to", "kohya", "--as-full-delta"], "kohya has no form for the whole change"),
+        (["--to", "peft", "--prefix", "unet"], "peft has no prefix to choose"),
+    ],
+)
+def test_options_without_a_use_are_refused(words: list[str], says: str, run: Run, files: Path, tmp_path: Path) -> None:
+    assert says in run("convert", files / "three.safetensors", "-o", tmp_path / "out", *words, code=1).stderr
+
+
 def test_a_base_is_asked_for(run: Run, exported: Path, tmp_path: Path) -> None:
     text = run("convert", exported, "--to", "native", "-o", tmp_path / "back", code=1).stderr
     assert "does not say what it is for" in text
@@ -191,6 +229,24 @@ def test_inspect_says_what_it_is_and_why(run: Run, run_json: RunJson, exported: 
 
 
 def test_inspect_of_it_imports_no_torch(exported: Path) -> None:
+    assert_imports_no_torch(exported)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "lycoris", "diffusers"])
+def test_inspect_of_one_file_imports_no_torch(dialect: str, run: Run, files: Path, tmp_path: Path) -> None:
+    run("convert", files / "three.safetensors", "-o", tmp_path / "out", "--to", dialect)
+    assert_imports_no_torch(tmp_path / "out")
+
+
+def test_inspect_says_what_needs_to_be_approximated(run_json: RunJson, tmp_path: Path) -> None:
+    shapes = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 4), "hada_w2_a": (6, 2), "hada_w2_b": (2, 4), "alpha": ()}
+    save_file({f"lycoris_fc.{slot}": torch.ones(shape) for slot, shape in shapes.items()}, tmp_path / "file")
+    found = run_json("inspect", tmp_path / "file")
+    assert found["dialect"] == "lycoris"
+    assert found["warnings"] == ["needs --approximate: 'lycoris_fc': LoHa of rank 2; a pair of rank 4 is exact"]
+
+
+def assert_imports_no_torch(path: Path) -> None:
     code = "import sys; from loraio.cli import main; main(['inspect', sys.argv[1]], standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code, str(exported)], capture_output=True, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=False).returncode == 0

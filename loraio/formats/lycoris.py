@@ -1,0 +1,427 @@
+"""The files of LyCORIS: kohya's layout, and methods of its own in it.
+
+LoCon with and without DoRA, whole changes (``diff``) and normalisation layers are read as they are; LoHa and LoKr
+become plain pairs when asked to. Methods that multiply the weight, or go by it, have no form here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loraio.adapter import Target
+from loraio.errors import AdapterError
+from loraio.formats.foreign import Added, Factors, ForeignLayer, Options
+from loraio.formats.kohya import ALPHA, DOWN, MID, PREFIXES, UP, Kohya, Reading, Writing, check_kernel
+from loraio.formats.products import (
+    Product,
+    alpha_at,
+    hadamard,
+    kronecker,
+    nearest_pair,
+    relative_error,
+    whole,
+    with_core,
+)
+from loraio.formats.report import settings, tensors
+from loraio.formats.sources import Source
+from loraio.layers import TargetModule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DORA, _DIFF, _DIFF_BIAS = "dora_scale", "diff", "diff_b"
+
+_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+_HADA_CORES = ("hada_t1", "hada_t2")
+
+_KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+_NORM = {"w_norm": "weight", "b_norm": "bias"}
+
+_OTHER_METHODS = {
+    "oft_blocks": "OFT multiplies the weight by a rotation",
+    "on_input": "(IA)3 multiplies the weight's rows or columns",
+    "a1.weight": "GLoRA multiplies the weight itself",
+    "lambda_layer": "T-LoRA goes by the time step",
+    "bias_indices": "a sparse change of the weight beside the factors",
+}
+"""Slots of methods that no factors give, and why."""
+
+_BY_SLOT_ALONE = (*_HADA, *_KRON, _DORA)
+
+_EPS = 2.0**-23
+"""What LyCORIS adds to the length of a row, in the float32 in which it holds DoRA's lengths."""
+
+_NEAR = 2.0**-20
+"""The largest relative effect of it that is not worth a word: 8 units in the last place of float32."""
+
+
+class Lycoris(Kohya):
+    """LyCORIS, as its generic wrapper and its module for sd-scripts write it."""
+
+    name = "lycoris"
+    tool = "LyCORIS"
+    prefix = "lycoris"
+    network_module = "lycoris.kohya"
+    layers = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+    ignores_dilation = False
+
+    def recognise(self, source: Source) -> str | None:
+        """By a slot or a prefix that sd-scripts does not have, or by what the metadata call the module."""
+        module = source.metadata.get("ss_network_module", "")
+        for key, info in source.tensors.items():
+            name, _, slot = key.partition(".")
+            prefixed = name.startswith(tuple(f"{prefix}_" for prefix in PREFIXES))
+            if slot in _BY_SLOT_ALONE or (prefixed and slot in (_DIFF, *_NORM, *_OTHER_METHODS)):
+                return f"the key {key!r}"
+            if slot not in (DOWN, UP):
+                continue
+            if name.startswith(f"{self.prefix}_"):
+                return f"the key {key!r}"
+            if module.startswith("lycoris"):
+                return f"the metadata, which say ss_network_module {module!r}, and the key {key!r}"
+            if len(info.shape) in (3, 5):
+                return f"the key {key!r} of a convolution with {len(info.shape) - 2} dimensions"
+        return None
+
+    def read_module(self, name: str, slots: Mapping[str, str], reading: Reading) -> None:
+        """All keys of one mangled name, of whatever method; the order is that in which LyCORIS asks."""
+        kind = "dora" if _DORA in slots else "lora"
+        named = [f"{slots[slot]!r}: {why}" for slot, why in _OTHER_METHODS.items() if slot in slots]
+        if named:
+            reading.refusals += named
+        elif UP in slots or DOWN in slots:
+            if reading.take_others(slots, (DOWN, UP, MID, ALPHA, _DORA), "no slot of LoCon"):
+                self.read_pair(name, slots, reading, kind=kind)
+        elif _HADA[0] in slots:
+            if reading.take_others(slots, (*_HADA, *_HADA_CORES, ALPHA, _DORA), "no slot of LoHa"):
+                self._read_hadamard(name, slots, reading, kind)
+        elif not slots.keys().isdisjoint(_KRON):
+            if reading.take_others(slots, (*_KRON, ALPHA, _DORA), "no slot of LoKr"):
+                self._read_kronecker(name, slots, reading, kind)
+        elif _DIFF in slots:
+            if reading.take_others(slots, (_DIFF, _DIFF_BIAS, ALPHA), "no slot of a whole change"):
+                self._read_diff(name, slots, reading)
+        elif "w_norm" in slots:
+            if reading.take_others(slots, (*_NORM, ALPHA), "no slot of a normalisation layer"):
+                reading.added += [
+                    Added(module=name, parameter=parameter, key=slots[slot])
+                    for slot, parameter in _NORM.items()
+                    if slot in slots
+                ]
+                self._pass_over_alpha(slots, reading)
+        else:
+            reading.refusals.append(f"{next(iter(slots.values()))!r} is no key that LyCORIS knows")
+
+    def zero_alpha(self, key: str, rank: int, reading: Reading) -> int | None:
+        """LyCORIS takes it as r, attached and merged."""
+        reading.lines += settings([key], "changed", f"0, which LyCORIS takes as r, {rank}")
+        return rank
+
+    def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
+        """What LyCORIS' modules hold; since its release 4 those of grouped convolutions too."""
+        return None if layer in self.layers else "LyCORIS has no LoCon for this layer type"
+
+    def factors(
+        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
+    ) -> Factors:
+        """A pair as it is; of a product the pair that was asked for."""
+        if layer.product or _DIFF in values:
+            made = self._from_product(layer, values, place, options)
+        else:
+            made = super().factors(layer, values, place, options)
+        if _DORA not in values:
+            return made
+        length = values[_DORA].shape
+        if tuple(length[:1]) != tuple(place.weight.shape[:1]) or math.prod(length[1:]) != 1:
+            raise AdapterError(
+                f"{layer.slots[_DORA]!r} is {tuple(length)}: lengths of the columns have no form here, those of the"
+                f" {place.weight.shape[0]} rows do"
+            )
+        factors = {**made.values, "magnitude": values[_DORA].flatten()}
+        rank, alpha = made.rank or layer.rank, layer.alpha if made.alpha is None else made.alpha
+        assert alpha is not None
+        notes = [made.note, _short_rows(place.weight, factors["lora_A"], factors["lora_B"], alpha / rank)]
+        return replace(made, values=factors, note="; ".join(note for note in notes if note))
+
+    def write_layer(self, mangled: str, name: str, target: Target, place: TargetModule, writing: Writing) -> None:
+        """A pair, with its lengths; or the whole change, where that was asked for."""
+        if writing.options.as_full_delta:
+            self._write_diff(mangled, name, target, place, writing)
+            return
+        super().write_layer(mangled, name, target, place, writing)
+        factors = writing.adapter.factors_of(name)
+        if "magnitude" not in factors:
+            return
+        note = ""
+        if writing.state is not None:
+            note = _short_rows(writing.state[name], factors["lora_A"], factors["lora_B"], target.scale)
+        ones = (1,) * (len(target.shape) - 1)
+        writing.tensors[f"{mangled}.{_DORA}"] = factors["magnitude"].reshape(-1, *ones)
+        writing.lines += tensors([f"{name}.magnitude"], "changed" if note else "carried", note)
+
+    def paths_of_whole(self, writing: Writing) -> set[str]:
+        """Normalisation layers that it adapts too, of which weight and bias are replaced."""
+        from torch import nn
+
+        if writing.state is None:
+            return set()
+        return {
+            path
+            for path, module in writing.network.named_modules()
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm)
+            and any(_inside(path, last) in writing.adapter.whole for last in _NORM.values())
+        }
+
+    def write_whole(self, writing: Writing) -> None:
+        """Normalisation layers as differences; biases go with whole changes; nothing else has a place."""
+        for path in sorted(self.paths_of_whole(writing)):
+            self._write_norm(path, writing)
+        names = sorted(set(writing.adapter.whole) - writing.held)
+        hint = "" if writing.options.as_full_delta else "; of adapted layers it holds biases with --as-full-delta"
+        writing.lines += tensors(names, "lost", f"LyCORIS replaces no tensor of the base{hint}")
+
+    def metadata(self, writing: Writing) -> dict[str, str]:
+        """What LyCORIS' own training writes; it has no hashes."""
+        return self.record(writing)
+
+    def _read_hadamard(self, name: str, slots: Mapping[str, str], reading: Reading, kind: str) -> None:
+        missing = [slot for slot in _HADA if slot not in slots]
+        if missing or len(slots.keys() & set(_HADA_CORES)) == 1:
+            reading.refusals.append(f"{name!r}: {(missing or ['one of hada_t1 and hada_t2'])[0]} is missing")
+            return
+        shapes = [reading.source.tensors[slots[slot]].shape for slot in _HADA]
+        cores = [reading.source.tensors[slots[slot]].shape for slot in _HADA_CORES if slot in slots]
+        ranks = {
+            shape[0] if cores or slot.endswith("b") else shape[1]
+            for slot, shape in zip(_HADA, shapes, strict=True)
+            if len(shape) == 2
+        }
+        if [len(shape) for shape in shapes] != [2] * 4 or len(ranks) != 1 or 0 in ranks:
+            reading.refusals.append(f"{name!r}: {', '.join(_HADA)} of shapes {shapes} do not go together")
+            return
+        rank = ranks.pop()
+        outs = [shape[1] if cores else shape[0] for shape in shapes[::2]]
+        if (
+            len({*outs}) > 1
+            or shapes[1] != shapes[3]
+            or any(core[:2] != (rank, rank) for core in cores)
+            or len({*cores}) > 1
+        ):
+            reading.refusals.append(f"{name!r}: {', '.join(_HADA)} of shapes {[*shapes, *cores]} do not go together")
+            return
+        product = f"LoHa of rank {rank}; a pair of rank {rank**2} is exact"
+        self.add_layer(name, slots, rank, reading, kind=kind, product=product)
+
+    def _read_kronecker(self, name: str, slots: Mapping[str, str], reading: Reading, kind: str) -> None:
+        shapes = {slot: reading.source.tensors[key].shape for slot, key in slots.items() if slot in _KRON}
+        ranks, sizes = [], []
+        for half in ("lokr_w1", "lokr_w2"):
+            up, down = shapes.get(f"{half}_a"), shapes.get(f"{half}_b")
+            core = shapes.get("lokr_t2") if half == "lokr_w2" else None
+            if half in shapes and up is None and down is None and core is None and _is_whole(half, shapes[half]):
+                sizes.append(min(shapes[half][0], math.prod(shapes[half][1:])))
+                continue
+            inner = None if up is None or len(up) != 2 else up[0] if core is not None else up[1]
+            if (
+                up is None
+                or down is None
+                or len(up) != 2
+                or len(down) < 2
+                or inner != down[0]
+                or not inner
+                or half in shapes
+            ):
+                reading.refusals.append(f"{name!r}: {half} is neither whole nor a pair, of shapes {shapes}")
+                return
+            if core is not None and (core[:2] != (inner, inner) or len(down) != 2):
+                reading.refusals.append(f"{name!r}: lokr_t2 is {core}, its factors have rank {inner}")
+                return
+            ranks.append(inner)
+            sizes.append(inner)
+        if len({*ranks}) > 1 or 0 in sizes:
+            reading.refusals.append(f"{name!r}: lokr_w1 and lokr_w2 of shapes {shapes} do not go together")
+            return
+        exact = math.prod(sizes)
+        product = f"LoKr{f' of rank {ranks[0]}' if ranks else ''}; a pair of rank {exact} is exact"
+        if ranks:
+            self.add_layer(name, slots, ranks[0], reading, kind=kind, product=product)
+            return
+        # two whole matrices have no rank of their own, and LyCORIS' scale of them is 1 whatever alpha is
+        self._pass_over_alpha(slots, reading)
+        own = {slot: key for slot, key in slots.items() if slot != ALPHA}
+        reading.layers.append(ForeignLayer(name=name, slots=own, rank=exact, alpha=exact, kind=kind, product=product))
+
+    def _read_diff(self, name: str, slots: Mapping[str, str], reading: Reading) -> None:
+        shape = reading.source.tensors[slots[_DIFF]].shape
+        if len(shape) < 2 or 0 in shape:
+            reading.refusals.append(f"{slots[_DIFF]!r} is {shape}, the change of no weight of a layer")
+            return
+        rank = min(shape[0], math.prod(shape[1:]))
+        self._pass_over_alpha(slots, reading)
+        own = {("bias" if slot == _DIFF_BIAS else slot): key for slot, key in slots.items() if slot != ALPHA}
+        reading.layers.append(ForeignLayer(name=name, slots=own, rank=rank, alpha=rank))
+
+    def _pass_over_alpha(self, slots: Mapping[str, str], reading: Reading) -> None:
+        if ALPHA in slots:
+            reading.not_used[slots[ALPHA]] = "LyCORIS scales nothing by it here"
+
+    def _from_product(
+        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
+    ) -> Factors:
+        infinite = [layer.slots[slot] for slot, value in values.items() if not value.isfinite().all()]
+        if infinite:
+            raise AdapterError(f"{infinite[0]!r} holds NaN or infinity")
+        own, found = (place.weight.shape[0], place.weight[0].numel()), _matrix_shape(values)
+        if own != found:
+            raise AdapterError(f"it changes a weight of {found}, {place.name!r} of the base is {own}, as a matrix")
+        exact = {slot: value.double() for slot, value in values.items()}
+        if _DIFF in values:
+            check_kernel(values[_DIFF].shape[2:], layer.slots[_DIFF], place)
+            product = whole(exact[_DIFF].flatten(1))
+        elif _HADA[0] in values:
+            for slot in _HADA_CORES:
+                if slot in values:
+                    check_kernel(values[slot].shape[2:], layer.slots[slot], place)
+            product = _hadamard(exact)
+        else:
+            for slot in ("lokr_w2", "lokr_t2", "lokr_w2_b"):
+                if slot in values:
+                    check_kernel(values[slot].shape[2:], layer.slots[slot], place)
+            product = _kronecker(exact)
+        assert layer.alpha is not None
+        scale = layer.alpha / layer.rank
+        asked = options.rank if options.approximate and options.rank is not None else layer.rank
+        pair = nearest_pair(product, asked)
+        alpha = layer.alpha if pair.rank == layer.rank else alpha_at(scale, pair.rank)
+        wrong = self.misuse(place.module)
+        notes = [pair.note]
+        if alpha / pair.rank != scale:
+            notes.append("its scale is off by a unit in float64's last place")
+        if wrong is not None:
+            notes.append(f"as LyCORIS merges it; attached, it {wrong}")
+        bias = exact.get("bias")
+        return Factors(
+            values={"lora_A": pair.down, "lora_B": pair.up},
+            rank=pair.rank,
+            alpha=alpha,
+            bias=bias,
+            note="; ".join(notes),
+        )
+
+    def _write_norm(self, path: str, writing: Writing) -> None:
+        import torch
+
+        assert writing.state is not None
+        for slot, last in _NORM.items():
+            name, key = _inside(path, last), f"{writing.names[path]}.{slot}"
+            if name in writing.adapter.whole:
+                self._write_difference(name, key, writing)
+            elif last == "weight":  # LyCORIS knows the layer by this one
+                writing.tensors[key] = torch.zeros_like(writing.state[name], dtype=torch.float32)
+
+    def _write_difference(self, name: str, key: str, writing: Writing) -> None:
+        """What is added to a tensor that is replaced, in float32, with which LyCORIS computes."""
+        import torch
+
+        from loraio.lowrank import round_once
+
+        assert writing.state is not None
+        base, new = writing.state[name], writing.adapter.tensors[name]
+        if base.shape != new.shape or not base.is_floating_point():
+            return
+        difference = (new.double() - base.double()).to(torch.float32)
+        off = relative_error(new.double(), round_once(base.double() + difference.double(), base.dtype).double())
+        exact = f", relative error {off:.2g}" if off else ""
+        writing.tensors[key] = difference
+        writing.held.add(name)
+        writing.lines += tensors([name], "changed", f"as its difference from the base's, in {key}{exact}")
+
+    def _write_diff(self, mangled: str, name: str, target: Target, place: TargetModule, writing: Writing) -> None:
+
+        state, adapter = writing.state, writing.adapter
+        if state is None:
+            writing.problems.append(f"{name!r}: its whole change is that of a base: --base")
+            return
+        base = state[name].double()
+        factors = {short: factor.double() for short, factor in adapter.factors_of(name).items()}
+        delta = target.fold(base, factors) - base if target.kind != "lora" else _change(target, factors)
+        writing.tensors[f"{mangled}.{_DIFF}"] = delta.float()
+        error = relative_error(delta, delta.float().double())
+        how = f"as the whole change, rounded once to float32, relative error {error:.2g}"
+        writing.lines += tensors([f"{name}.{short}" for short in factors], "changed", how)
+        said = [f"{name}.{setting}" for setting in ("alpha", "kind", "rank")]
+        writing.lines += settings(said, "changed", "in the whole change")
+        bias = _inside(place.path, "bias")
+        if bias in adapter.whole:
+            self._write_difference(bias, f"{mangled}.{_DIFF_BIAS}", writing)
+
+
+def _inside(path: str, last: str) -> str:
+    return f"{path}.{last}" if path else last
+
+
+def _is_whole(half: str, shape: Sequence[int]) -> bool:
+    return len(shape) == 2 or (half == "lokr_w2" and len(shape) > 2)
+
+
+def _matrix_shape(values: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(out, fan_in) of the weight that a product changes, before it is made: a small file may ask for a huge one."""
+    shapes = {slot: tuple(value.shape) for slot, value in values.items()}
+    if _DIFF in shapes:
+        return shapes[_DIFF][0], math.prod(shapes[_DIFF][1:])
+    if _HADA[0] in shapes:
+        up, down, core = shapes["hada_w1_a"], shapes["hada_w1_b"], shapes.get("hada_t1")
+        return (up[0], down[1]) if core is None else (up[1], down[1] * math.prod(core[2:]))
+    out, fan_in = 1, 1
+    for half in ("lokr_w1", "lokr_w2"):
+        if half in shapes:
+            rows, columns = shapes[half][0], math.prod(shapes[half][1:])
+        else:
+            core = shapes.get("lokr_t2") if half == "lokr_w2" else None
+            rows = shapes[f"{half}_a"][0 if core is None else 1]
+            columns = math.prod(shapes[f"{half}_b"][1:]) * math.prod(core[2:] if core is not None else ())
+        out, fan_in = out * rows, fan_in * columns
+    return out, fan_in
+
+
+def _hadamard(values: Mapping[str, Tensor]) -> Product:
+    halves = []
+    for half in ("1", "2"):
+        up, down = values[f"hada_w{half}_a"], values[f"hada_w{half}_b"]
+        core = values.get(f"hada_t{half}")
+        halves.append((up, down) if core is None else (up.T, with_core(core, down)))
+    return hadamard(halves[0], halves[1])
+
+
+def _kronecker(values: Mapping[str, Tensor]) -> Product:
+    halves: list[Sequence[Tensor]] = []
+    for half in ("lokr_w1", "lokr_w2"):
+        if half in values:
+            halves.append([values[half].flatten(1)])
+            continue
+        up, down = values[f"{half}_a"], values[f"{half}_b"]
+        core = values.get("lokr_t2") if half == "lokr_w2" else None
+        halves.append([up, down.flatten(1)] if core is None else [up.T, with_core(core, down)])
+    return kronecker(halves[0], halves[1])
+
+
+def _change(target: Target, factors: Mapping[str, Tensor]) -> Tensor:
+    return (target.scale * (factors["lora_B"] @ factors["lora_A"])).reshape(target.shape)
+
+
+def _short_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> str:
+    """What LyCORIS' epsilon does to the shortest row, where that can be seen."""
+    if lora_A.shape != (lora_B.shape[1], weight[0].numel()) or len(lora_B) != len(weight):
+        return ""  # does not fit the base, which is said elsewhere
+    changed = weight.detach().double().flatten(1) + scale * (lora_B.double() @ lora_A.double())
+    lengths = changed.norm(dim=1)
+    lengths = lengths[lengths > 0]
+    off = _EPS / lengths.min().item() if len(lengths) else 0.0
+    if off <= _NEAR:
+        return ""
+    return f"LyCORIS adds {_EPS:.2g} to the length of each row, by which its values are up to {off:.2g} smaller"
