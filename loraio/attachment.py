@@ -405,9 +405,20 @@ class Attachment:
         if self._reserved is not None:
             return {}
         parts = self._recent.parts(adapter)
-        devices = {name: factor.device for name, part in parts.items() for factor in part.buffers(recurse=False)}
-        here = {name: place.stack.original.device for name, place in self._places.items() if name in devices}
-        return parts if all(devices[name] == device for name, device in here.items()) else {}
+        stay = all(
+            factor.device == self._base_tensor(name).device
+            for name, part in parts.items()
+            for factor in part._buffers.values()
+            if factor is not None
+        )
+        return parts if stay else {}
+
+    def _base_tensor(self, name: str) -> Tensor:
+        if name in self._places:
+            return self._places[name].stack.original
+        path, _, parameter = name.rpartition(".")
+        tensor: Tensor = getattr(self.model.get_submodule(path), parameter)
+        return tensor
 
     def _remember(self, adapter: Adapter) -> None:
         if self._reserved is None and not self._trainable and not adapter.whole:
