@@ -239,7 +239,6 @@ def test_a_wrong_result_is_refused_before_any_time_is_taken(
 def test_one_command_gives_the_table_the_json_and_the_picture(
     tmp_path: Path, bench: Callable[[str], ModuleType]
 ) -> None:
-    pytest.importorskip("matplotlib")
     command = [FOLDER / "run", "--out", tmp_path / "out"]
     environment = {**os.environ, "BENCH_PYTHON": sys.executable}
     words = ["--rows", "bank", "merge", "--networks", "digit-cnn", "--quick"]
