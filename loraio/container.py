@@ -7,6 +7,7 @@ the single header key ``loraio``: safetensors writes several keys in an order th
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
+from loraio import integrity
 from loraio.errors import FormatError, MissingFileError
 from loraio.outputs import staged
 
@@ -75,6 +77,9 @@ class Header:
         metadata: the strings under ``__metadata__``; empty when there is none.
         header_bytes: length of the JSON header, without the eight bytes that hold this length.
         file_bytes: length of the whole file.
+        parsed: the JSON document under the key ``loraio``; None where there is none.
+        digests: SHA-256 of each tensor's bytes, where the file says it; `read_tensors` compares it.
+        sha256: of the header and the eight bytes before it.
         data: the whole file, where it was read from memory; None where it is still to be read from ``path``.
     """
 
@@ -83,21 +88,14 @@ class Header:
     metadata: Mapping[str, str]
     header_bytes: int
     file_bytes: int
+    parsed: dict[str, Any] | None = field(default=None, repr=False)
+    digests: Mapping[str, str] | None = field(default=None, repr=False)
+    sha256: str = ""
     data: bytes | None = field(default=None, repr=False)
 
     def document(self) -> dict[str, Any] | None:
-        """The JSON document under the key ``loraio``, or None when the file has none.
-
-        Raises:
-            FormatError: it is not JSON, not an object, or names a key twice.
-        """
-        text = self.metadata.get(METADATA_KEY)
-        if text is None:
-            return None
-        document = parse_json(text, where=f"the metadata of {str(self.path)!r}")
-        if not isinstance(document, dict):
-            raise FormatError("the loraio metadata is not a JSON object", where=f"{str(self.path)!r}")
-        return document
+        """The JSON document under the key ``loraio``, without its digests; None when the file has none."""
+        return self.parsed
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -119,6 +117,16 @@ def tensor_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
+
+    >>> import torch
+    >>> tensor_sha256(torch.zeros(2))[:16]
+    'af5570f5a1810b7a'
+    """
+    return hashlib.sha256(tensor_bytes(tensor).numpy().data).hexdigest()
+
+
 def canonical_json(document: Mapping[str, Any]) -> str:
     """The one text of a JSON document: keys sorted, no spaces, NaN and infinities refused.
 
@@ -136,7 +144,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises:
         MissingFileError: there is no such file.
-        FormatError: anything that the safetensors specification forbids, and duplicate names, which it does not.
+        FormatError: anything that the safetensors specification forbids, and duplicate names, which it does not; a
+            document of loraio that is not a JSON object; a header that is not what was written.
     """
     path = Path(path)
     try:
@@ -181,14 +190,25 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> Header:
     tensors = {name: _check_entry(name, entry, where) for name, entry in entries.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     _check_offsets(tensors, size - 8 - length, where)
-    return Header(path=path, tensors=tensors, metadata=metadata, header_bytes=length, file_bytes=size)
+    document = _document(metadata, where)
+    found = integrity.check(start + raw, document, list(tensors), where=where)
+    return Header(
+        path=path,
+        tensors=tensors,
+        metadata=metadata,
+        header_bytes=length,
+        file_bytes=size,
+        parsed=document,
+        digests=found.tensors if found else None,
+        sha256=hashlib.sha256(start + raw).hexdigest(),
+    )
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
     """All tensors of the file, on the CPU, in memory of their own: the file may change or go away afterwards.
 
     Raises:
-        FormatError: the file is no longer what its header said, or holds a dtype that torch lacks.
+        FormatError: the file is no longer what its header said, is damaged, or holds a dtype that torch lacks.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load
@@ -209,6 +229,10 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
     for name, info in header.tensors.items():
         if (dtype_code(tensors[name].dtype), tuple(tensors[name].shape)) != (info.dtype, info.shape):
             raise FormatError(f"{name!r} changed while the file was being read", where=f"{str(header.path)!r}")
+    digests = header.digests or {}
+    damaged = [name for name, digest in digests.items() if tensor_sha256(tensors[name]) != digest]
+    if damaged:
+        raise integrity.damaged_tensors(damaged, of=len(digests), where=f"{str(header.path)!r}")
     return tensors
 
 
@@ -218,6 +242,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         MissingFileError: there is no such file, or it cannot be read.
         FormatError: it is not JSON, or longer than `MAX_HEADER_BYTES`.
+    """
+    return parse_json(read_text(path).decode("utf-8"), where=f"{os.fspath(path)!r}")
+
+
+def read_text(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a small text file in UTF-8.
+
+    Raises:
+        MissingFileError: there is no such file, or it cannot be read.
+        FormatError: it is not UTF-8, or longer than `MAX_HEADER_BYTES`.
     """
     where = f"{os.fspath(path)!r}"
     try:
@@ -230,9 +264,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     if len(raw) > MAX_HEADER_BYTES:
         raise FormatError(f"longer than {MAX_HEADER_BYTES} bytes", where=where)
     try:
-        return parse_json(raw.decode("utf-8"), where=where)
+        raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"not UTF-8: {error}", where=where) from error
+    return raw
 
 
 def parse_json(text: str, *, where: str) -> Any:
@@ -272,6 +307,16 @@ def parse_json(text: str, *, where: str) -> Any:
         raise FormatError("half a surrogate pair is no character", where=where) from error
     except ValueError as error:  # JSONDecodeError, and integers of too many digits
         raise FormatError(f"not JSON: {error}", where=where) from error
+
+
+def _document(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return None
+    document = parse_json(text, where=f"the metadata of {where}")
+    if not isinstance(document, dict):
+        raise FormatError("the loraio metadata is not a JSON object", where=where)
+    return document
 
 
 def _check_metadata(metadata: Any, where: str) -> dict[str, str]:
@@ -368,7 +413,7 @@ def layout(
     position = 0
     placed: dict[str, TensorInfo] = {}
     try:
-        for name in sorted(tensors, key=lambda name: (_LAYOUT_ORDER.index(tensors[name][0]), name.encode("utf-8"))):
+        for name in _in_layout_order(tensors):
             dtype, shape = tensors[name]
             end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
             placed[name] = TensorInfo(dtype, shape, position, end)
@@ -380,17 +425,36 @@ def layout(
     except UnicodeEncodeError as error:
         raise FormatError(f"{error.object[:80]!r} holds half a surrogate pair", where=where) from error
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, placed
+    return integrity.seal(len(text).to_bytes(8, "little") + text, where=where), placed
 
 
-def metadata_of(document: Mapping[str, Any], *, where: str) -> dict[str, str]:
-    """The metadata of a file that holds this document.
+def _in_layout_order(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    return sorted(tensors, key=lambda name: (_LAYOUT_ORDER.index(tensors[name][0]), name.encode("utf-8")))
+
+
+def metadata_of(
+    document: Mapping[str, Any],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    digest_of: Callable[[str], str] | None,
+    *,
+    where: str,
+) -> dict[str, str]:
+    """The metadata of a file that holds this document, with a place for the digest that `layout` puts in.
+
+    Args:
+        document: JSON values.
+        tensors: as `layout`.
+        digest_of: SHA-256 of the bytes of a tensor, by name; None where the document has them.
+        where: the file, for errors.
 
     Raises:
-        FormatError: it is not plain JSON.
+        FormatError: it is not plain JSON, or has a key that the digests need, or a name that no file can hold.
     """
     try:
-        return {METADATA_KEY: canonical_json(document)}
+        digests = map(digest_of, _in_layout_order(tensors)) if digest_of else None
+        return {METADATA_KEY: canonical_json(integrity.with_integrity(document, digests))}
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{error.object[:80]!r} holds half a surrogate pair", where=where) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"the metadata is not plain JSON: {error}", where=where) from error
 
@@ -410,8 +474,8 @@ def write(
     Args:
         tensors: any device; brought to the CPU and made contiguous, one at a time.
         path: the file to make.
-        document: goes under the header key ``loraio``, as canonical JSON.
-        metadata: in the place of a document, the strings of the header as they are.
+        document: goes under the header key ``loraio``, as canonical JSON, with the digests of all tensors.
+        metadata: further strings of the header.
         overwrite: replace an existing file.
         inputs: files that the output must not be.
         check: called with the temporary file before it gets its name; if it raises, nothing was written.
@@ -422,7 +486,9 @@ def write(
     """
     where = f"{os.fspath(path)!r}"
     facts = {name: (dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    strings = metadata or {} if document is None else metadata_of(document, where=where)
+    strings = dict(metadata or {})
+    if document is not None:
+        strings |= metadata_of(document, facts, lambda name: tensor_sha256(tensors[name]), where=where)
     start, placed = layout(facts, strings, where=where)
     with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
         with temporary.open("wb") as file:

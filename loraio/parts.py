@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraio import container
+from loraio import container, integrity
 from loraio.container import METADATA_KEY, Header, TensorInfo
 from loraio.errors import FormatError, LoraioError, MissingFileError
 from loraio.registry import known
@@ -34,14 +34,8 @@ class PartedHeader:
     metadata: Mapping[str, Any]
 
     def document(self) -> dict[str, Any]:
-        """The document of loraio, which a parted checkpoint has in its index; empty when there is none.
-
-        Raises:
-            FormatError: it is not an object.
-        """
-        document = self.metadata.get(METADATA_KEY, {})
-        if not isinstance(document, dict):
-            raise FormatError("the loraio metadata is not a JSON object", where=f"{str(self.index)!r}")
+        """The document of loraio, which a parted checkpoint has in its index, without its digests; empty if none."""
+        document: dict[str, Any] = self.metadata.get(METADATA_KEY, {})
         return document
 
     @property
@@ -74,11 +68,13 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
 
     Raises:
         MissingFileError: no such index, or no such part.
-        FormatError: it is no index, it names files outside of its own folder, or index and parts contradict each other.
+        FormatError: it is no index, it names files outside of its own folder, index and parts contradict each other,
+            or it is not what was written.
     """
     index = _index_of(Path(path))
     where = f"{str(index)!r}"
-    document = container.read_json(index)
+    raw = container.read_text(index)
+    document = container.parse_json(raw.decode("utf-8"), where=where)
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
         raise FormatError("not an index of a parted checkpoint: it has no 'weight_map' with tensors", where=where)
@@ -110,9 +106,21 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
     if problems:
         raise refusal("index and parts do not belong together", problems=problems, where=where)
     metadata = document.get("metadata")
-    return PartedHeader(
-        index=index, places=places, headers=headers, metadata=metadata if isinstance(metadata, dict) else {}
-    )
+    metadata = metadata if isinstance(metadata, dict) else {}
+    own = metadata.get(METADATA_KEY)
+    if own is not None and not isinstance(own, dict):
+        raise FormatError("the loraio metadata is not a JSON object", where=where)
+    found = integrity.check(raw, own, sorted(places), where=where)
+    if found is not None:
+        other = [file for file in headers if found.parts.get(file) != headers[file].sha256]
+        if other:
+            raise integrity.damaged_parts(other, where=where)
+        digests = found.tensors or {}
+        headers = {
+            file: replace(header, digests={name: digests[name] for name in header.tensors})
+            for file, header in headers.items()
+        }
+    return PartedHeader(index=index, places=places, headers=headers, metadata=metadata)
 
 
 def _is_folder(path: Path) -> bool:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraio.adapter import SCALE_RULES, Adapter, BaseReference, Target
-from loraio.container import dtype_code
-from loraio.identity import state_sha256, tensor_sha256
+from loraio.container import dtype_code, tensor_sha256
+from loraio.identity import state_sha256
 from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
 

@@ -211,6 +211,17 @@ def write(
         OutputExistsError: a file is there already and ``overwrite`` is false.
         OutputError: the system refused to write.
     """
+
+    def write_weights(file: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]] = ()) -> None:
+        container.write(
+            encoded.tensors,
+            file,
+            document=encoded.document,
+            metadata=encoded.metadata,
+            overwrite=overwrite,
+            inputs=inputs,
+        )
+
     if dialect.container == "pickle":
         import torch
 
@@ -219,7 +230,7 @@ def write(
         _write_bytes(path, buffer.getvalue(), overwrite=overwrite, inputs=inputs)
         return
     if dialect.container == "safetensors":
-        container.write(encoded.tensors, path, metadata=encoded.metadata, overwrite=overwrite, inputs=inputs)
+        write_weights(path, inputs)
         return
     folder = Path(path)
     try:
@@ -228,7 +239,7 @@ def write(
         raise OutputError(f"the folder {str(path)!r} cannot be made: {error.strerror or error}") from error
     for name in (WEIGHTS[0], CONFIG):
         check_output(folder / name, overwrite=overwrite, inputs=inputs)
-    container.write(encoded.tensors, folder / WEIGHTS[0], metadata=encoded.metadata, overwrite=overwrite)
+    write_weights(folder / WEIGHTS[0])
     text = json.dumps(encoded.config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     _write_bytes(folder / CONFIG, text.encode("utf-8"), overwrite=overwrite)
 

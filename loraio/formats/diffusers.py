@@ -22,7 +22,7 @@ from loraio.formats.foreign import (
     ForeignLayer,
     Options,
     carried_lines,
-    exported_metadata,
+    exported_document,
     is_pipeline,
     origin_of,
 )
@@ -186,11 +186,8 @@ class Diffusers:
         return Encoded(
             tensors=dict(sorted(values.items())),
             report=Report.of(lines),
-            metadata={
-                "format": "pt",
-                _METADATA: json.dumps(config, indent=2, sort_keys=True),
-                **exported_metadata(adapter),
-            },
+            document=exported_document(adapter),
+            metadata={"format": "pt", _METADATA: json.dumps(config, indent=2, sort_keys=True)},
         )
 
 

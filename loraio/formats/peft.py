@@ -22,7 +22,7 @@ from loraio.formats.foreign import (
     ForeignLayer,
     Options,
     carried_lines,
-    exported_metadata,
+    exported_document,
     misuse,
     origin_of,
     passed_over,
@@ -438,7 +438,8 @@ class _Export:
         return Encoded(
             tensors=dict(sorted(self.tensors.items())),
             report=Report.of(self.lines),
-            metadata={"format": "pt", **exported_metadata(adapter)},
+            document=exported_document(adapter),
+            metadata={"format": "pt"},
             config=config,
         )
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from loraio.container import tensor_sha256
 from loraio.errors import BaseMismatchError, ConfigError, DataError, FormatError, LoraioError, MissingFileError
-from loraio.identity import tensor_sha256
 from loraio.outputs import staged
 from loraio.training.config import TrainConfig
 from loraio.training.data import Dataset

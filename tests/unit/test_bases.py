@@ -153,7 +153,7 @@ def test_files_that_are_no_base_are_refused(files: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("document", "message"),
-    [({"format_version": 2}, "format version 2"), ({"format_version": 1, "network": 5}, "the network is 5")],
+    [({"format_version": 3}, "format version 3"), ({"format_version": 1, "network": 5}, "the network is 5")],
 )
 def test_metadata_that_is_not_understood_is_refused(tmp_path: Path, document: dict[str, Any], message: str) -> None:
     path = tmp_path / "base.safetensors"

@@ -27,7 +27,7 @@ import loraio
 from loraio import container, filemerge, folding, outputs, streaming, verification
 from loraio.adapter import Adapter, BaseReference, Target, parts_of
 from loraio.bases import write_base
-from loraio.container import TORCH_DTYPES, dtype_code
+from loraio.container import TORCH_DTYPES, dtype_code, tensor_sha256
 from loraio.errors import (
     AdapterError,
     BaseMismatchError,
@@ -39,7 +39,7 @@ from loraio.errors import (
     VerificationError,
 )
 from loraio.finished import RECEIPT, FinishedParts
-from loraio.identity import state_sha256, tensor_sha256
+from loraio.identity import state_sha256
 from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
 from loraio.parts import INDEX_SUFFIX
