@@ -6,18 +6,16 @@ adapter on it too, with a handle of its own: `attachment_of`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from loraio.adapter import Adapter, Target, check_strength
+from loraio.basestate import attachments, base_state_dict, refuse_attached
 from loraio.container import dtype_code, tensor_bytes
 from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
 from loraio.identity import check_base, digests, identity_of
@@ -39,16 +37,13 @@ from loraio.parametrization import (
     freeze_statistics,
     release_statistics,
 )
+from loraio.recent import Fitting, Recent
 from loraio.registry import lookup
 from loraio.slots import Slot
-from loraio.watching import Watch
+from loraio.watching import writes_to
 
 Reserve = str | Adapter | Iterable[str | Adapter] | None
 """Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
-
-
-KEPT_BYTES = 256 * 2**20
-"""What an `Attachment` may hold of adapters that it had before, so that swapping back to one computes nothing."""
 
 
 class Attachment:
@@ -77,8 +72,8 @@ class Attachment:
         self._places: dict[str, Place] = {}
         self._frozen: list[nn.Module] = []
         self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
-        self._fitting = _Fitting(None, model)
-        self._recent = _Recent()
+        self._fitting = Fitting(None, model)
+        self._recent = Recent()
         refuse_attached(model)
         self._max_rank = _check_max_rank(max_rank, trainable)
         reserve = () if reserve is None and max_rank is not None else reserve
@@ -92,7 +87,7 @@ class Attachment:
         if trainable:
             state = base_state_dict(model)
             known = identity_of(model).digests(state)
-            self._base = {name: _Mark(_writes(state[name]), state[name].dtype, known[name]) for name in state}
+            self._base = {name: _Mark(writes_to(state[name]), state[name].dtype, known[name]) for name in state}
         try:
             self._freeze(adapter)
             self._put_on(adapter, [*(self._reserved or adapter.targets), *adapter.whole])
@@ -240,7 +235,7 @@ class Attachment:
             self._exchange(old)
             raise
         if not known and not self._allow_base_mismatch:
-            self._fitting = _Fitting(adapter, self.model)
+            self._fitting = Fitting(adapter, self.model)
 
     def detach(self) -> None:
         """Take the adapter off: the model has its own Parameters and buffers again, in their order, with their bits.
@@ -255,7 +250,7 @@ class Attachment:
         self._take_off(list(self._places))
         self._release()
         self._recent.forget()  # which hold on to this handle, and so to the model
-        self._fitting = _Fitting(None, self.model)
+        self._fitting = Fitting(None, self.model)
 
     def _now(self) -> tuple[dict[str, Tensor], list[str]]:
         """Copies of the adapter's tensors as they are, not checked; and which tensors of the base changed meanwhile."""
@@ -490,97 +485,6 @@ class Attachment:
             del self._places[name]
 
 
-class _Fitting:
-    """An adapter that fits the model, and what follows for others for as long as the model is the same.
-
-    What is asked of an adapter follows from its targets' metadata alone; the factors, strength and rank may be others.
-
-    Args:
-        adapter: fits the model as it is now; None where nothing is known.
-        model: with the adapter on it.
-    """
-
-    def __init__(self, adapter: Adapter | None, model: nn.Module) -> None:
-        self._watch: Watch | None = None
-        self._targets: dict[str, Any] = {}
-        if adapter is not None and not adapter.whole:
-            self._watch = Watch(model, lambda module: isinstance(module, AdapterPart))
-            self._base = _base_facts(adapter)
-            self._targets = {name: _target_facts(target) for name, target in adapter.targets.items()}
-
-    def covers(self, adapter: Adapter) -> bool:
-        """Whether it follows that this one fits too."""
-        known = self._targets
-        return (
-            self._watch is not None
-            and not adapter.whole
-            and self._base == _base_facts(adapter)
-            and all(known.get(name) == _target_facts(target) for name, target in adapter.targets.items())
-            and self._watch.same()
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Fitting:
-        return _Fitting(None, nn.Module())
-
-
-def _base_facts(adapter: Adapter) -> tuple[Any, ...]:
-    return adapter.base.sha256, adapter.base.sha256_without_statistics
-
-
-def _target_facts(target: Target) -> tuple[Any, ...]:
-    return target.base_sha256, target.shape, target.dtype, target.layer, target.groups
-
-
-class _Recent:
-    """The parts of adapters that were on the model lately, with the weights that they computed, up to `KEPT_BYTES`."""
-
-    def __init__(self) -> None:
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
-
-    def parts(self, adapter: Adapter) -> Mapping[str, FoldedWeight]:
-        """Those of this very adapter, by target; empty where there are none, or somebody wrote to any factors."""
-        entry = self._entries.get(id(adapter))
-        if entry is None:
-            return {}
-        for held, name, factor, writes in entry.factors:
-            if held.get(name) is not factor or _writes(factor) != writes:
-                del self._entries[id(adapter)]
-                return {}
-        self._entries.move_to_end(id(adapter))
-        return entry.parts
-
-    def add(self, adapter: Adapter, parts: dict[str, FoldedWeight], size: int) -> None:
-        """Keep them.
-
-        Args:
-            adapter: the adapter.
-            parts: of all its targets.
-            size: bytes of the weights that they compute.
-        """
-        held: list[Mapping[str, Any]] = [adapter.factors, *(part._buffers for part in parts.values())]
-        factors = [(each, name, factor, _writes(factor)) for each in held for name, factor in each.items()]
-        size += sum(factor.nbytes for _, _, factor, _ in factors)
-        self._entries[id(adapter)] = _Entry(adapter, parts, factors, size)
-        while self._entries and sum(entry.size for entry in self._entries.values()) > KEPT_BYTES:
-            self._entries.popitem(last=False)
-
-    def forget(self) -> None:
-        """Keep nothing."""
-        self._entries.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Recent:
-        return _Recent()  # a copy of the model has parts of its own
-
-
-class _Entry(NamedTuple):
-    """An adapter, its parts, the factors of both as a dict, a key, a tensor and its count of writes, and the bytes."""
-
-    adapter: Adapter
-    parts: dict[str, FoldedWeight]
-    factors: list[tuple[Mapping[str, Any], str, Tensor, int]]
-    size: int
-
-
 def attach(
     model: nn.Module,
     adapter: Adapter,
@@ -641,16 +545,6 @@ def attach(
     )
 
 
-def refuse_attached(model: nn.Module) -> None:
-    """Refuse a model that carries an adapter.
-
-    Raises:
-        StateError: it does.
-    """
-    if any(isinstance(module, AdapterPart) for module in model.modules()):
-        raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
-
-
 def attachment_of(model: nn.Module) -> Attachment:
     """The handle of the adapter that a model carries: the one that `attach` gave, or a deep copy's own.
 
@@ -660,7 +554,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         StateError: it carries no adapter, or several parts of it carry one each.
     """
-    found = _attachments(model)
+    found: list[Attachment] = attachments(model)
     if len(found) != 1:
         raise StateError(
             f"{len(found)} parts of the model carry an adapter each" if found else "the model carries no adapter",
@@ -682,34 +576,6 @@ def adapter_from(model: nn.Module) -> Adapter:
     return attachment_of(model).adapter
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base under its own names, in its own order, whether an adapter is attached or not.
-
-    Args:
-        model: the model itself, or what ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
-            ``AveragedModel`` made of it; their prefixes and own buffers are left out.
-
-    Returns:
-        the base's own tensors, not copies; without gradients, as in every state dict.
-    """
-    model = _unwrapped(model)
-    state: dict[str, Tensor] = dict(model.state_dict())
-    places: dict[int, list[Place]] = {}
-    for live in _attachments(model):
-        for place in live._places.values():
-            places.setdefault(id(place.module), []).append(place)
-    if not places:
-        return state
-    own_names: dict[str, str] = {}
-    orders: dict[str, tuple[str, ...]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for place in places.get(id(module), ()):
-            own_names[f"{prefix}parametrizations.{place.parameter}"] = prefix + place.parameter
-            orders[path] = place.order
-    return _as_before(state, own_names, orders)
-
-
 class _Mark(NamedTuple):
     """What a tensor of the base was: torch's count of writes to it, its dtype and its digest."""
 
@@ -726,13 +592,9 @@ def _written(state: Mapping[str, Tensor], before: Mapping[str, _Mark]) -> list[s
     suspects = {
         name: tensor
         for name, tensor in state.items()
-        if not tensor.is_meta and (tensor.dtype == before[name].dtype or _writes(tensor) != before[name].writes)
+        if not tensor.is_meta and (tensor.dtype == before[name].dtype or writes_to(tensor) != before[name].writes)
     }
     return [name for name, digest in digests(suspects).items() if digest != before[name].sha256]
-
-
-def _writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors are not counted, nor are they trained
 
 
 def _check_max_rank(max_rank: int | None, trainable: bool) -> int | None:
@@ -787,53 +649,3 @@ def _reserved(model: nn.Module, adapter: Adapter, reserve: str | Adapter | Itera
 
 def _is_parametrized(module: nn.Module, name: str) -> bool:
     return name not in module._parameters and name not in module._buffers
-
-
-def _attachments(model: nn.Module) -> list[Attachment]:
-    found: dict[int, Attachment] = {}
-    for module in model.modules():
-        if isinstance(module, AdapterPart):
-            found[id(module.handle)] = module.handle
-    return list(found.values())
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
-            model = model.module
-        elif isinstance(model._modules.get("_orig_mod"), nn.Module):  # torch.compile's; its class is slow to import
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
-
-
-def _as_before(
-    state: Mapping[str, Tensor], own_names: Mapping[str, str], orders: Mapping[str, tuple[str, ...]]
-) -> dict[str, Tensor]:
-    """A state dict with names and order as they were before anything was put on the modules.
-
-    Args:
-        state: as it is.
-        own_names: what the names of our parametrizations, without ".original", were before.
-        orders: of the modules that carry some, by path, the names of their own tensors in order.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        stack, _, rest = name.rpartition("parametrizations.")
-        own = own_names.get(f"{stack}parametrizations.{rest.partition('.')[0]}") if rest else None
-        if own is None:
-            renamed[name] = tensor
-        elif name.endswith(".original"):
-            renamed[own] = tensor
-    ordered: dict[str, Tensor] = {}
-    left = dict(orders)
-    for name, tensor in renamed.items():
-        parts = name.split(".")[:-1]
-        for depth in range(len(parts) + 1) if left else ():  # a module's own tensors come before those inside of it
-            path = ".".join(parts[:depth])
-            for key in left.pop(path, ()):
-                key = f"{path}.{key}" if path else key
-                if key in renamed:
-                    ordered[key] = renamed[key]
-        ordered.setdefault(name, tensor)
-    return ordered

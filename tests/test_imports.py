@@ -22,7 +22,7 @@ LINES = [
     {"streaming"},
     {"bank", "exporting", "verification"},
     {"attachment", "conversion", "merging", "mixing"},
-    {"formats", "bases"},
+    {"formats", "bases", "basestate", "recent"},
     {"identity", "networks", "parametrization"},
     {"adapter", "backward"},
     {"folding"},

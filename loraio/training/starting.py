@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Adapter, Target, WholeTensor
-from loraio.attachment import base_state_dict, refuse_attached
+from loraio.basestate import base_state_dict, refuse_attached
 from loraio.container import dtype_code, tensor_sha256
 from loraio.errors import ConfigError, UnknownNameError
 from loraio.identity import base_reference, sketch
