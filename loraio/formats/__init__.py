@@ -114,6 +114,7 @@ def load(
     base: nn.Module | None = None,
     alpha: int | float | None = None,
     enable_lora: Sequence[bool] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> Adapter:
     """Read an adapter file or folder of any dialect, whole and checked, onto the CPU.
 
@@ -123,15 +124,20 @@ def load(
             they do not say which layers they are for. Files of ours do not, and pass over it.
         alpha: of every layer, where a file of another tool does not say it.
         enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
+        allow_base_mismatch: go on where a file that loraio wrote for another tool was made for another base than this:
+            where values or dtypes are others; names and shapes must fit. A file of another tool does not know its base,
+            and of a file of ours it is asked where the adapter is used.
 
     Raises:
         MissingFileError: no such file.
         FormatError: its bytes are not what the format says, or it is no adapter.
         AdapterError: what it says contradicts itself or cannot be held here, or a factor holds NaN or infinity.
-        BaseMismatchError: layers of a file of another tool are not in the base; all are listed.
+        BaseMismatchError: layers of a file of another tool are not in the base; all are listed. Or it was written by
+            loraio, for another base.
         ConfigError: a file of another tool, and no base.
     """
-    adapter, _ = load_reported(path, base=base, options=Options(alpha=alpha, enable_lora=enable_lora))
+    options = Options(alpha=alpha, enable_lora=enable_lora, allow_base_mismatch=allow_base_mismatch)
+    adapter, _ = load_reported(path, base=base, options=options)
     return adapter
 
 
