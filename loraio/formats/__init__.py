@@ -28,6 +28,7 @@ from loraio.formats.peft import Peft
 from loraio.formats.report import Report
 from loraio.formats.sources import CONFIG, WEIGHTS, Source, is_adapter_folder, open_source, source_of
 from loraio.formats.torchtune import Torchtune
+from loraio.names import refuse_link
 from loraio.outputs import check_output, staged
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ def write(
     except OSError as error:
         raise OutputError(f"the folder {str(path)!r} cannot be made: {error.strerror or error}") from error
     for name in (WEIGHTS[0], CONFIG):
+        refuse_link(folder / name)
         check_output(folder / name, overwrite=overwrite, inputs=inputs)
     container.write(encoded.tensors, folder / WEIGHTS[0], metadata=encoded.metadata, overwrite=overwrite)
     text = json.dumps(encoded.config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 import loraio
 from loraio import formats
 from loraio.adapter import Adapter
-from loraio.errors import AdapterError, BaseMismatchError, FormatError, LoraioError, MissingFileError, StateError
+from loraio.errors import (
+    AdapterError,
+    BaseMismatchError,
+    FormatError,
+    LoraioError,
+    MissingFileError,
+    OutputError,
+    StateError,
+)
 from loraio.formats.foreign import ORIGIN, Options
 from loraio.formats.peft import Peft
 from loraio.formats.report import Report
@@ -550,3 +558,18 @@ def test_replaced_tensors_belong_to_the_base_of_the_export_too(write: Write, bas
     with torch.no_grad():
         other.get_parameter("inner.fc.weight").fill_(1)  # as in the file, which then has nothing to replace there
     assert "other tensors of the network differ" in refusal(path, other, BaseMismatchError)
+
+
+def test_a_link_in_the_folder_is_not_written_through(base: nn.Module, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "out", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("mine")
+    encoded = encode(on(base, "fc"), base)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).symlink_to(outside)
+        with pytest.raises(OutputError, match="is a link"):
+            formats.write(Peft(), encoded, folder, overwrite=True)
+        (folder / name).unlink()
+    assert outside.read_text() == "mine"
+    assert not list(folder.iterdir())
+    formats.write(Peft(), encoded, folder)
