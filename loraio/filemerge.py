@@ -133,7 +133,9 @@ def merge_file(
     if not parted:
         check_output(output, overwrite=overwrite, inputs=(base, adapter))
     checkpoint, headers = (read_base(base), ()) if is_pickle(base) else scan_base(base)
-    loaded = load_for(adapter, base, model=model, model_args=model_args, alpha=alpha)
+    loaded = load_for(
+        adapter, base, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=allow_base_mismatch
+    )
     checkpoint = fitted(checkpoint, loaded.targets)
     job = _Merge(
         checkpoint=checkpoint,

@@ -152,7 +152,7 @@ def working_folder(output: Path) -> Iterator[Path]:
     what is in it belongs to the same work. One process at a time has it.
 
     Raises:
-        OutputError: another process has it, or the system refuses it.
+        OutputError: another process has it, it is a link, or the system refuses it.
     """
     short = output.name
     if len(short) > 40:  # see `staged`
@@ -160,6 +160,8 @@ def working_folder(output: Path) -> Iterator[Path]:
     folder = output.parent / f".{short}.merging"
     name = f"{os.fspath(output)!r}"
     with _system_errors(name):
+        if folder.is_symlink():  # what is in it may be removed
+            raise OutputError(f"{str(folder)!r} is a link", hint="remove it")
         folder.mkdir(exist_ok=True)
         with _held(folder, name):
             yield folder

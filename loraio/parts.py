@@ -11,6 +11,7 @@ from typing import Any
 from loraio import container, integrity
 from loraio.container import METADATA_KEY, Header, TensorInfo
 from loraio.errors import FormatError, LoraioError, MissingFileError
+from loraio.names import is_device, name_clashes
 from loraio.registry import known
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -81,6 +82,10 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
     hostile = [f"{name!r} is in {file!r}" for name, file in places.items() if not _is_file_name(file)]
     if hostile:
         raise FormatError("parts must be plain names of files in the index's own folder", problems=hostile, where=where)
+    clashes = name_clashes(set(places.values()))
+    if clashes:
+        told = sorted(set(clashes.values()))
+        raise FormatError("parts must have names that every system tells apart", problems=told, where=where)
     problems: list[str] = []
     refusal: type[LoraioError] = FormatError
     headers: dict[str, Header] = {}
@@ -148,7 +153,12 @@ def _index_of(path: Path) -> Path:
 
 
 def _is_file_name(file: Any) -> bool:
-    """Whether it names a safetensors file in the same folder, on any system."""
+    """Whether it names a safetensors file in the same folder, on any system; a link too: caches consist of them."""
     return (
-        isinstance(file, str) and file.endswith(".safetensors") and ".." not in file and not set(file) & set("/\\:\0")
+        isinstance(file, str)
+        and file.endswith(".safetensors")
+        and ".." not in file
+        and not set(file) & set("/\\:\0")
+        and file.isprintable()
+        and not is_device(file)
     )

@@ -27,7 +27,7 @@ LINES = [
     {"adapter", "backward"},
     {"folding"},
     {"layers", "kinds", "parts", "pickles", "slots", "watching"},
-    {"lowrank", "container", "registry"},
+    {"lowrank", "container", "names", "registry"},
     {"integrity", "outputs"},
     {"errors"},
 ]

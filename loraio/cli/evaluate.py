@@ -48,7 +48,10 @@ def evaluate(
 
     files = _named(_files(adapters))
     network = loraio.load_base(base, model=model, model_args=model_args)
-    loaded = {name: loraio.load(path, base=network, alpha=alpha) for name, path in files.items()}
+    loaded = {
+        name: loraio.load(path, base=network, alpha=alpha, allow_base_mismatch=allow_base_mismatch)
+        for name, path in files.items()
+    }
     stripped = stripped_of(network)
     _output.note_stripped(stripped, as_json=as_json)
     images = _training.read_images(network, dataset, split, settings)

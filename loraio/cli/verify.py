@@ -57,7 +57,9 @@ def verify(
     if dataset is not None and samples is not None:
         raise click.UsageError("--dataset and --random exclude each other")
     before, after = loraio.read_base(base), loraio.read_base(merged)
-    loaded = load_for(adapter, base, model=model, model_args=model_args, alpha=alpha)
+    loaded = load_for(
+        adapter, base, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=allow_base_mismatch
+    )
     before, after = (fitted(checkpoint, loaded.targets) for checkpoint in (before, after))
     _output.note_stripped(before.stripped, as_json=as_json)
     if model_args is not None and model is None and before.network is None:

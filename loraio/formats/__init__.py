@@ -28,6 +28,7 @@ from loraio.formats.peft import Peft
 from loraio.formats.report import Report
 from loraio.formats.sources import CONFIG, WEIGHTS, Source, is_adapter_folder, open_source, source_of
 from loraio.formats.torchtune import Torchtune
+from loraio.names import refuse_link
 from loraio.outputs import check_output, staged
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def load(
     base: nn.Module | None = None,
     alpha: int | float | None = None,
     enable_lora: Sequence[bool] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> Adapter:
     """Read an adapter file or folder of any dialect, whole and checked, onto the CPU.
 
@@ -123,15 +125,20 @@ def load(
             they do not say which layers they are for. Files of ours do not, and pass over it.
         alpha: of every layer, where a file of another tool does not say it.
         enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
+        allow_base_mismatch: go on where a file that loraio wrote for another tool was made for another base than this:
+            where values or dtypes are others; names and shapes must fit. A file of another tool does not know its base,
+            and of a file of ours it is asked where the adapter is used.
 
     Raises:
         MissingFileError: no such file.
         FormatError: its bytes are not what the format says, or it is no adapter.
         AdapterError: what it says contradicts itself or cannot be held here, or a factor holds NaN or infinity.
-        BaseMismatchError: layers of a file of another tool are not in the base; all are listed.
+        BaseMismatchError: layers of a file of another tool are not in the base; all are listed. Or it was written by
+            loraio, for another base.
         ConfigError: a file of another tool, and no base.
     """
-    adapter, _ = load_reported(path, base=base, options=Options(alpha=alpha, enable_lora=enable_lora))
+    options = Options(alpha=alpha, enable_lora=enable_lora, allow_base_mismatch=allow_base_mismatch)
+    adapter, _ = load_reported(path, base=base, options=options)
     return adapter
 
 
@@ -238,6 +245,7 @@ def write(
     except OSError as error:
         raise OutputError(f"the folder {str(path)!r} cannot be made: {error.strerror or error}") from error
     for name in (WEIGHTS[0], CONFIG):
+        refuse_link(folder / name)
         check_output(folder / name, overwrite=overwrite, inputs=inputs)
     write_weights(folder / WEIGHTS[0])
     text = json.dumps(encoded.config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

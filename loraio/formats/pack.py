@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from loraio import container, integrity
 from loraio.container import Header
 from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
 from loraio.formats.native import read_metadata
-from loraio.outputs import staged
+from loraio.names import name_clashes, name_key, name_problem, normal_form, refuse_link
+from loraio.outputs import check_output, staged
 from loraio.registry import lookup
 
 PACK_VERSION = 2
@@ -28,9 +28,6 @@ PACK_VERSION = 2
 
 SUFFIX = ".safetensors"
 """The ending of adapter files; what stands before it is the adapter's name."""
-
-MAX_NAME_BYTES = 200
-"""The longest name in UTF-8: with the ending, and what a temporary file adds, it must make a file name."""
 
 _CHUNK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -65,43 +62,6 @@ class Pack:
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
     """What tells that a file was written to or replaced: device, inode, size and the time of the last write."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def name_problem(name: str) -> str | None:
-    """What is wrong with a name, if anything: every name must make the same file name on every system.
-
-    >>> name_problem("digit-7"), name_problem("a/b")
-    (None, "it holds '/'")
-    """
-    if not name or name != name.strip() or name.startswith(".") or name.endswith("."):
-        return "it is empty, or begins or ends with a space or dot"
-    bad = next((c for c in name if c in '/\\:*?"<>|' or unicodedata.category(c) in ("Cc", "Cs")), None)
-    if bad is not None:
-        return f"it holds {bad!r}"
-    if len(name.encode()) > MAX_NAME_BYTES:
-        return f"it has {len(name.encode())} bytes, at most {MAX_NAME_BYTES} make a file name everywhere"
-    if unicodedata.normalize("NFC", name) != name:
-        return "it is not in Unicode normal form C"
-    return None
-
-
-def name_key(name: str) -> str:
-    """The same for names that differ in nothing but case and Unicode normal form, which are one on some systems.
-
-    >>> name_key("Digit-7") == name_key("digit-7")
-    True
-    """
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def name_clashes(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that share their `name_key` with others, and what is wrong with each."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name_key(name), []).append(name)
-    clashes = [group for group in groups.values() if len(group) > 1]
-    said = [f"{' and '.join(map(repr, sorted(group)))} are one name to some systems" for group in clashes]
-    return {name: text for group, text in zip(clashes, said, strict=True) for name in group}
 
 
 # Reading
@@ -260,31 +220,67 @@ def unpack(
 
     Raises:
         UnknownNameError: no such member; nothing was written.
-        OutputExistsError: a file is there already; nothing was written.
+        OutputExistsError: a file is there already, or one whose name differs in nothing but case and the like, which
+            is never replaced; nothing was written.
         FormatError: a member is damaged; those before it are written.
-        OutputError: the system refused to write.
+        OutputError: a link stands in the place of a file, which would lead out of the folder, or the system refused to
+            write.
     """
     index = read_index(packed)
-    for name in names:
+    chosen = [normal_form(name) for name in names] or list(index.members)
+    for name in chosen:
         lookup(index.members, name, what="adapter in the pack")
     folder = Path(output)
-    targets = {name: folder / f"{name}{SUFFIX}" for name in dict.fromkeys(names or index.members)}
-    existing = [f"{str(path)!r}" for path in targets.values() if os.path.lexists(path)]
-    if existing and not overwrite:
-        raise OutputExistsError(
-            f"{len(existing)} of {len(targets)} files exist",
-            problems=existing[:20],
-            hint="pass --force to replace them",
-        )
+    targets = _places(folder, dict.fromkeys(chosen), overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"the folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
+    for path in targets.values():
+        check_output(path, overwrite=overwrite, inputs=[packed])
     for name, path in targets.items():
         data = read_member(index, name)
         with staged(path, overwrite=overwrite, inputs=[packed]) as temporary:
             temporary.write_bytes(data)
     return list(targets.values())
+
+
+def _places(folder: Path, names: Iterable[str], *, overwrite: bool) -> dict[str, Path]:
+    """The file of each member in the folder; where it is there in another normal form, that one.
+
+    Raises:
+        OutputExistsError: it is there, and ``overwrite`` is false; or a file that is the same one to some systems is.
+        OutputError: a link is in its place, or the folder cannot be read.
+    """
+    there: dict[str, list[str]] = {}
+    try:
+        for file in sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else ():
+            there.setdefault(name_key(file), []).append(file)
+    except OSError as error:
+        raise OutputError(f"the folder {str(folder)!r} cannot be read: {error.strerror or error}") from error
+    places, existing, clashes = {}, [], []
+    for name in names:
+        file = f"{name}{SUFFIX}"
+        found = there.get(name_key(file), [])
+        if len(found) == 1 and normal_form(found[0]) == file:
+            file = found[0]
+            existing.append(f"{str(folder / file)!r}")
+        elif found:
+            clashes.append(f"{file!r} and {' and '.join(map(repr, found))} are one name to some systems")
+        places[name] = folder / file
+    if existing and not overwrite:
+        raise OutputExistsError(
+            f"{len(existing)} of {len(places)} files exist",
+            problems=existing[:20],
+            hint="pass --force to replace them",
+        )
+    if clashes:
+        raise OutputExistsError(
+            f"{str(folder)!r} has files of nearly the same names", problems=clashes[:20], hint="another folder"
+        )
+    for path in places.values():
+        refuse_link(path)
+    return places
 
 
 def listed_files(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -313,7 +309,7 @@ def _adapter_files(files: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
             "there is nothing to pack",
             hint="name a folder that holds adapters, or adapter files; other tools' after `loraio convert`",
         )
-    stems = [unicodedata.normalize("NFC", path.name.removesuffix(SUFFIX)) for path in paths]
+    stems = [normal_form(path.name.removesuffix(SUFFIX)) for path in paths]
     problems = [f"{stem!r}: {problem}" for stem in stems if (problem := name_problem(stem))]
     problems += dict.fromkeys(name_clashes(stems).values())
     if problems:

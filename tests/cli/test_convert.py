@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import loraio
@@ -162,6 +163,57 @@ def test_every_command_takes_it(run_json: RunJson, files: Path, exported: Path, 
     assert theirs["adapters"] == plain["adapters"]
     both = run_json("evaluate", base, "--adapter", tmp_path, "--dataset", "digits")
     assert set(both["adapters"]) == {"three"}
+
+
+@pytest.fixture
+def other(files: Path, tmp_path: Path) -> Path:
+    """Another base of the same shapes: one weight that the adapter three changes is another."""
+    network = loraio.load_base(files / "base.safetensors")
+    with torch.no_grad():
+        network.get_parameter("conv2.weight").mul_(1.25)
+    loraio.save_base(network, tmp_path / "other.safetensors")
+    return tmp_path / "other.safetensors"
+
+
+@pytest.mark.parametrize("dialect", ["peft", "kohya", "lycoris", "diffusers"])
+def test_what_we_exported_is_refused_on_another_base(
+    dialect: str,
+    run: Run,
+    run_json: RunJson,
+    files: Path,
+    other: Path,
+    digits_test: loraio.Dataset,
+    tmp_path: Path,
+) -> None:
+    theirs, merged, back = tmp_path / "theirs", tmp_path / "merged.safetensors", tmp_path / "back"
+    run("convert", files / "three.safetensors", "-o", theirs, "--to", dialect)
+    image = tmp_path / "image.png"
+    Image.fromarray((digits_test.images[0, 0] * 255).byte().numpy()).save(image)
+    commands: list[tuple[object, ...]] = [
+        ("merge", other, theirs, "-o", merged),
+        ("verify", other, theirs, files / "merged.safetensors"),
+        ("evaluate", other, "--adapter", theirs, "--dataset", "digits"),
+        ("predict", other, image, "--adapter", theirs),
+        ("convert", theirs, "-o", back, "--to", "native", "--base", other),
+        ("convert", files / "three.safetensors", "-o", back, "--to", "peft", "--base", other),
+    ]
+    for words in commands:
+        failed = run_json(*words, code=1)
+        assert failed["error"] == "BaseMismatchError"
+        assert "'conv2.weight': changed weights" in failed["message"]
+        assert "'conv1.weight'" not in failed["message"]
+    assert not merged.exists()
+    assert not back.exists()
+    allowed = "--allow-base-mismatch"
+    (line,) = run_json(*commands[0], allowed)["base_mismatch"]
+    assert line.startswith("'conv2.weight': changed weights")
+    assert run_json("inspect", merged)["merged"][0]["base_mismatch"] == [line]
+    assert run_json("verify", other, theirs, merged, allowed)["ok"]
+    for words in commands[2:4]:
+        assert f"another base: {line}" in run(*words, allowed).stderr
+    assert run_json(*commands[4], allowed, "--dry-run")["base_mismatch"] == [line]
+    assert f"note: another base: {line}" in run(*commands[4], allowed).stderr
+    assert back.read_bytes() == (files / "three.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("dialect", ["loralib", "minlora"])
