@@ -29,6 +29,7 @@ LINES = [
     {"layers", "kinds", "parts", "pickles", "slots", "watching"},
     {"lowrank", "container", "registry"},
     {"outputs"},
+    {"temporaries"},
     {"errors"},
 ]
 """From the top down; modules of one line do not import each other."""

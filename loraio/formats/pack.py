@@ -18,10 +18,11 @@ from typing import BinaryIO
 
 from loraio import container
 from loraio.container import METADATA_KEY, Header
-from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
+from loraio.errors import ConfigError, FormatError, MissingFileError, OutputExistsError
 from loraio.formats.native import read_metadata
-from loraio.outputs import staged
+from loraio.outputs import check_output, make_folder, staged
 from loraio.registry import lookup
+from loraio.temporaries import remove_stale
 
 PACK_VERSION = 1
 
@@ -275,13 +276,13 @@ def unpack(
             problems=existing[:20],
             hint="pass --force to replace them",
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
+    make_folder(folder)
+    for path in targets.values():
+        check_output(path, overwrite=overwrite, inputs=[packed])
+    remove_stale(folder, [path.name for path in targets.values()])  # once, not for each of thousands
     for name, path in targets.items():
         data = read_member(index, name)
-        with staged(path, overwrite=overwrite, inputs=[packed]) as temporary:
+        with staged(path, overwrite=overwrite, inputs=[packed], tidy=False) as temporary:
             temporary.write_bytes(data)
     return list(targets.values())
 
