@@ -30,11 +30,12 @@ from loraio.container import TORCH_DTYPES, Header, dtype_code, tensor_sha256
 from loraio.conversion import load_for
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
 from loraio.finished import FinishedParts
+from loraio.formats.sources import adapter_files
 from loraio.identity import check_base, state_sha256
 from loraio.integrity import PENDING, seal, with_integrity
 from loraio.merging import Landing
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
-from loraio.parts import INDEX_SUFFIX, is_parted, read_parted_header
+from loraio.parts import INDEX_SUFFIX, checkpoint_files, is_parted, read_parted_header
 from loraio.streaming import (
     Fold,
     Inputs,
@@ -131,7 +132,7 @@ def merge_file(
         raise ConfigError(f"{count} workers do no work")
     parted = _is_parted_output(output, base)
     if not parted:
-        check_output(output, overwrite=overwrite, inputs=(base, adapter))
+        check_output(output, overwrite=overwrite, inputs=(*checkpoint_files(base), *adapter_files(adapter)))
     checkpoint, headers = (read_base(base), ()) if is_pickle(base) else scan_base(base)
     loaded = load_for(
         adapter, base, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=allow_base_mismatch
@@ -146,7 +147,7 @@ def merge_file(
         exact=exact,
         workers=count,
         inputs=Inputs(),
-        files=(base, adapter, checkpoint.path, *checkpoint.parts),
+        files=(*adapter_files(adapter), checkpoint.path, *checkpoint.parts),
         groups=_groups(checkpoint, headers, loaded),
         metadata={header.path.name: header.metadata for header in headers},
         report=progress,
@@ -317,6 +318,8 @@ class _Merge:
 
     def write_parts(self, output: Path) -> MergedFile:
         """The same parts as those of the base, and an index."""
+        if not output.exists():  # or it is a link to where the folder is to be
+            output = Path(os.path.realpath(output))
         named = output.name.endswith(INDEX_SUFFIX)
         index = output if named else output / self.checkpoint.path.name
         into, there = index.parent, named or output.is_dir()
@@ -340,7 +343,7 @@ class _Merge:
                 raise
             finished.forget()
             if there:
-                move_files(work, into, self.groups, last=index.name)
+                move_files(work, into, self.groups, last=index.name, overwrite=self.overwrite)
                 remove_folder(work)
             else:
                 name_folder(work, into)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -59,6 +60,15 @@ def is_parted(path: str | os.PathLike[str]) -> bool:
     """Whether it is named like the index of a parted checkpoint, or is a folder, in which one is looked for."""
     path = Path(path)
     return path.name.endswith(INDEX_SUFFIX) or _is_folder(path)
+
+
+def checkpoint_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The files that make up a checkpoint: of a parted one the index and the parts, as far as they can be read."""
+    if is_parted(path):
+        with contextlib.suppress(LoraioError):
+            parted = read_parted_header(path)
+            return (parted.index, *(header.path for header in parted.headers.values()))
+    return (Path(path),)
 
 
 def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:

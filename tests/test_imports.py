@@ -29,6 +29,7 @@ LINES = [
     {"layers", "kinds", "parts", "pickles", "slots", "watching"},
     {"lowrank", "container", "names", "registry"},
     {"integrity", "outputs"},
+    {"temporaries"},
     {"errors"},
 ]
 """From the top down; modules of one line do not import each other."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
 import loraio
 from loraio.cli import (
+    _signals,
     convert,
     evaluate,
     export,
@@ -28,9 +30,6 @@ from loraio.cli import (
 )
 from loraio.errors import LoraioError
 
-INTERRUPTED = 130
-"""Exit code after ctrl-C, as shells have it: 128 + SIGINT."""
-
 
 class Program(click.Group):
     """The group: turns errors into text or JSON on stderr and into exit codes."""
@@ -43,7 +42,11 @@ class Program(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run a command line and exit: 0 done, 1 failed, 2 wrong command line, 3 a check says no."""
+        """Run a command line and exit: 0 done, 1 failed, 2 wrong command line, 3 a check says no.
+
+        A signal that ends programs leads to an orderly end, with the exit code of shells, 128 + its number: nothing is
+        left half written, and no temporary file.
+        """
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         words = list(sys.argv[1:] if args is None else args)
@@ -51,8 +54,14 @@ class Program(click.Group):
         as_json, debug = "--json" in options, "--debug" in options
         if isinstance(sys.stdout, io.TextIOWrapper):  # names that its encoding lacks: as stderr has them
             sys.stdout.reconfigure(errors="backslashreplace")
+        signals = _signals.Signals()
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            try:
+                with signals.obeyed(to_the_end=args is None):
+                    code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            finally:
+                if signals.number is not None:  # whatever became of the exception on its way
+                    raise click.Abort
         except click.UsageError as error:
             if as_json:
                 _print_error(type(error).__name__, error.format_message(), "loraio COMMAND --help")
@@ -61,10 +70,10 @@ class Program(click.Group):
             code = error.exit_code
         except click.Abort:
             if as_json:
-                _print_error("Interrupted", "interrupted", None)
+                _print_error("Interrupted", signals.word, None)
             else:
-                click.echo("interrupted", err=True)
-            code = INTERRUPTED
+                click.echo(signals.word, err=True)
+            code = signals.code
         except LoraioError as error:
             if debug:
                 raise
@@ -80,6 +89,24 @@ class Program(click.Group):
             _print_error(type(error).__name__, str(error), "--debug shows the traceback")
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
+
+    def make_context(self, *words: Any, **extra: Any) -> click.Context:
+        """As click's, which would print an empty line at an interrupt."""
+        with _as_abort():
+            return super().make_context(*words, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's, which would print an empty line at an interrupt."""
+        with _as_abort():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _as_abort() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise click.Abort from error
 
 
 def _print_error(name: str, message: str, hint: str | None, where: str | None = None) -> None:

@@ -20,8 +20,9 @@ from loraio.container import Header
 from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
 from loraio.formats.native import read_metadata
 from loraio.names import name_clashes, name_key, name_problem, normal_form, refuse_link
-from loraio.outputs import check_output, staged
+from loraio.outputs import check_output, make_folder, staged
 from loraio.registry import lookup
+from loraio.temporaries import remove_stale
 
 PACK_VERSION = 2
 """Of packs that are written; those of version 1, which have no digest of the index, are read too."""
@@ -232,15 +233,13 @@ def unpack(
         lookup(index.members, name, what="adapter in the pack")
     folder = Path(output)
     targets = _places(folder, dict.fromkeys(chosen), overwrite=overwrite)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
+    make_folder(folder)
     for path in targets.values():
         check_output(path, overwrite=overwrite, inputs=[packed])
+    remove_stale(folder, [path.name for path in targets.values()])  # once, not for each of thousands
     for name, path in targets.items():
         data = read_member(index, name)
-        with staged(path, overwrite=overwrite, inputs=[packed]) as temporary:
+        with staged(path, overwrite=overwrite, inputs=[packed], tidy=False) as temporary:
             temporary.write_bytes(data)
     return list(targets.values())
 

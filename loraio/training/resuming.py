@@ -6,6 +6,7 @@ alone. It is of use until the run has ended, and may then be removed.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -75,8 +76,10 @@ class SideFile:
             state: dict[str, Any] = {"loraio_run": VERSION, "identity": self._identity, "run": run.state_dict()}
             if self._validation is not None:
                 state["validation"] = self._validation.state_dict()
+            buffer = io.BytesIO()  # of a file that cannot be written torch says so in many ways
+            torch.save(state, buffer)
             with staged(self.path, overwrite=True) as temporary:
-                torch.save(state, temporary)
+                temporary.write_bytes(buffer.getbuffer())
         return False
 
     def load(self, run: Optimization) -> None:
