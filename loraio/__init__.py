@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loraio.bank import Bank
     from loraio.bases import BaseCheckpoint, load_base, read_base, save_base
     from loraio.basestate import base_state_dict
+    from loraio.checking import Checked, check
     from loraio.conversion import Conversion, convert
     from loraio.errors import LoraioError
     from loraio.exporting import Exported, ExportedOutput, export
@@ -41,6 +42,7 @@ _PLACES = {
     "bank": ("Bank",),
     "bases": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
     "basestate": ("base_state_dict",),
+    "checking": ("Checked", "check"),
     "conversion": ("Conversion", "convert"),
     "errors": ("LoraioError",),
     "exporting": ("Exported", "ExportedOutput", "export"),
@@ -68,6 +70,7 @@ __all__ = [
     "Bank",
     "BaseCheckpoint",
     "BaseReference",
+    "Checked",
     "Conversion",
     "Dataset",
     "Evaluation",
@@ -92,6 +95,7 @@ __all__ = [
     "attachment_of",
     "base_state_dict",
     "build_network",
+    "check",
     "convert",
     "evaluate",
     "evaluate_each",

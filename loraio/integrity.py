@@ -30,7 +30,7 @@ _DIGEST_BYTES = 32
 _NAME = b'"integrity'  # where a quote is escaped, the backslash stands before it
 _ENTRY = re.compile(rb'"integrity\\?":\s*\{\s*\\?"file\\?":\s*\\?"([0-9a-f]{64})\\?"')
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_HINT = "get the file again from where it came; what another program changed, `loraio convert` reads from its source"
+_HINT = "get it again from where it came; a program that changes it on purpose must leave out the metadata key 'loraio'"
 
 
 class Integrity(NamedTuple):

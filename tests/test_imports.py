@@ -20,7 +20,7 @@ LINES = [
     {"filemerge"},
     {"finished"},
     {"streaming"},
-    {"bank", "exporting", "verification"},
+    {"bank", "checking", "exporting", "verification"},
     {"attachment", "conversion", "merging", "mixing"},
     {"formats", "bases", "basestate", "recent"},
     {"identity", "networks", "parametrization"},

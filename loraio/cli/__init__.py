@@ -15,6 +15,7 @@ import click
 import loraio
 from loraio.cli import (
     _signals,
+    check,
     convert,
     evaluate,
     export,
@@ -138,6 +139,7 @@ for _command in (
     evaluate.evaluate,
     predict.predict,
     inspect.inspect,
+    check.check,
     convert.convert,
     pack.pack,
     unpack.unpack,

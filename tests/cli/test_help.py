@@ -27,6 +27,7 @@ Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
 
 COMMANDS = [
+    "check",
     "convert",
     "evaluate",
     "export",

@@ -490,12 +490,12 @@ def export(base: nn.Module, tmp_path: Path) -> Callable[[], Path]:
 
 
 def changed(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Path:
-    """Another tool rewrote the folder and kept the metadata that it does not know."""
+    """The folder after somebody changed it and gave it fitting digests."""
     file, config_file = path / "adapter_model.safetensors", path / "adapter_config.json"
-    metadata = dict(loraio.container.read_header(file).metadata)
+    document = loraio.container.read_header(file).document()
     tensors, config = load_file(file), json.loads(config_file.read_text())
     change(tensors, config)
-    save_file(tensors, file, metadata)
+    loraio.container.write(tensors, file, document=document, metadata={"format": "pt"}, overwrite=True)
     config_file.write_text(json.dumps(config))
     return path
 
