@@ -13,6 +13,7 @@ import click
 
 import loraio
 from loraio.cli import (
+    _output,
     convert,
     evaluate,
     export,
@@ -57,13 +58,16 @@ class Program(click.Group):
             if as_json:
                 _print_error(type(error).__name__, error.format_message(), "loraio COMMAND --help")
             else:
-                error.show()
+                said = io.StringIO()
+                error.show(said)
+                for text in said.getvalue().splitlines():
+                    _output.note(text)
             code = error.exit_code
         except click.Abort:
             if as_json:
                 _print_error("Interrupted", "interrupted", None)
             else:
-                click.echo("interrupted", err=True)
+                _output.note("interrupted")
             code = INTERRUPTED
         except LoraioError as error:
             if debug:
@@ -72,7 +76,7 @@ class Program(click.Group):
                 message = "\n".join([error.message, *error.problems])
                 _print_error(type(error).__name__, message, error.hint, where=error.where)
             else:
-                click.echo(f"{type(error).__name__}: {error}", err=True)
+                _output.failure(error)
             code = 1
         except Exception as error:  # a bug, or a stream that cannot be written to
             if not as_json or debug:
@@ -83,7 +87,7 @@ class Program(click.Group):
 
 
 def _print_error(name: str, message: str, hint: str | None, where: str | None = None) -> None:
-    click.echo(json.dumps({"error": name, "message": message, "where": where, "hint": hint}), err=True)
+    _output.note(json.dumps({"error": name, "message": message, "where": where, "hint": hint}))
 
 
 EXAMPLE = """\b
