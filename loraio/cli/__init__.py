@@ -14,6 +14,7 @@ import click
 
 import loraio
 from loraio.cli import (
+    _output,
     _signals,
     check,
     convert,
@@ -67,13 +68,16 @@ class Program(click.Group):
             if as_json:
                 _print_error(type(error).__name__, error.format_message(), "loraio COMMAND --help")
             else:
-                error.show()
+                said = io.StringIO()
+                error.show(said)
+                for text in said.getvalue().splitlines():
+                    _output.note(text)
             code = error.exit_code
         except click.Abort:
             if as_json:
                 _print_error("Interrupted", signals.word, None)
             else:
-                click.echo(signals.word, err=True)
+                _output.note(signals.word)
             code = signals.code
         except LoraioError as error:
             if debug:
@@ -82,7 +86,7 @@ class Program(click.Group):
                 message = "\n".join([error.message, *error.problems])
                 _print_error(type(error).__name__, message, error.hint, where=error.where)
             else:
-                click.echo(f"{type(error).__name__}: {error}", err=True)
+                _output.failure(error)
             code = 1
         except Exception as error:  # a bug, or a stream that cannot be written to
             if not as_json or debug:
@@ -111,7 +115,7 @@ def _as_abort() -> Iterator[None]:
 
 
 def _print_error(name: str, message: str, hint: str | None, where: str | None = None) -> None:
-    click.echo(json.dumps({"error": name, "message": message, "where": where, "hint": hint}), err=True)
+    _output.note(json.dumps({"error": name, "message": message, "where": where, "hint": hint}))
 
 
 EXAMPLE = """\b

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from loraio.cli import _options, _output
-from loraio.names import shown
 
 if TYPE_CHECKING:
     from loraio.checking import Checked
@@ -25,9 +24,9 @@ FAILED = 3
 def check(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
     """Say whether every bit of FILES is what was written.
 
-    Adapters, packs, base checkpoints in one file or in parts, and other tools' files that loraio wrote are compared with
-    the digests that they hold; of a folder all. Exit code 3 says no, and which tensor is damaged. The digests notice
-    damage, not who wrote the file.
+    Adapters, packs, base checkpoints in one file or in parts, and other tools' files that loraio wrote are compared
+    with the digests that they hold; of a folder all. Exit code 3 says no, and which tensor is damaged. The digests
+    notice damage, not who wrote the file.
     """
     from loraio import checking
     from loraio.errors import MissingFileError
@@ -53,10 +52,10 @@ def check(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
         _output.print_json("check", {"ok": ok, "files": rows})
     else:
         for file in checked:
-            click.echo(shown(_line(file)))
+            _output.line(_line(file))
             for problem in file.problems:
-                click.echo(f"  {shown(problem)}")
-        click.echo(_sum(checked))
+                _output.line(f"  {problem}")
+        _output.line(_sum(checked))
     if not ok:
         ctx.exit(FAILED)
 

@@ -93,16 +93,16 @@ def convert(
         reports = {"read": made.read.to_json(), "written": made.written.to_json(), "base_mismatch": list(made.mismatch)}
         _output.print_json("convert", {"file": output, **facts, **reports})
     else:
-        click.echo(f"{adapter}: {made.source} adapter, by {made.reason}")
+        _output.line(f"{adapter}: {made.source} adapter, by {made.reason}")
         for line in made.mismatch:
             _output.note(f"note: another base: {line}")
         _print("reading", made.read)
         _print("writing", made.written)
-        click.echo(f"{output}: {to} adapter" if made.done else "nothing written")
+        _output.line(f"{output}: {to} adapter" if made.done else "nothing written")
     if made.lost and not lossy:
         ctx.exit(LOST)
 
 
 def _print(step: str, report: Report) -> None:
     for line in report.lines:
-        click.echo(f"{step}: {line}")
+        _output.line(f"{step}: {line}")

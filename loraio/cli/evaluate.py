@@ -65,7 +65,7 @@ def evaluate(
         where = {"dataset": dataset, "split": split, "images": len(images), "stripped": stripped}
         _output.print_json("evaluate", {**where, "base": alone and alone.to_json(), "adapters": rows})
         return
-    click.echo(f"{len(images):,} {split} images of {dataset}")
+    _output.line(f"{len(images):,} {split} images of {dataset}")
     _print_counts("Images of each digit that were misread", alone, results, own, "wrong")
     _print_counts("Other images that were read as each digit", alone, results, own, "false_alarms")
 

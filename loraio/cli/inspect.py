@@ -194,15 +194,15 @@ def _print_adapter(facts: dict[str, Any]) -> None:
     base, training = facts["base"], facts["training"]
     for warning in facts["warnings"]:
         _output.note(f"note: {warning}")
-    click.echo(
+    _output.line(
         f"{facts['file']}: adapter, {facts['dialect']}"
         f"{f' format version {version}' if (version := facts['format_version']) else ''}, "
         f"{facts['parameters']:,} parameters, {_output.size(facts['bytes'])}"
     )
     if facts["dialect"] == "native":
-        click.echo(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
+        _output.line(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
     else:
-        click.echo(f"by {facts['reason']}")
+        _output.line(f"by {facts['reason']}")
     table = _output.table("Targets", ["weight", "layer", "shape", "kind", "rank", "alpha", "scale", "parameters"])
     for name, target in facts["targets"].items():
         shape = "x".join(map(str, target["shape"] or ["?"]))
@@ -219,15 +219,15 @@ def _print_adapter(facts: dict[str, Any]) -> None:
         )
     _output.console().print(table)
     for line in _output.whole_lines(facts["whole"]) if facts["dialect"] == "native" else ():
-        click.echo(line)
+        _output.line(line)
     if facts["whole"] and facts["dialect"] != "native":
-        click.echo(f"{len(facts['whole'])} tensors of the base are replaced whole")
+        _output.line(f"{len(facts['whole'])} tensors of the base are replaced whole")
     _print_training(training)
 
 
 def _print_pack(facts: dict[str, Any]) -> None:
     adapters, size = facts["adapters"], _output.size(facts["bytes"])
-    click.echo(f"{facts['file']}: pack of {len(adapters)} adapters, format version {facts['format_version']}, {size}")
+    _output.line(f"{facts['file']}: pack of {len(adapters)} adapters, format version {facts['format_version']}, {size}")
     table = _output.table("Adapters", ["name", "bytes", "sha256"])
     for name, one in adapters.items():
         table.add_row(name, f"{one['bytes']:,}", f"{one['sha256'][:12]}..")
@@ -238,13 +238,13 @@ def _print_base(facts: dict[str, Any]) -> None:
     network = facts["network"] or "network not named"
     size = _output.size(facts["bytes"])
     parts = f" in {len(facts['parts'])} parts" if facts["parts"] else ""
-    click.echo(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")
+    _output.line(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")
     if facts["sha256"]:
-        click.echo(f"sha256 {facts['sha256']}")
+        _output.line(f"sha256 {facts['sha256']}")
     for receipt in facts["merged"]:
-        click.echo("merged:")
+        _output.line("merged:")
         for key, value in receipt.items() if isinstance(receipt, dict) else [("receipt", receipt)]:
-            click.echo(f"  {key}: {_words(value)}")
+            _output.line(f"  {key}: {_words(value)}")
     table = _output.table("Tensors", ["name", "dtype", "shape"])
     for name, tensor in facts["tensors"].items():
         table.add_row(name, tensor["dtype"], "x".join(map(str, tensor["shape"])) or "scalar")
@@ -256,12 +256,12 @@ def _print_training(training: dict[str, Any]) -> None:
     results = training.get("results")
     for key, value in training.items():
         if key != "results" or not isinstance(value, dict):
-            click.echo(f"{key}: {_words(value)}")
+            _output.line(f"{key}: {_words(value)}")
     if isinstance(results, dict):
-        click.echo(f"results: {_words({key: part for key, part in results.items() if not isinstance(part, dict)})}")
+        _output.line(f"results: {_words({key: part for key, part in results.items() if not isinstance(part, dict)})}")
         for when in ("before", "after"):
             if when in results:
-                click.echo(f"  {when}: {_words(results[when])}")
+                _output.line(f"  {when}: {_words(results[when])}")
 
 
 def _words(value: Any) -> str:

@@ -61,4 +61,4 @@ def predict(
         _output.print_json("predict", {"base": base, "stripped": stripped, "adapter": adapter, "predictions": rows})
         return
     for row in rows:
-        click.echo(f"{row['image']}: {row['digit']} ({max(row['probabilities']):.1%})")
+        _output.line(f"{row['image']}: {row['digit']} ({max(row['probabilities']):.1%})")

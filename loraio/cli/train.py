@@ -101,12 +101,12 @@ def train(
         _output.print_json("train", {"base": base, "stripped": stripped, "parameters": parameters, "adapters": rows})
         return
     _print_rows(rows, f"{len(held_out):,} test images of {dataset}")
-    click.echo(
+    _output.line(
         f"{parameters['adapted']:,} parameters in the adapted layers, {parameters['added']:,} added: "
         f"{parameters['percent']:.3f} %"
     )
     if parameters["replaced"]:
-        click.echo(f"{parameters['replaced']:,} numbers in tensors that are replaced whole")
+        _output.line(f"{parameters['replaced']:,} numbers in tensors that are replaced whole")
 
 
 def _check_outputs(base: str, output: str, *, every: bool, force: bool) -> None:
