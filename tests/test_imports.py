@@ -28,7 +28,8 @@ LINES = [
     {"folding"},
     {"layers", "kinds", "parts", "pickles", "slots", "watching"},
     {"lowrank", "container", "registry"},
-    {"outputs"},
+    {"firstbytes", "outputs", "strictjson"},
+    {"limits"},
     {"errors"},
 ]
 """From the top down; modules of one line do not import each other."""

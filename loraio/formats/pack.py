@@ -19,6 +19,7 @@ from typing import BinaryIO
 from loraio import container
 from loraio.container import METADATA_KEY, Header
 from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
+from loraio.firstbytes import open_file
 from loraio.formats.native import read_metadata
 from loraio.outputs import staged
 from loraio.registry import lookup
@@ -74,7 +75,7 @@ def name_problem(name: str) -> str | None:
     """
     if not name or name != name.strip() or name.startswith(".") or name.endswith("."):
         return "it is empty, or begins or ends with a space or dot"
-    bad = next((c for c in name if c in '/\\:*?"<>|' or unicodedata.category(c) in ("Cc", "Cs")), None)
+    bad = next((c for c in name if c in '/\\:*?"<>|' or unicodedata.category(c) in container.HIDDEN), None)
     if bad is not None:
         return f"it holds {bad!r}"
     if len(name.encode()) > MAX_NAME_BYTES:
@@ -336,7 +337,7 @@ def _examined(path: Path) -> tuple[int, str]:
 def _copied(path: Path, output: BinaryIO | None) -> tuple[int, str]:
     size, digest = 0, hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
