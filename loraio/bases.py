@@ -34,14 +34,11 @@ from loraio.networks import (
     resize_heads,
 )
 from loraio.parts import is_parted, read_parted_header
-from loraio.pickles import read_pickle
+from loraio.pickles import PICKLE_SUFFIXES, read_pickle
 from loraio.registry import known, nearest
 
 FORMAT_VERSION = 2
 """Of checkpoints that are written; those of version 1, which have no digests of their tensors, are read too."""
-
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
-"""Endings of files that are read with ``torch.load(weights_only=True)``."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What wrappers put before every name: DDP, torch.compile, and trainers that keep the network in a field."""

@@ -16,11 +16,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from loraio import integrity
-from loraio.errors import FormatError, MissingFileError
+from loraio.errors import FormatError, MissingFileError, shown
+from loraio.firstbytes import LOOKED_AT, open_file, reason, recognised
+from loraio.limits import Limits, limits, raising
+from loraio.names import is_hidden
 from loraio.outputs import staged
+from loraio.strictjson import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +32,6 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "loraio"
 """The header key that holds the JSON document."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header that is read; the safetensors library has the same limit."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -55,7 +56,7 @@ _LAYOUT_ORDER = (
 
 _CODES = {name: code for code, name in TORCH_DTYPES.items()}
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a character; the other half may be missing
+_AGAIN = "fetch the file again: it may be damaged, or not be finished"
 
 
 class TensorInfo(NamedTuple):
@@ -144,17 +145,16 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises:
         MissingFileError: there is no such file.
-        FormatError: anything that the safetensors specification forbids, and duplicate names, which it does not; a
-            document of loraio that is not a JSON object; a header that is not what was written.
+        FormatError: anything that the safetensors specification forbids, what it does not, such as duplicate names,
+            what is beyond `loraio.limits`, a document of loraio that is not a JSON object, and a header that is not
+            what was written.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
+    with open_file(path) as file:
+        try:
             return _read_header(file, path, os.fstat(file.fileno()).st_size)
-    except FileNotFoundError:
-        raise MissingFileError(f"{str(path)!r} does not exist") from None
-    except OSError as error:
-        raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+        except OSError as error:
+            raise MissingFileError(f"{str(path)!r} cannot be read: {reason(error)}") from error
 
 
 def parse_file(data: bytes, path: str | os.PathLike[str]) -> Header:
@@ -171,27 +171,28 @@ def parse_file(data: bytes, path: str | os.PathLike[str]) -> Header:
 
 
 def _read_header(file: BinaryIO, path: Path, size: int) -> Header:
-    where = f"{str(path)!r}"
-    start = file.read(8)
+    where, most = f"{str(path)!r}", limits()
+    start = file.read(LOOKED_AT)
+    length = int.from_bytes(start[:8], "little")
+    if not start:
+        raise FormatError("the file is empty", where=where, hint=_AGAIN)
     if len(start) < 8:
-        raise FormatError(f"{size} bytes are too few for a safetensors file", where=where)
-    length = int.from_bytes(start, "little")
-    if length > MAX_HEADER_BYTES or 8 + length > size:
-        raise FormatError(_not_safetensors(start + file.read(64), length, size), where=where)
-    raw = file.read(length)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"the header is not UTF-8: {error}", where=where) from error
-    if not text.startswith("{"):
-        raise FormatError(_not_safetensors(start + raw[:64], length, size), where=where)
-    entries = parse_json(text, where=f"the header of {where}")
+        raise FormatError(f"{size} bytes are too few for a safetensors file", where=where, hint=_AGAIN)
+    if length > most.header_bytes or 8 + length > size or start[8:9] != b"{":
+        raise _not_safetensors(start, length, size, most, where)
+    text = start[: 8 + length] + file.read(max(0, 8 + length - len(start)))
+    entries = _parse_header(text[8:], where)
     metadata = _check_metadata(entries.pop("__metadata__", None), where)
-    tensors = {name: _check_entry(name, entry, where) for name, entry in entries.items()}
+    if len(entries) > most.tensors:
+        raise FormatError(
+            f"{len(entries):,} tensors, at most {most.tensors:,} are read", where=where, hint=raising("tensors")
+        )
+    tensors = {name: _check_entry(name, entry, most, where) for name, entry in entries.items()}
+    del entries
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
-    _check_offsets(tensors, size - 8 - length, where)
+    _check_offsets(tensors, 8 + length, size, where)
     document = _document(metadata, where)
-    found = integrity.check(start + raw, document, list(tensors), where=where)
+    found = integrity.check(text, document, list(tensors), where=where)
     return Header(
         path=path,
         tensors=tensors,
@@ -200,8 +201,17 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> Header:
         file_bytes=size,
         parsed=document,
         digests=found.tensors if found else None,
-        sha256=hashlib.sha256(start + raw).hexdigest(),
+        sha256=hashlib.sha256(text).hexdigest(),
     )
+
+
+def _parse_header(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the header is not UTF-8: {error}", where=where) from error
+    entries: dict[str, Any] = parse_json(text, where=f"the header of {where}")
+    return entries
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
@@ -241,72 +251,31 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         MissingFileError: there is no such file, or it cannot be read.
-        FormatError: it is not JSON, or longer than `MAX_HEADER_BYTES`.
+        FormatError: it is not JSON, or beyond `loraio.limits`.
     """
-    return parse_json(read_text(path).decode("utf-8"), where=f"{os.fspath(path)!r}")
+    return read_json_text(path)[1]
 
 
-def read_text(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a small text file in UTF-8.
-
-    Raises:
-        MissingFileError: there is no such file, or it cannot be read.
-        FormatError: it is not UTF-8, or longer than `MAX_HEADER_BYTES`.
-    """
-    where = f"{os.fspath(path)!r}"
+def read_json_text(path: str | os.PathLike[str]) -> tuple[bytes, Any]:
+    """As `read_json`, and the bytes of the file."""
+    where, most = f"{os.fspath(path)!r}", limits().header_bytes
+    with open_file(Path(path)) as file:
+        try:
+            raw = file.read(most + 1)
+        except OSError as error:
+            raise MissingFileError(f"{where} cannot be read: {reason(error)}") from error
+    if len(raw) > most:
+        raise FormatError(f"longer than {most:,} bytes", where=where, hint=raising("header_bytes"))
+    if not raw:
+        raise FormatError("the file is empty", where=where, hint=_AGAIN)
+    found = None if re.match(rb"\s*[{\[]", raw) else recognised(raw[:LOOKED_AT])
+    if found is not None:
+        raise FormatError(f"not JSON but {found[0]}", where=where, hint=found[1])
     try:
-        with Path(path).open("rb") as file:
-            raw = file.read(MAX_HEADER_BYTES + 1)
-    except FileNotFoundError:
-        raise MissingFileError(f"{where} does not exist") from None
-    except OSError as error:
-        raise MissingFileError(f"{where} cannot be read: {error.strerror or error}") from error
-    if len(raw) > MAX_HEADER_BYTES:
-        raise FormatError(f"longer than {MAX_HEADER_BYTES} bytes", where=where)
-    try:
-        raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"not UTF-8: {error}", where=where) from error
-    return raw
-
-
-def parse_json(text: str, *, where: str) -> Any:
-    """What a JSON text says; no key may occur twice, and there is no NaN.
-
-    Raises:
-        FormatError: it is not such a text; ``where`` says whose.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise FormatError(f"the key {key!r} occurs twice", where=where)
-            found[key] = value
-        return found
-
-    def refuse(constant: str) -> NoReturn:
-        raise FormatError(f"{constant} is not a JSON number", where=where)
-
-    def finite(digits: str) -> float:
-        number = float(digits)
-        if math.isinf(number):
-            raise FormatError(f"{digits[:40]} is beyond the range of float64", where=where)
-        return number
-
-    try:
-        parsed = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
-        if _SURROGATE.search(text):
-            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
-        return parsed
-    except RecursionError:
-        raise FormatError("the JSON is nested too deeply", where=where) from None
-    except FormatError:
-        raise
-    except UnicodeEncodeError as error:
-        raise FormatError("half a surrogate pair is no character", where=where) from error
-    except ValueError as error:  # JSONDecodeError, and integers of too many digits
-        raise FormatError(f"not JSON: {error}", where=where) from error
+    return raw, parse_json(text, where=where)
 
 
 def _document(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
@@ -331,18 +300,44 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _check_entry(name: str, entry: Any, where: str) -> TensorInfo:
+def _check_name(name: str, most: Limits, where: str) -> None:
+    """Refuse a name that in a file, a log or on a screen is not what it seems to be."""
     if not name:
         raise FormatError("a tensor has an empty name", where=where)
+    if name == "__metadata__":
+        raise FormatError("a tensor is named '__metadata__', which is where the metadata are", where=where)
+    if len(name) > most.name_bytes or len(name.encode("utf-8", "surrogatepass")) > most.name_bytes:
+        raise FormatError(
+            f"a tensor's name is longer than {most.name_bytes:,} bytes: {shown(name)}",
+            where=where,
+            hint=raising("name_bytes"),
+        )
+    if not name.isprintable():  # which says no to spaces of all kinds, too
+        bad = next(filter(is_hidden, name), None)
+        if bad is not None:
+            raise FormatError(f"the tensor name {shown(name)} holds {bad!r}, which is not printable", where=where)
+
+
+def _check_entry(name: str, entry: Any, most: Limits, where: str) -> TensorInfo:
+    _check_name(name, most, where)
     if not isinstance(entry, dict):
         raise FormatError(f"the entry of tensor {name!r} is not an object", where=where)
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise FormatError(f"tensor {name!r} has dtype {dtype!r}, which safetensors does not know", where=where)
+        raise FormatError(f"tensor {name!r} has dtype {shown(dtype)}, which safetensors does not know", where=where)
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise FormatError(f"tensor {name!r} has the shape {shape!r}, not a list of sizes", where=where)
+        raise FormatError(f"tensor {name!r} has the shape {shown(shape)}, not a list of sizes", where=where)
+    if len(shape) > most.dimensions:
+        raise FormatError(
+            f"tensor {name!r} has {len(shape):,} dimensions, at most {most.dimensions} are read",
+            where=where,
+            hint=raising("dimensions"),
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise FormatError(f"tensor {name!r} has data_offsets {offsets!r}, not two offsets", where=where)
+        raise FormatError(f"tensor {name!r} has data_offsets {shown(offsets)}, not two offsets", where=where)
+    if len(entry) > 3:
+        more = next(key for key in entry if key not in ("dtype", "shape", "data_offsets"))
+        raise FormatError(f"the entry of tensor {name!r} has the unknown key {shown(more)}", where=where)
     begin, end = offsets
     bits = DTYPE_BITS[dtype]
     for size in shape:
@@ -356,32 +351,40 @@ def _check_entry(name: str, entry: Any, where: str) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
-def _check_offsets(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> None:
+def _check_offsets(tensors: Mapping[str, TensorInfo], data_begin: int, size: int, where: str) -> None:
     position = 0
     for name, info in tensors.items():
         if info.begin != position:
             problem = "overlaps the one before it" if info.begin < position else "leaves a hole before it"
             raise FormatError(f"tensor {name!r} starts at byte {info.begin} and {problem} ({position})", where=where)
         position = info.end
-    if position != data_bytes:
-        raise FormatError(f"the tensors fill {position} bytes, the file has {data_bytes} after its header", where=where)
+    if data_begin + position > size:
+        raise FormatError(f"truncated: {size:,} of {data_begin + position:,} bytes", where=where, hint=_AGAIN)
+    if data_begin + position < size:
+        raise FormatError(
+            f"{size - data_begin - position:,} bytes follow the last tensor, which belong to none: "
+            f"the header speaks of {data_begin + position:,}, the file has {size:,}",
+            where=where,
+        )
 
 
-def _not_safetensors(start: bytes, length: int, size: int) -> str:
-    """What a file seems to be whose first eight bytes are no header length."""
-    if start[8:9] == b"{":
-        if length > MAX_HEADER_BYTES:
-            return f"the header has {length} bytes, at most {MAX_HEADER_BYTES} are read"
-        return f"truncated: the header alone has {length} bytes, the file {size}"
-    for signature, what in (
-        (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull` to fetch the file itself"),
-        (b"PK\x03\x04", "a zip archive, perhaps from torch.save"),
-        (b"\x80", "a pickle, perhaps an old torch.save file"),
-        (b"<", "an HTML or XML page"),
-    ):
-        if start.startswith(signature):
-            return f"not a safetensors file but {what}"
-    return "not a safetensors file"
+def _not_safetensors(start: bytes, length: int, size: int, most: Limits, where: str) -> FormatError:
+    """The error for a file whose first eight bytes are no length of a header that can be read."""
+    found = recognised(start)
+    if start[8:9] == b"{" and not (found and length > size):
+        if length > size - 8:
+            return FormatError(
+                f"truncated: the header alone has {length:,} bytes, the file {size:,}", where=where, hint=_AGAIN
+            )
+        return FormatError(
+            f"the header has {length:,} bytes, at most {most.header_bytes:,} are read",
+            where=where,
+            hint=raising("header_bytes"),
+        )
+    if found is None:
+        return FormatError("not a safetensors file", where=where, hint=_AGAIN)
+    what, advice = found
+    return FormatError(f"not a safetensors file but {what}", where=where, hint=advice)
 
 
 # Writing
@@ -407,9 +410,9 @@ def layout(
     Raises:
         FormatError: a name or a text that a safetensors file cannot hold.
     """
+    most = limits()
     for name in tensors:
-        if not name or name == "__metadata__":
-            raise FormatError(f"a tensor cannot be named {name!r} in a safetensors file", where=where)
+        _check_name(name, most, where)
     position = 0
     placed: dict[str, TensorInfo] = {}
     try:

@@ -84,8 +84,7 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
     """
     index = _index_of(Path(path))
     where = f"{str(index)!r}"
-    raw = container.read_text(index)
-    document = container.parse_json(raw.decode("utf-8"), where=where)
+    raw, document = container.read_json_text(index)
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
         raise FormatError("not an index of a parted checkpoint: it has no 'weight_map' with tensors", where=where)

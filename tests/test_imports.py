@@ -27,9 +27,9 @@ LINES = [
     {"adapter", "backward"},
     {"folding"},
     {"layers", "kinds", "parts", "pickles", "slots", "watching"},
-    {"lowrank", "container", "names", "registry"},
-    {"integrity", "outputs"},
-    {"temporaries"},
+    {"lowrank", "container", "registry"},
+    {"firstbytes", "integrity", "names", "outputs", "strictjson"},
+    {"limits", "temporaries"},
     {"errors"},
 ]
 """From the top down; modules of one line do not import each other."""

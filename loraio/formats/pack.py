@@ -18,6 +18,7 @@ from typing import BinaryIO
 from loraio import container, integrity
 from loraio.container import Header
 from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
+from loraio.firstbytes import open_file
 from loraio.formats.native import read_metadata
 from loraio.names import name_clashes, name_key, name_problem, normal_form, refuse_link
 from loraio.outputs import check_output, make_folder, staged
@@ -332,7 +333,7 @@ def _examined(path: Path) -> tuple[int, str]:
 def _copied(path: Path, output: BinaryIO | None) -> tuple[int, str]:
     size, digest = 0, hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)

@@ -18,6 +18,7 @@ import torch
 from loraio.container import tensor_sha256
 from loraio.errors import BaseMismatchError, ConfigError, DataError, FormatError, LoraioError, MissingFileError
 from loraio.outputs import staged
+from loraio.pickles import load_weights_only
 from loraio.training.config import TrainConfig
 from loraio.training.data import Dataset
 from loraio.training.optimizing import Moment, Optimization
@@ -130,13 +131,9 @@ class SideFile:
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     where = f"{os.fspath(path)!r}"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise MissingFileError(f"{where} does not exist", hint="without --resume the run starts anew") from None
-    except Exception as error:  # torch raises pickle, zip, runtime and OS errors here
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FormatError(f"not a side file of a training: {line}", where=where) from error
+    if not Path(path).exists():
+        raise MissingFileError(f"{where} does not exist", hint="without --resume the run starts anew")
+    state = load_weights_only(Path(path), what="not a side file of a training")
     if not isinstance(state, dict) or "loraio_run" not in state:
         raise FormatError("not a side file of a training", where=where, hint="--checkpoint FILE writes one")
     if state["loraio_run"] != VERSION or not {"identity", "run"} <= state.keys():

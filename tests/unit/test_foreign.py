@@ -409,7 +409,7 @@ def test_an_adapter_of_another_network_is_not_written(base: nn.Module) -> None:
 )
 @pytest.mark.parametrize("form", ["safetensors", "pickle", "memory"])
 def test_one_number_is_read_from_any_container(value: Tensor, expected: float, form: str, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / ("file.pt" if form == "pickle" else "file")
     tensors = {"first": torch.ones(3), "x.alpha": value}
     torch.save(tensors, path) if form == "pickle" else save_file(tensors, path)
     source = open_source(path)

@@ -264,7 +264,7 @@ def swap_offsets(header: dict[str, Any], _: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (swap_offsets, "overlaps the one before"),
-        (lambda h, d: h.pop("three"), "bytes, the file has"),
+        (lambda h, d: h.pop("three"), "bytes follow the last tensor"),
         (lambda h, d: d["pack"].pop("three"), "'three' is there and not listed"),
         (lambda h, d: d["pack"].update(four="0" * 64), "'four' is listed and not there"),
         (lambda h, d: d["pack"].update(three="0" * 63), "not 64 hexadecimal digits"),
