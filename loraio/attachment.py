@@ -2,11 +2,16 @@
 
 The adapter sits on the model as torch parametrizations, see `loraio.parametrization`. A deep copy of the model has the
 adapter on it too, with a handle of its own: `attachment_of`.
+
+Whatever the handle does is done as a whole. Everything is checked before anything is changed, and when an exception
+comes in the midst, from wherever, model and handle are what they were before, see `loraio.undoing`. Forward passes in
+other threads see the model before or after it, see `loraio.sharing`. Only `attach` itself wants a model that no other
+thread is using.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
@@ -29,6 +34,7 @@ from loraio.layers import (
     select_targets,
     target_modules,
 )
+from loraio.overflow import refuse_overflow
 from loraio.parametrization import (
     AdapterPart,
     FoldedWeight,
@@ -39,7 +45,9 @@ from loraio.parametrization import (
 )
 from loraio.recent import Fitting, Recent
 from loraio.registry import lookup
+from loraio.sharing import share, unshare
 from loraio.slots import Slot
+from loraio.undoing import Undo
 from loraio.watching import writes_to
 
 Reserve = str | Adapter | Iterable[str | Adapter] | None
@@ -70,7 +78,7 @@ class Attachment:
         self._trainable = trainable
         self._enabled = True
         self._places: dict[str, Place] = {}
-        self._frozen: list[nn.Module] = []
+        self._frozen: dict[str, nn.Module] = {}
         self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
         self._fitting = Fitting(None, model)
         self._recent = Recent()
@@ -88,13 +96,14 @@ class Attachment:
             state = base_state_dict(model)
             known = identity_of(model).digests(state)
             self._base = {name: _Mark(writes_to(state[name]), state[name].dtype, known[name]) for name in state}
+        undo = Undo()
         try:
-            self._freeze(adapter)
-            self._put_on(adapter, [*(self._reserved or adapter.targets), *adapter.whole])
+            self._sharing = share(model, undo)
+            self._freeze(adapter, undo)
+            self._put_on(adapter, [*(self._reserved or adapter.targets), *adapter.whole], undo)
             self._remember(adapter)
         except BaseException:
-            self._take_off(list(self._places))
-            self._release()
+            undo.run()
             raise
 
     def __enter__(self) -> Attachment:
@@ -126,20 +135,22 @@ class Attachment:
                 place in the adapter.
             AdapterError: a tensor is no longer finite.
         """
-        tensors, changed = self._now() if self.attached else self._last
+        adapter, (tensors, changed) = self._sharing.during(
+            lambda: (self._adapter, self._now() if self.attached else self._last)
+        )
         if changed:
             raise StateError(
                 f"{len(changed)} tensors of the base changed while the adapter was attached for training",
                 problems=[f"{name!r} would be lost: it is outside of the adapter" for name in changed],
                 hint="train live.parameters() only",
             )
-        kept = self._adapter.all_tensors
+        kept = adapter.all_tensors
         if all(tensor_bytes(tensor).equal(tensor_bytes(kept[name])) for name, tensor in tensors.items()):
-            return self._adapter
+            return adapter
         return replace(
-            self._adapter,
-            factors={name: tensors[name] for name in self._adapter.factors},
-            tensors={name: tensors[name] for name in self._adapter.tensors},
+            adapter,
+            factors={name: tensors[name] for name in adapter.factors},
+            tensors={name: tensors[name] for name in adapter.tensors},
         )
 
     @property
@@ -157,18 +168,32 @@ class Attachment:
         """The multiplier of the adapter's scale; may be set at any time, to any finite number.
 
         Whole tensors know no strength: `disable` gives the base.
+
+        Raises:
+            ConfigError: set to what is no finite number.
+            AdapterError: a sum would overflow its weight's dtype.
+            StateError: set on a detached handle, or from within a forward pass.
         """
         return self._strength
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._require_attached()
-        self._check_untouched()
-        self._strength = check_strength(value)
-        for place in self._places.values():
-            if isinstance(place.part, FoldedWeight):
-                place.part.strength = self._strength
-        self._fill_slots()
+
+        def apply(undo: Undo) -> None:
+            self._strength = strength
+            for place in self._places.values():
+                if isinstance(place.part, FoldedWeight):
+                    undo.note(vars(place.part))
+                    place.part.strength = strength
+            self._fill_slots(undo)
+
+        def check() -> None:  # factors may have been trained since
+            parts = {name: place.part for name, place in self._places.items() if name in self._adapter.targets}
+            factors = {own: factor for name, part in parts.items() for own, factor in part.tensors(name).items()}
+            self._check_finite(self._adapter.targets, factors, strength)
+
+        strength = check_strength(value)
+        self._change(apply, check)
 
     @property
     def reserved(self) -> tuple[str, ...] | None:
@@ -200,11 +225,15 @@ class Attachment:
         Needed only after writes to a base weight or a factor that torch does not count: those through ``tensor.data``,
         a NumPy view or a raw pointer.
         """
+
+        def apply(undo: Undo) -> None:
+            for place in self._places.values():
+                if isinstance(place.part, FoldedWeight):
+                    place.part.refresh()
+            self._recent.forget()
+
         self._require_attached()
-        for place in self._places.values():
-            if isinstance(place.part, FoldedWeight):
-                place.part.refresh()
-        self._recent.forget()
+        self._sharing.change(self._require_attached, apply)
 
     def swap(self, adapter: Adapter) -> None:
         """Put another adapter in the place of this one; strength and on/off stay as they are.
@@ -216,41 +245,74 @@ class Attachment:
 
         Raises:
             BaseMismatchError: the adapter does not belong to this base.
+            AdapterError: a sum would overflow its weight's dtype.
             StateError: detached already, attached for training without a ``max_rank``, or the adapter changes what was
-                not reserved or has a larger rank.
+                not reserved or has a larger rank; or within a forward pass.
         """
-        self._require_attached()
-        if self._trainable and self._max_rank is None:
-            raise StateError("an adapter that is being trained cannot be swapped", hint="detach it first")
-        self._check_untouched()
-        known = self._fitting.covers(adapter)
-        if not known:
-            self._check(adapter)
-        elif self._reserved is not None:
-            self._check_reserved(adapter, self._reserved)
-        old = self._adapter
-        try:
-            self._exchange(adapter)
-        except BaseException:
-            self._exchange(old)
-            raise
-        if not known and not self._allow_base_mismatch:
-            self._fitting = Fitting(adapter, self.model)
+        known = False
+
+        def check() -> None:
+            nonlocal known
+            if self._trainable and self._max_rank is None:
+                raise StateError("an adapter that is being trained cannot be swapped", hint="detach it first")
+            known = self._fitting.covers(adapter)
+            if not known:
+                self._check(adapter)
+                return
+            if self._reserved is not None:
+                self._check_reserved(adapter, self._reserved)
+            if self._strength != self._recent.strength_of(adapter):
+                self._check_finite(adapter.targets, adapter.factors, self._strength)
+
+        def apply(undo: Undo) -> None:
+            self._exchange(adapter, undo)
+            if not known and not self._allow_base_mismatch:
+                self._fitting = Fitting(adapter, self.model)
+
+        self._change(apply, check)
 
     def detach(self) -> None:
         """Take the adapter off: the model has its own Parameters and buffers again, in their order, with their bits.
 
         Raises:
-            StateError: detached already, or something else parametrized a target in the meantime.
+            StateError: detached already, or something else parametrized a target in the meantime; or within a forward
+                pass.
         """
+
+        def apply(undo: Undo) -> None:
+            self._places = {name: place for name, place in self._places.items() if place.occupied}
+            self._last = self._now()
+            self._take_off(list(self._places), undo)
+            self._release(undo)
+            self._recent = Recent()  # what they hold, holds on to this handle, and so to the model
+            self._fitting = Fitting(None, self.model)
+            unshare(self.model, undo)
+
+        self._change(apply, occupied_only=True)
+
+    def _change(
+        self, apply: Callable[[Undo], None], check: Callable[[], None] | None = None, *, occupied_only: bool = False
+    ) -> None:
+        """Make a change as a whole.
+
+        Args:
+            apply: makes it.
+            check: what else there is to check, before.
+            occupied_only: never mind the places from which someone else has taken the parametrization off.
+        """
+
+        def check_all() -> None:
+            self._require_attached()
+            self._check_untouched(occupied_only)
+            if check is not None:
+                check()
+
+        def noted(undo: Undo) -> None:
+            undo.note(vars(self), self._places, self._frozen)
+            apply(undo)
+
         self._require_attached()
-        self._places = {name: place for name, place in self._places.items() if place.occupied}
-        self._check_untouched()
-        self._last = self._now()
-        self._take_off(list(self._places))
-        self._release()
-        self._recent.forget()  # which hold on to this handle, and so to the model
-        self._fitting = Fitting(None, self.model)
+        self._sharing.change(check_all, noted)
 
     def _now(self) -> tuple[dict[str, Tensor], list[str]]:
         """Copies of the adapter's tensors as they are, not checked; and which tensors of the base changed meanwhile."""
@@ -296,6 +358,7 @@ class Attachment:
         refuse_shared(self.model, [*adapter.targets, *adapter.whole])
         if self._reserved is not None:
             self._check_reserved(adapter, self._reserved)
+        self._check_finite(adapter.targets, adapter.factors, self._strength)
 
     def _check_reserved(self, adapter: Adapter, reserved: Sequence[str]) -> None:
         outside = [name for name in adapter.targets if name not in reserved]
@@ -315,6 +378,10 @@ class Attachment:
                 if adapter.whole
                 else f"reserve these too: attach(.., reserve={outside})",
             )
+
+    def _check_finite(self, targets: Mapping[str, Target], factors: Mapping[str, Tensor], strength: float) -> None:
+        weights = {name: self._base_tensor(name) for name in targets}
+        refuse_overflow(targets, factors, weights, strength=strength)
 
     def _misfits(self, adapter: Adapter) -> list[str]:
         """A line for each whole tensor whose layer is not of the kind that its role asks for."""
@@ -337,45 +404,54 @@ class Attachment:
                 problems.append(f"{name!r} is computed from another parametrization")
         return problems
 
-    def _freeze(self, adapter: Adapter) -> None:
+    def _freeze(self, adapter: Adapter, undo: Undo) -> None:
         """Keep normalisation from writing to the base's statistics; layers that learn their own follow their mode."""
         for path, module in normalisation_modules(self.model).items():
             own = f"{path}.running_mean" if path else "running_mean"
             if getattr(module, "running_mean", None) is not None and not (self._trainable and own in adapter.whole):
+                undo.note_module(module)
                 freeze_statistics(module)
-                self._frozen.append(module)
+                self._frozen[path] = module
 
-    def _release(self) -> None:
-        while self._frozen:
-            release_statistics(self._frozen.pop())
+    def _release(self, undo: Undo) -> None:
+        for module in self._frozen.values():
+            undo.note_module(module)
+            release_statistics(module)
+        self._frozen.clear()
 
-    def _check_untouched(self) -> None:
+    def _check_untouched(self, occupied_only: bool) -> None:
         for name, place in self._places.items():
             if not place.occupied:
+                if occupied_only:
+                    continue
                 raise StateError(f"{name!r} has lost its parametrization to someone else", hint="live.detach()")
             if len(place.stack) != 1 or not isinstance(place.stack[0], AdapterPart):
                 raise StateError(f"{name!r} got another parametrization on top", hint="take that one off first")
 
     def _switch(self, enabled: bool) -> None:
-        self._require_attached()
-        self._check_untouched()
-        self._enabled = enabled
-        for place in self._places.values():
-            place.part.enabled = enabled
-            place.resize(enabled)
-        self._fill_slots()
 
-    def _fill_slots(self) -> None:
+        def apply(undo: Undo) -> None:
+            self._enabled = enabled
+            for place in self._places.values():
+                undo.note(vars(place.part), vars(place.module))
+                place.part.enabled = enabled
+                place.resize(enabled)
+            self._fill_slots(undo)
+
+        self._change(apply)
+
+    def _fill_slots(self, undo: Undo) -> None:
         """Let compiled graphs see what was changed."""
         for place in self._places.values():
             if isinstance(place.part, FoldedWeight) and place.part.slot is not None:
+                undo.note(vars(place.part.slot))
                 place.part.slot.fill()
 
-    def _exchange(self, adapter: Adapter) -> None:
+    def _exchange(self, adapter: Adapter, undo: Undo) -> None:
         """From whatever is on the model to this adapter, touching only what differs."""
         # whole tensors may have other sizes
         stay = {name for name in self._places if name in (self._reserved or adapter.targets)}
-        self._take_off([name for name in self._places if name not in stay])
+        self._take_off([name for name in self._places if name not in stay], undo)
         recent = self._recent_parts(adapter)
         for name, place in self._places.items() if self._places.keys() != recent.keys() else ():
             old, new = place.part, self._part(adapter, name, place.stack.original, recent)
@@ -383,14 +459,17 @@ class Attachment:
                 if old.target is None and new.target is None:
                     continue
                 new.slot = old.slot
+            undo.note(place.stack._modules)
             place.exchange(new)
             if isinstance(new, FoldedWeight) and new.slot is not None:
+                undo.note(vars(new.slot))
                 new.slot.fill()
         if self._places.keys() == recent.keys():
             for name, part in recent.items():
                 self._set(part)
+                undo.note(self._places[name].stack._modules)
                 self._places[name].exchange(part)
-        self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay], recent)
+        self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay], undo, recent)
         self._adapter = adapter
         if not recent:
             self._remember(adapter)
@@ -420,7 +499,8 @@ class Attachment:
             parts = {
                 name: part for name in adapter.targets if isinstance(part := self._places[name].part, FoldedWeight)
             }
-            self._recent.add(adapter, parts, sum(self._places[name].stack.original.nbytes for name in adapter.targets))
+            size = sum(self._places[name].stack.original.nbytes for name in adapter.targets)
+            self._recent.add(adapter, parts, size, strength=self._strength)
 
     def _part(
         self, adapter: Adapter, name: str, base: Tensor, recent: Mapping[str, FoldedWeight] = MappingProxyType({})
@@ -461,7 +541,11 @@ class Attachment:
             part.strength = self._strength
 
     def _put_on(
-        self, adapter: Adapter, names: Iterable[str], recent: Mapping[str, FoldedWeight] = MappingProxyType({})
+        self,
+        adapter: Adapter,
+        names: Iterable[str],
+        undo: Undo,
+        recent: Mapping[str, FoldedWeight] = MappingProxyType({}),
     ) -> None:
         for name in names:
             path, _, parameter = name.rpartition(".")
@@ -474,13 +558,15 @@ class Attachment:
                 _, attribute = find_head(self.model, path)
                 sizes = ((attribute, getattr(module, attribute), adapter.heads[path]),)
             place = Place(module=module, parameter=parameter, order=order, sizes=sizes)
+            place.note(undo)
             place.put_on(self._part(adapter, name, getattr(module, parameter), recent))
             self._places[name] = place
             if self._reserved is not None and isinstance(place.part, FoldedWeight):
                 place.part.slot = Slot(place.stack)
 
-    def _take_off(self, names: Iterable[str]) -> None:
+    def _take_off(self, names: Iterable[str], undo: Undo) -> None:
         for name in names:
+            self._places[name].note(undo)
             self._places[name].take_off()
             del self._places[name]
 
@@ -529,6 +615,7 @@ def attach(
 
     Raises:
         BaseMismatchError: another base, or a target is missing or of another layer type; all are listed.
+        AdapterError: a sum would overflow its weight's dtype.
         StateError: the model carries an adapter already, or a target is shared or parametrized otherwise, or the
             adapter replaces whole tensors and ``reserve`` is given.
         ConfigError: the strength is not a finite number, or ``max_rank`` no number of at least 1 or not for training.

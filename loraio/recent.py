@@ -75,18 +75,23 @@ class Recent:
         self._entries.move_to_end(id(adapter))
         return entry.parts
 
-    def add(self, adapter: Adapter, parts: dict[str, FoldedWeight], size: int) -> None:
+    def strength_of(self, adapter: Adapter) -> float | None:
+        """At which strength this very adapter was last, and so overflows no weight; None where it is not known."""
+        return self._entries[id(adapter)].strength if self.parts(adapter) else None
+
+    def add(self, adapter: Adapter, parts: dict[str, FoldedWeight], size: int, *, strength: float) -> None:
         """Keep them.
 
         Args:
             adapter: the adapter.
             parts: of all its targets.
             size: bytes of the weights that they compute.
+            strength: at which they overflow none.
         """
         held: list[Mapping[str, Any]] = [adapter.factors, *(part._buffers for part in parts.values())]
         factors = [(each, name, factor, writes_to(factor)) for each in held for name, factor in each.items()]
         size += sum(factor.nbytes for _, _, factor, _ in factors)
-        self._entries[id(adapter)] = _Entry(adapter, parts, factors, size)
+        self._entries[id(adapter)] = _Entry(adapter, parts, factors, size, strength)
         while self._entries and sum(entry.size for entry in self._entries.values()) > KEPT_BYTES:
             self._entries.popitem(last=False)
 
@@ -99,9 +104,10 @@ class Recent:
 
 
 class _Entry(NamedTuple):
-    """An adapter, its parts, the factors of both as a dict, a key, a tensor and its count of writes, and the bytes."""
+    """An adapter, its parts, the factors of both as dict, key, tensor and count of writes, the bytes, the strength."""
 
     adapter: Adapter
     parts: dict[str, FoldedWeight]
     factors: list[tuple[Mapping[str, Any], str, Tensor, int]]
     size: int
+    strength: float
