@@ -23,6 +23,7 @@ LINES = [
     {"bank", "exporting", "verification"},
     {"attachment", "conversion", "merging", "mixing"},
     {"formats", "bases"},
+    {"receipts"},
     {"identity", "networks", "parametrization"},
     {"adapter", "backward"},
     {"folding"},
