@@ -21,9 +21,6 @@ FAST_SUMS = "float32"
 LABELS = ("dataset", "digit", "class", "seed", "steps")
 """What of an adapter's training a receipt repeats, for people to know it by."""
 
-NO_DIGEST = "0" * 64
-"""Stands for a digest that is not known yet."""
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
