@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Adapter, check_strength
-from loraio.attachment import Attachment, Reserve, attach, attachment_of, base_state_dict, refuse_attached
+from loraio.attachment import Attachment, Reserve, attach, attachment_of
+from loraio.basestate import base_state_dict, refuse_attached
 from loraio.errors import ConfigError, FormatError, LoraioError, MissingFileError, ShapeError, StateError
 from loraio.formats import load_bytes
 from loraio.formats.pack import (

@@ -14,9 +14,11 @@ from loraio.errors import AdapterError, ConfigError, LoraioError
 from loraio.formats import DIALECTS
 from loraio.formats.foreign import Options
 from loraio.formats.report import Report
+from loraio.formats.sources import adapter_files
 from loraio.identity import check_base
 from loraio.networks import build_network, is_own_code, resize_heads
 from loraio.outputs import check_output
+from loraio.parts import checkpoint_files
 from loraio.registry import lookup
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ def convert(
     )
     if dry_run or (made.lost and not lossy):
         return made
-    inputs = [found.source.file]
+    inputs = [*adapter_files(path), *(checkpoint_files(base) if base is not None else ())]
     if dialect is None or encoded is None:
         check_output(output, overwrite=overwrite, inputs=inputs)
         formats.save(adapter, output, overwrite=overwrite)

@@ -26,14 +26,16 @@ import loraio
 from loraio import container
 from loraio.adapter import Adapter, check_strength
 from loraio.bases import FAST_SUMS, BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
-from loraio.container import TORCH_DTYPES, Header, dtype_code
+from loraio.container import TORCH_DTYPES, Header, dtype_code, tensor_sha256
 from loraio.conversion import load_for
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
 from loraio.finished import FinishedParts
-from loraio.identity import check_base, state_sha256, tensor_sha256
+from loraio.formats.sources import adapter_files
+from loraio.identity import check_base, state_sha256
+from loraio.integrity import PENDING, seal, with_integrity
 from loraio.merging import Landing
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
-from loraio.parts import INDEX_SUFFIX, is_parted, read_parted_header
+from loraio.parts import INDEX_SUFFIX, checkpoint_files, is_parted, read_parted_header
 from loraio.streaming import (
     Fold,
     Inputs,
@@ -130,7 +132,7 @@ def merge_file(
         raise ConfigError(f"{count} workers do no work")
     parted = _is_parted_output(output, base)
     if not parted:
-        check_output(output, overwrite=overwrite, inputs=(base, adapter))
+        check_output(output, overwrite=overwrite, inputs=(*checkpoint_files(base), *adapter_files(adapter)))
     checkpoint, headers = (read_base(base), ()) if is_pickle(base) else scan_base(base)
     loaded = load_for(
         adapter, base, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=allow_base_mismatch
@@ -145,7 +147,7 @@ def merge_file(
         exact=exact,
         workers=count,
         inputs=Inputs(),
-        files=(base, adapter, checkpoint.path, *checkpoint.parts),
+        files=(*adapter_files(adapter), checkpoint.path, *checkpoint.parts),
         groups=_groups(checkpoint, headers, loaded),
         metadata={header.path.name: header.metadata for header in headers},
         report=progress,
@@ -305,7 +307,9 @@ class _Merge:
         plans, progress = self.plans, self._progress()
 
         def metadata(written: Mapping[str, Written]) -> dict[str, str]:
-            return container.metadata_of(self._document(written), where=f"{str(output)!r}")
+            facts = {name: plan.made for name, plan in plans.items()}
+            digests = {name: tensor.sha256 for name, tensor in written.items()} or dict.fromkeys(plans, PENDING)
+            return container.metadata_of(self._document(written), facts, digests.__getitem__, where=f"{str(output)!r}")
 
         with staged(output, overwrite=self.overwrite, inputs=self.files) as temporary, self._explained():
             written = self._write(plans, temporary, metadata, progress, output)
@@ -314,6 +318,8 @@ class _Merge:
 
     def write_parts(self, output: Path) -> MergedFile:
         """The same parts as those of the base, and an index."""
+        if not output.exists():  # or it is a link to where the folder is to be
+            output = Path(os.path.realpath(output))
         named = output.name.endswith(INDEX_SUFFIX)
         index = output if named else output / self.checkpoint.path.name
         into, there = index.parent, named or output.is_dir()
@@ -329,7 +335,7 @@ class _Merge:
                 written = self._parts(work, finished, output)
                 merged = self._conclude(written, index)
                 with staged(work / index.name, overwrite=True) as temporary:
-                    temporary.write_text(self._index(written), encoding="utf-8")
+                    temporary.write_bytes(self._index(written, work))
             except OutputError:  # such as a disk that is full: what is finished is of use
                 raise
             except LoraioError:
@@ -337,7 +343,7 @@ class _Merge:
                 raise
             finished.forget()
             if there:
-                move_files(work, into, self.groups, last=index.name)
+                move_files(work, into, self.groups, last=index.name, overwrite=self.overwrite)
                 remove_folder(work)
             else:
                 name_folder(work, into)
@@ -477,8 +483,8 @@ class _Merge:
             merged=[*self.checkpoint.document.get("merged", []), receipt],
         )
 
-    def _index(self, written: Mapping[str, Written]) -> str:
-        """The base's index, with what was merged."""
+    def _index(self, written: Mapping[str, Written], work: Path) -> bytes:
+        """The base's index, with what was merged into the parts in that folder, and the digests of all."""
         parted = read_parted_header(self.checkpoint.path)
         metadata = dict(parted.metadata)
         grown = {
@@ -486,11 +492,17 @@ class _Merge:
             "total_parameters": sum(math.prod(plan.made[1]) - math.prod(plan.shape) for plan in self.plans.values()),
         }
         metadata |= {key: metadata[key] + more for key, more in grown.items() if isinstance(metadata.get(key), int)}
+        document = with_integrity(
+            self._document(written),
+            (written[name].sha256 for name in sorted(written)),
+            parts={file: container.read_header(work / file).sha256 for file in self.groups},
+        )
         index = {
-            "metadata": {**metadata, container.METADATA_KEY: self._document(written)},
+            "metadata": {**metadata, container.METADATA_KEY: document},
             "weight_map": {name.removeprefix(self.checkpoint.stripped): file for name, file in parted.places.items()},
         }
-        return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        return seal(text.encode("utf-8"), where=f"{str(self.checkpoint.path)!r}")
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a finished part to be of use."""

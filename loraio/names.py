@@ -15,6 +15,9 @@ from loraio.errors import OutputError
 MAX_NAME_BYTES = 200
 """The longest name in UTF-8: with an ending, and what a temporary file adds, it must make a file name."""
 
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of what no name may hold: control, format, half a character, ends of lines and paragraphs."""
+
 _PUNCTUATION = frozenset('/\\:*?"<>|')
 
 _JOINERS = frozenset("\u200c\u200d")  # invisible, and needed to write Persian, Hindi and many emoji
@@ -33,7 +36,7 @@ def name_problem(name: str) -> str | None:
     """
     if not name or name != name.strip() or name[0] in ".-" or name.endswith("."):
         return "it is empty, begins with a dot or hyphen, ends with a dot, or has a space at an end"
-    bad = next((c for c in name if c in _PUNCTUATION or _is_hidden(c)), None)
+    bad = next((c for c in name if c in _PUNCTUATION or is_hidden(c)), None)
     if bad is not None:
         return f"it holds {bad!r}"
     if is_device(name):
@@ -106,6 +109,6 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _is_hidden(character: str) -> bool:
+def is_hidden(character: str) -> bool:
     """Whether it is shown as nothing, or changes how its neighbours are shown."""
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
+    return unicodedata.category(character) in HIDDEN and character not in _JOINERS

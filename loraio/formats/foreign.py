@@ -15,7 +15,7 @@ from loraio import container
 from loraio.adapter import FLOAT_DTYPES, SCALE_RULES, WHOLE_DTYPES, Adapter, Target, WholeTensor
 from loraio.container import METADATA_KEY
 from loraio.errors import AdapterError, BaseMismatchError, StateError
-from loraio.formats.native import NativeMetadata, read_document, to_document
+from loraio.formats.native import FORMAT_VERSION, NativeMetadata, read_document, to_document
 from loraio.formats.report import Line, Report, settings, tensors
 from loraio.formats.sources import Source
 from loraio.layers import (
@@ -167,12 +167,14 @@ class Encoded:
     Attributes:
         tensors: by their names in the file.
         report: what became of every tensor and setting of the adapter.
-        metadata: strings for a safetensors header.
+        document: of loraio, for a safetensors header; None where the tool's file has none.
+        metadata: further strings for it.
         config: for `loraio.formats.sources.CONFIG`; None where the tool has no such file.
     """
 
     tensors: Mapping[str, Tensor]
     report: Report
+    document: Mapping[str, Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
 
@@ -320,9 +322,9 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     return adapter, report
 
 
-def exported_metadata(adapter: Adapter) -> dict[str, str]:
-    """The loraio metadata of an exported safetensors file: what other tools have no place for, and pass over."""
-    return container.metadata_of({_DOCUMENT: to_document(adapter)}, where="the export")
+def exported_document(adapter: Adapter) -> dict[str, Any]:
+    """The loraio document of an exported safetensors file: what other tools have no place for, and pass over."""
+    return {"format_version": FORMAT_VERSION, _DOCUMENT: to_document(adapter)}
 
 
 def origin_of(adapter: Adapter, dialect: str) -> dict[str, Any]:
@@ -395,7 +397,7 @@ class _Binding:
         self._deltas: list[tuple[str, str, Tensor]] = []
 
     def add_layer(self, layer: ForeignLayer, place: TargetModule, made: Factors) -> None:
-        from loraio.identity import sketch, tensor_sha256
+        from loraio.identity import sketch
 
         weight = self.state[place.name]
         alpha = made.alpha if made.alpha is not None else layer.alpha
@@ -413,7 +415,7 @@ class _Binding:
             dtype=code,
             layer=place.layer.name,
             groups=place.groups,
-            base_sha256=tensor_sha256(weight),
+            base_sha256=container.tensor_sha256(weight),
             sketch=sketch(weight),
         )
         for short, shape in target.factor_shapes.items():
@@ -497,14 +499,13 @@ class _Binding:
                 self.whole[name] = replace(whole, base_sha256=told.base_sha256)
 
     def _replace(self, name: str, value: Tensor, role: str) -> None:
-        from loraio.identity import tensor_sha256
 
         base = self.state[name]
         self.whole[name] = WholeTensor(
             role=role,
             shape=tuple(value.shape),
             dtype=container.dtype_code(base.dtype),
-            base_sha256=tensor_sha256(base),
+            base_sha256=container.tensor_sha256(base),
             base_shape=tuple(base.shape),
         )
         self.tensors[name] = value.contiguous()

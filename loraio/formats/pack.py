@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from loraio import container
-from loraio.container import METADATA_KEY, Header
+from loraio import container, integrity
+from loraio.container import Header
 from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
+from loraio.firstbytes import open_file
 from loraio.formats.native import read_metadata
 from loraio.names import name_clashes, name_key, name_problem, normal_form, refuse_link
-from loraio.outputs import check_output, staged
+from loraio.outputs import check_output, make_folder, staged
 from loraio.registry import lookup
+from loraio.temporaries import remove_stale
 
-PACK_VERSION = 1
+PACK_VERSION = 2
+"""Of packs that are written; those of version 1, which have no digest of the index, are read too."""
 
 SUFFIX = ".safetensors"
 """The ending of adapter files; what stands before it is the adapter's name."""
@@ -102,8 +105,8 @@ def check_index(header: Header, *, stamp: tuple[int, ...]) -> Pack:
         what = "an adapter" if "targets" in document else "no file of loraio" if not document else "a base model"
         raise FormatError(f"not a pack of adapters but {what}", where=where)
     version = document.get("format_version")
-    if type(version) is not int or version != PACK_VERSION:
-        raise FormatError(f"pack version {version!r}, this loraio reads version {PACK_VERSION}", where=where)
+    if type(version) is not int or not 1 <= version <= PACK_VERSION:
+        raise FormatError(f"pack version {version!r}, this loraio reads versions up to {PACK_VERSION}", where=where)
     listed = document["pack"]
     if not isinstance(listed, dict):
         raise FormatError("'pack' is not a JSON object", where=where)
@@ -231,15 +234,13 @@ def unpack(
         lookup(index.members, name, what="adapter in the pack")
     folder = Path(output)
     targets = _places(folder, dict.fromkeys(chosen), overwrite=overwrite)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
+    make_folder(folder)
     for path in targets.values():
         check_output(path, overwrite=overwrite, inputs=[packed])
+    remove_stale(folder, [path.name for path in targets.values()])  # once, not for each of thousands
     for name, path in targets.items():
         data = read_member(index, name)
-        with staged(path, overwrite=overwrite, inputs=[packed]) as temporary:
+        with staged(path, overwrite=overwrite, inputs=[packed], tidy=False) as temporary:
             temporary.write_bytes(data)
     return list(targets.values())
 
@@ -332,7 +333,7 @@ def _examined(path: Path) -> tuple[int, str]:
 def _copied(path: Path, output: BinaryIO | None) -> tuple[int, str]:
     size, digest = 0, hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
@@ -346,15 +347,15 @@ def _copied(path: Path, output: BinaryIO | None) -> tuple[int, str]:
 def _header(members: Mapping[str, tuple[int, str]]) -> bytes:
     """The pack's header, laid out as the safetensors library lays one out."""
     index = {name: sha256 for name, (_, sha256) in members.items()}
-    document = container.canonical_json({"format_version": PACK_VERSION, "pack": index})
-    header: dict[str, object] = {"__metadata__": {METADATA_KEY: document}}
+    document = {"format_version": PACK_VERSION, "pack": index}
+    header: dict[str, object] = {"__metadata__": container.metadata_of(document, {}, None, where="the pack")}
     position = 0
     for name, (size, _) in members.items():
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return integrity.seal(len(text).to_bytes(8, "little") + text, where="the pack")
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...]:

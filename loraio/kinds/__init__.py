@@ -49,6 +49,19 @@ class Kind(Protocol):
         """`fold` in place: the weight matrix, any strides, becomes the new one. Without gradients."""
         ...
 
+    def stays_finite(
+        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
+    ) -> bool:
+        """Whether `fold`, in float64, surely gives numbers that round to finite ones, for whatever finite weight.
+
+        Args:
+            peaks: the largest magnitude in each factor, or more.
+            rank: of the factors.
+            scale, strength: as `fold` takes them.
+            room: what can be added to the largest number of the weight's dtype.
+        """
+        ...
+
     def reference(
         self,
         weight: Any,

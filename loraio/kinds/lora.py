@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,13 @@ class Lora:
     def fold_(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> None:
         """The same in place."""
         weight.addmm_(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
+
+    def stays_finite(
+        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
+    ) -> bool:
+        """An entry moves by at most ``|strength * scale| * r * max|B| * max|A|``."""
+        product = rank * peaks["lora_A"] * peaks["lora_B"]
+        return math.isfinite(product) and abs(strength * scale) * product < room
 
     def reference(
         self,

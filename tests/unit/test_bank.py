@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import nn
 
 import loraio
 from loraio import bank as bank_module
+from loraio import container
 from loraio.errors import (
     AdapterError,
     BaseMismatchError,
@@ -24,6 +26,7 @@ from loraio.errors import (
     StateError,
     UnknownNameError,
 )
+from loraio.formats.native import to_document
 
 
 @pytest.fixture
@@ -219,8 +222,10 @@ def test_a_bad_file_leaves_the_old_adapter_working(
     loraio.save(foreign, folder / "foreign.safetensors")
     loraio.save_base(base, folder / "base.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "three.safetensors").read_bytes()[:-1])
-    nan = (folder / "three.safetensors").read_bytes()[:-4] + b"\xff\xff\xff\x7f"
-    (folder / "nan.safetensors").write_bytes(nan)
+    damaged = (folder / "three.safetensors").read_bytes()[:-4] + b"\xff\xff\xff\x7f"
+    (folder / "damaged.safetensors").write_bytes(damaged)
+    factors = {name: factor * math.nan for name, factor in three.factors.items()}
+    container.write(factors, folder / "nan.safetensors", document=to_document(three))
     bank = loraio.Bank(folder)
     live = bank.swap(base, "three")
     before = outputs(base, images)
@@ -228,6 +233,7 @@ def test_a_bad_file_leaves_the_old_adapter_working(
         ("foreign", BaseMismatchError),
         ("base", FormatError),
         ("cut", FormatError),
+        ("damaged", FormatError),
         ("nan", AdapterError),
         ("none", UnknownNameError),
     ):

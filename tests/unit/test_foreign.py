@@ -409,7 +409,7 @@ def test_an_adapter_of_another_network_is_not_written(base: nn.Module) -> None:
 )
 @pytest.mark.parametrize("form", ["safetensors", "pickle", "memory"])
 def test_one_number_is_read_from_any_container(value: Tensor, expected: float, form: str, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / ("file.pt" if form == "pickle" else "file")
     tensors = {"first": torch.ones(3), "x.alpha": value}
     torch.save(tensors, path) if form == "pickle" else save_file(tensors, path)
     source = open_source(path)
@@ -490,12 +490,12 @@ def export(base: nn.Module, tmp_path: Path) -> Callable[[], Path]:
 
 
 def changed(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Path:
-    """Another tool rewrote the folder and kept the metadata that it does not know."""
+    """The folder after somebody changed it and gave it fitting digests."""
     file, config_file = path / "adapter_model.safetensors", path / "adapter_config.json"
-    metadata = dict(loraio.container.read_header(file).metadata)
+    document = loraio.container.read_header(file).document()
     tensors, config = load_file(file), json.loads(config_file.read_text())
     change(tensors, config)
-    save_file(tensors, file, metadata)
+    loraio.container.write(tensors, file, document=document, metadata={"format": "pt"}, overwrite=True)
     config_file.write_text(json.dumps(config))
     return path
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from sealing import resealed
 
 import loraio
 from loraio import container
@@ -44,7 +45,7 @@ def rewritten(path: Path, change: Rewrite) -> Path:
     change(header, document)
     header["__metadata__"]["loraio"] = json.dumps(document)
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    path.write_bytes(resealed(len(text).to_bytes(8, "little") + text) + data[8 + length :])
     return path
 
 
@@ -263,14 +264,14 @@ def swap_offsets(header: dict[str, Any], _: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (swap_offsets, "overlaps the one before"),
-        (lambda h, d: h.pop("three"), "bytes, the file has"),
+        (lambda h, d: h.pop("three"), "bytes follow the last tensor"),
         (lambda h, d: d["pack"].pop("three"), "'three' is there and not listed"),
         (lambda h, d: d["pack"].update(four="0" * 64), "'four' is listed and not there"),
         (lambda h, d: d["pack"].update(three="0" * 63), "not 64 hexadecimal digits"),
         (lambda h, d: d["pack"].update(three=None), "not 64 hexadecimal digits"),
         (lambda h, d: h["three"].update(dtype="I8"), "I8 of shape .* not a list of bytes"),
         (lambda h, d: h["three"].update(shape=[1, *h["three"]["shape"]]), "not a list of bytes"),
-        (lambda h, d: d.update(format_version=2), "pack version 2, this loraio reads version 1"),
+        (lambda h, d: d.update(format_version=3), "pack version 3, this loraio reads versions up to 2"),
         (lambda h, d: d.update(format_version=True), "pack version True"),
         (lambda h, d: d.update(pack=["three", "seven"]), "'pack' is not a JSON object"),
         (lambda h, d: d.pop("pack"), "not a pack of adapters"),
