@@ -109,7 +109,8 @@ def parted(files: Path, folder: Path) -> Path:
 def convert(files: Path, folder: Path) -> None:
     """To each dialect, and back where a file comes back."""
     for dialect in ("peft", "lycoris", "kohya", "diffusers", "minlora", "loralib"):
-        made, alpha = folder / dialect, None if dialect in ("peft", "lycoris", "kohya", "diffusers") else 6
+        pickled = dialect in ("minlora", "loralib")
+        made, alpha = folder / f"{dialect}{'.pt' if pickled else ''}", 6 if pickled else None
         loraio.convert(files / "three.safetensors", made, to=dialect, lossy=True)
         base = files / "base.safetensors"
         loraio.convert(made, folder / f"{dialect}-back", to="native", base=base, alpha=alpha)
