@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loraio.formats.pack import pack, unpack
     from loraio.merging import Landing, landing, merge
     from loraio.networks import build_network
+    from loraio.receipts import Receipt, receipt
     from loraio.training.config import PretrainConfig, TrainConfig
     from loraio.training.data import Dataset, load_dataset
     from loraio.training.evaluation import Evaluation, evaluate, evaluate_each, predict
@@ -51,6 +52,7 @@ _PLACES = {
     "formats.pack": ("pack", "unpack"),
     "merging": ("Landing", "landing", "merge"),
     "networks": ("build_network",),
+    "receipts": ("Receipt", "receipt"),
     "training.config": ("PretrainConfig", "TrainConfig"),
     "training.data": ("Dataset", "load_dataset"),
     "training.evaluation": ("Evaluation", "evaluate", "evaluate_each", "predict"),
@@ -83,6 +85,7 @@ __all__ = [
     "OutputReport",
     "PretrainConfig",
     "Progress",
+    "Receipt",
     "Report",
     "RunFiles",
     "Target",
@@ -116,6 +119,7 @@ __all__ = [
     "pretrain",
     "read_base",
     "read_image",
+    "receipt",
     "save",
     "save_base",
     "train",

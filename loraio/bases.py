@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from loraio.networks import (
 )
 from loraio.parts import is_parted, read_parted_header
 from loraio.pickles import PICKLE_SUFFIXES, read_pickle
+from loraio.receipts import Receipt, read_receipts
 from loraio.registry import known, nearest
 
 FORMAT_VERSION = 2
@@ -42,10 +43,6 @@ FORMAT_VERSION = 2
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What wrappers put before every name: DDP, torch.compile, and trainers that keep the network in a field."""
-
-
-FAST_SUMS = "float32"
-"""What a receipt in a merged checkpoint says of its sums where they are not exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +70,18 @@ class BaseCheckpoint:
     parts: tuple[Path, ...] = ()
 
     @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        """What was merged into it, in order, as far as the file says.
+
+        Raises:
+            FormatError: the file says it in another way than loraio does.
+        """
+        return read_receipts(self.document, where=f"{str(self.path)!r}")
+
+    @property
     def merged_exactly(self) -> bool:
         """Whether the last adapter that was merged into it, if any, was summed exactly, as far as the file says."""
-        receipts = self.document.get("merged", [])
-        return not receipts or receipts[-1].get("sums") != FAST_SUMS
+        return all(receipt.exact for receipt in self.receipts[-1:])
 
 
 def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
@@ -261,6 +266,7 @@ def save_base(
     path: str | os.PathLike[str],
     *,
     training: Mapping[str, Any] | None = None,
+    receipts: Sequence[Receipt] = (),
     overwrite: bool = False,
 ) -> None:
     """Write a model as a base checkpoint that names its network.
@@ -269,6 +275,8 @@ def save_base(
         model: from `build_network` or `load_base`; other models are written without a network's name and options.
         path: the safetensors file to make.
         training: how it was trained, as plain JSON values.
+        receipts: what was merged into it, in order: those of its file (`BaseCheckpoint.receipts`), and
+            `loraio.receipt`. With them the bytes are those of `loraio.merge_file`, which says nothing of training.
         overwrite: replace an existing file.
 
     Raises:
@@ -287,14 +295,17 @@ def save_base(
         problems = _differences(fresh.state_dict(), state)
         if problems:
             raise BaseMismatchError(f"the model is no longer a {network!r}", problems=problems)
+    entries: dict[str, Any] = {"merged": [one.document() for one in receipts]} if receipts else {"training": {}}
+    if training:
+        entries["training"] = training
     write_base(
         state,
         path,
         network=network,
         network_args=args,
         heads=heads_of(model),
-        training=training or {},
         overwrite=overwrite,
+        **entries,
     )
 
 

@@ -8,6 +8,7 @@
     ├── AdapterError (ValueError)            an adapter contradicts itself
     │   └── ShapeError                       a tensor has another shape than its place needs
     ├── BaseMismatchError (ValueError)       an adapter does not belong to this base model
+    │   └── AlreadyMergedError               the base has an adapter in it that it should not have
     ├── ConfigError (ValueError)             a setting is outside its range, or two settings exclude each other
     ├── UnknownNameError (LookupError)       no such network, data set, adapter kind, target ...
     ├── StateError (RuntimeError)            calls in an order that has no meaning, such as attaching twice
@@ -103,6 +104,10 @@ class ShapeError(AdapterError):
 
 class BaseMismatchError(LoraioError, ValueError):
     """An adapter does not belong to this base model; ``problems`` has a line for each target that differs."""
+
+
+class AlreadyMergedError(BaseMismatchError):
+    """The base holds merged adapters: this one, or others that came after the base that it was made for."""
 
 
 class ConfigError(LoraioError, ValueError):

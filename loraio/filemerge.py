@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import loraio
-from loraio import container
+from loraio import container, formats
 from loraio.adapter import Adapter, check_strength
-from loraio.bases import FAST_SUMS, BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
+from loraio.bases import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.container import TORCH_DTYPES, Header, dtype_code, tensor_sha256
 from loraio.conversion import load_for
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
@@ -36,6 +36,7 @@ from loraio.integrity import PENDING, seal, with_integrity
 from loraio.merging import Landing
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
 from loraio.parts import INDEX_SUFFIX, checkpoint_files, is_parted, read_parted_header
+from loraio.receipts import Receipt, check_receipts, check_state, made_receipt
 from loraio.streaming import (
     Fold,
     Inputs,
@@ -62,6 +63,7 @@ class MergedFile:
         stripped: what stood before every name of the base and was taken off; empty for most files.
         weights: the evidence, taken from the file itself.
         landing: what the adapter did to the weights.
+        receipt: what the checkpoint says of this merge.
         mismatch: how the base differs from the adapter's own, where that was allowed.
         parts: the files of a parted checkpoint; empty for others.
         reused: how many of them an earlier run had finished, which was killed.
@@ -71,6 +73,7 @@ class MergedFile:
     sha256: str
     weights: WeightReport
     landing: Landing
+    receipt: Receipt
     mismatch: tuple[str, ...] = ()
     stripped: str = ""
     parts: tuple[Path, ...] = ()
@@ -86,6 +89,7 @@ def merge_file(
     overwrite: bool = False,
     allow_base_mismatch: bool = False,
     allow_noop: bool = False,
+    force: bool = False,
     exact: bool = True,
     workers: int | None = None,
     model: str | None = None,
@@ -113,6 +117,8 @@ def merge_file(
         allow_base_mismatch: go on where values or dtypes of the base are others; recorded in the file. The base is
             then read twice.
         allow_noop: go on where no weight changes.
+        force: merge an adapter that was merged into the base already, or one into a base in which others are; recorded
+            in the file. The base is then read twice. An adapter that was made for this very file needs none of it.
         exact: false sums in float32, see `Target.fold`; recorded in the file.
         workers: threads, by default one for each processor, but at most four. The bytes do not depend on it.
         model, model_args: the base's network, where its file does not state it; adapters of other tools need it.
@@ -121,6 +127,7 @@ def merge_file(
 
     Raises:
         MissingFileError, FormatError, AdapterError: an input cannot be read, or changes while it is.
+        AlreadyMergedError: the base has this adapter in it, or others, and not ``force``.
         BaseMismatchError: the adapter was made for another base.
         OutputExistsError, OutputError: the output cannot be written.
         ConfigError: no weight would change, or there are no workers.
@@ -138,6 +145,14 @@ def merge_file(
         adapter, base, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=allow_base_mismatch
     )
     checkpoint = fitted(checkpoint, loaded.targets)
+    forced = check_receipts(
+        loaded,
+        checkpoint.receipts,
+        sha256=checkpoint.document.get("sha256"),
+        force=force,
+        allow_base_mismatch=allow_base_mismatch,
+        names_base=formats.identify(adapter).dialect is None,
+    )
     job = _Merge(
         checkpoint=checkpoint,
         adapter=loaded,
@@ -151,10 +166,11 @@ def merge_file(
         groups=_groups(checkpoint, headers, loaded),
         metadata={header.path.name: header.metadata for header in headers},
         report=progress,
+        forced=forced,
     )
     with _one_thread_each():
         job.check_headers(headers)
-        if allow_base_mismatch or not job.fits or not headers:
+        if allow_base_mismatch or forced or not job.fits or not headers:
             job = job.hashed(allow_base_mismatch)
         return job.write_parts(Path(output)) if parted else job.write_file(Path(output))
 
@@ -258,6 +274,7 @@ class _Merge:
     groups: Mapping[str, Mapping[str, TensorPlan]]
     metadata: Mapping[str, Mapping[str, str]]
     report: Callable[[int, int], None] | None
+    forced: tuple[str, ...] = ()
     mismatch: tuple[str, ...] = ()
     base_sha256: str | None = None
 
@@ -289,9 +306,18 @@ class _Merge:
     def hashed(self, allow_mismatch: bool) -> _Merge:
         """The same merge, of a base whose digests are known and have been compared with the adapter's."""
         plans = self.plans
-        wanted = plans if self.fits or allow_mismatch else {n: plans[n] for n in self.changed if n in plans}
+        wanted = (
+            plans if self.fits or allow_mismatch or self.forced else {n: plans[n] for n in self.changed if n in plans}
+        )
         known = digests_of(wanted, self.inputs, workers=self.workers, progress=Progress())
-        mismatch = check_base(self.adapter, _Values(self, known), allow_mismatch=allow_mismatch, known=known)
+        mismatch = check_state(
+            self.adapter,
+            _Values(self, known),
+            self.checkpoint.receipts if self.forced else (),
+            known=known,
+            allow_base_mismatch=allow_mismatch,
+            stated_sha256=self.checkpoint.document.get("sha256"),
+        )
         return replace(
             self,
             mismatch=mismatch,
@@ -454,6 +480,7 @@ class _Merge:
                 problems=(),
             ),
             landing=landed,
+            receipt=self._receipt(written),
             mismatch=self.mismatch,
             stripped=self.checkpoint.stripped,
         )
@@ -465,22 +492,25 @@ class _Merge:
 
     def _document(self, written: Mapping[str, Written]) -> dict[str, Any]:
         """The metadata of the merged checkpoint; without tensors a stand-in of the same length."""
-        receipt: dict[str, Any] = {
-            "adapter_sha256": state_sha256(self.adapter.all_tensors),
-            "base_sha256": self.base_sha256 or self.adapter.base.sha256,
-            "strength": self.strength,
-        }
-        if not self.exact:
-            receipt["sums"] = FAST_SUMS
-        if self.mismatch:
-            receipt["base_mismatch"] = list(self.mismatch)
         named = self.checkpoint if self.checkpoint.network else self.adapter.base
         return base_document(
-            self._sha256(written) if written else "0" * 64,
+            self._sha256(written) if written else PENDING,
             network=named.network,
             network_args=named.network_args,
             heads={**named.heads, **self.adapter.heads},
-            merged=[*self.checkpoint.document.get("merged", []), receipt],
+            merged=[*self.checkpoint.document.get("merged", []), self._receipt(written).document()],
+        )
+
+    def _receipt(self, written: Mapping[str, Written]) -> Receipt:
+        """What is said of this merge; without tensors a stand-in of the same length."""
+        return made_receipt(
+            self.adapter,
+            self.base_sha256 or self.adapter.base.sha256,
+            self.strength,
+            changed={name: written[name].sha256 if written else PENDING for name in self.changed},
+            exact=self.exact,
+            base_mismatch=self.mismatch,
+            forced=self.forced,
         )
 
     def _index(self, written: Mapping[str, Written], work: Path) -> bytes:

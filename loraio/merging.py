@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraio.adapter import Adapter, check_strength
 from loraio.container import tensor_bytes
-from loraio.identity import check_base
+from loraio.receipts import Receipt, check_merge
 
 
 def merge(
@@ -22,6 +22,8 @@ def merge(
     *,
     allow_base_mismatch: bool = False,
     exact: bool = True,
+    receipts: Sequence[Receipt] = (),
+    force: bool = False,
 ) -> dict[str, Tensor]:
     """The weights with the adapter folded in for good: W + strength * scale * (B @ A) for every target.
 
@@ -35,18 +37,22 @@ def merge(
         strength: multiplies the adapter's scale.
         allow_base_mismatch: go on where values or dtypes of the base are others; names and shapes must fit.
         exact: false sums in float32, which is faster and no longer the nearest float; see `Target.fold`.
+        receipts: what was merged into the state dict before. It does not say so itself: ``read_base(path).receipts``
+            does for a file, and without them nothing but the base's digest stands against a second merge.
+        force: merge the same adapter again, or one into a base in which others are.
 
     Returns:
         a new dict, same names in the same order; what the adapter changes are new tensors, all others are the tensors
         passed in.
 
     Raises:
+        AlreadyMergedError: by its receipts, the state dict has this adapter in it, or others, and not ``force``.
         BaseMismatchError: the adapter was made for another base; every target that differs is listed.
         AdapterError: a sum overflows the weight's dtype.
         ConfigError: the strength is not a finite number.
     """
     strength = check_strength(strength)
-    check_base(adapter, state_dict, allow_mismatch=allow_base_mismatch)
+    check_merge(adapter, state_dict, receipts, force=force, allow_base_mismatch=allow_base_mismatch)
     with torch.no_grad():
         folded = {
             name: adapter.fold(name, state_dict[name], strength=strength, exact=exact) for name in adapter.targets

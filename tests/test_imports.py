@@ -23,6 +23,7 @@ LINES = [
     {"bank", "checking", "exporting", "verification"},
     {"attachment", "conversion", "merging", "mixing"},
     {"formats", "bases", "basestate", "recent", "sharing"},
+    {"receipts"},
     {"identity", "networks", "overflow", "parametrization"},
     {"adapter", "backward"},
     {"folding"},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loraio.cli import _options, _output
+from loraio.registry import known
 
 if TYPE_CHECKING:
     from loraio.adapter import Target
@@ -241,15 +242,26 @@ def _print_base(facts: dict[str, Any]) -> None:
     _output.line(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")
     if facts["sha256"]:
         _output.line(f"sha256 {facts['sha256']}")
-    for receipt in facts["merged"]:
-        _output.line("merged:")
-        for key, value in receipt.items() if isinstance(receipt, dict) else [("receipt", receipt)]:
-            _output.line(f"  {key}: {_words(value)}")
+    _print_lineage(facts["merged"])
     table = _output.table("Tensors", ["name", "dtype", "shape"])
     for name, tensor in facts["tensors"].items():
         table.add_row(name, tensor["dtype"], "x".join(map(str, tensor["shape"])) or "scalar")
     _output.console().print(table)
     _print_training(facts["training"])
+
+
+def _print_lineage(merged: Sequence[Any]) -> None:
+    """What was merged into a base, in order; other people's files may hold anything in the place of a receipt."""
+    for number, receipt in enumerate(merged, 1):
+        _output.line(f"merged, receipt {number} of {len(merged)}:")
+        for key, value in receipt.items() if isinstance(receipt, dict) else [("receipt", receipt)]:
+            if key in ("base_mismatch", "forced") and isinstance(value, list):
+                for line in value:
+                    _output.line(f"  {key}: {_words(line)}")
+            elif key == "changed" and isinstance(value, dict):
+                _output.line(f"  {key}: {len(value)} tensors ({known(value, limit=5)})")
+            else:
+                _output.line(f"  {key}: {_words(value)}")
 
 
 def _print_training(training: dict[str, Any]) -> None:

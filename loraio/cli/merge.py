@@ -33,7 +33,11 @@ from loraio.cli import _options, _output
     default=None,
     help="Threads.  [default: one for each processor, at most 4]",
 )
-@_options.force_option
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace an existing output; merge what changes nothing, what was merged already, or onto a merged file.",
+)
 @_options.json_option
 def merge(
     base: str,
@@ -66,6 +70,7 @@ def merge(
             overwrite=force,
             allow_base_mismatch=allow_base_mismatch,
             allow_noop=force,
+            force=force,
             exact=not fast,
             workers=workers,
             model=model,
@@ -77,10 +82,16 @@ def merge(
     facts: dict[str, Any] = {"folded": weights.folded, "replaced": weights.replaced, "untouched": weights.untouched}
     facts["max_ulp"] = weights.max_ulp
     facts |= {"stripped": merged.stripped, "landing": asdict(merged.landing), "base_mismatch": list(merged.mismatch)}
-    facts |= {"parts": [str(part) for part in merged.parts], "reused": merged.reused}
+    facts |= {
+        "forced": list(merged.receipt.forced),
+        "parts": [str(part) for part in merged.parts],
+        "reused": merged.reused,
+    }
     _output.note_stripped(merged.stripped, as_json=as_json)
     if merged.reused and not as_json:
         _output.note(f"note: {merged.reused} of {len(merged.parts)} parts had been finished by an earlier run")
+    for line in () if as_json else merged.receipt.forced:
+        _output.note(f"note: forced: {line}")
     for line in () if as_json else merged.mismatch:
         _output.note(f"note: another base: {line}")
     if as_json:

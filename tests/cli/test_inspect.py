@@ -102,7 +102,20 @@ def test_a_base_as_json_has_the_documented_keys(run_json: RunJson, files: Path, 
 def test_a_merged_base_says_what_was_merged(run: Run, run_json: RunJson, files: Path) -> None:
     (receipt,) = run_json("inspect", files / "merged.safetensors")["merged"]
     assert receipt["strength"] == 1.0
-    assert receipt["adapter_sha256"] in run("inspect", files / "merged.safetensors").stdout
+    text = run("inspect", files / "merged.safetensors").stdout
+    assert "merged, receipt 1 of 1:\n" in text
+    assert receipt["adapter_sha256"] in text
+    assert "changed: 3 tensors (conv1.weight, conv2.weight, conv3.weight)" in text
+
+
+def test_a_lineage_is_shown_in_order(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "both.safetensors"
+    loraio.merge_file(files / "merged.safetensors", files / "seven.safetensors", path, force=True)
+    first, second = run_json("inspect", path)["merged"]
+    assert (first["adapter"]["digit"], second["adapter"]["digit"]) == (3, 7)
+    text = run("inspect", path).stdout
+    assert text.index("merged, receipt 1 of 2:") < text.index("digit 3") < text.index("receipt 2 of 2:")
+    assert text.index("receipt 2 of 2:") < text.index("digit 7") < text.index(f"forced: {second['forced'][0]}")
 
 
 def test_a_file_from_elsewhere_is_a_base_without_a_name(run: Run, run_json: RunJson, tmp_path: Path) -> None:
@@ -120,7 +133,7 @@ def test_a_file_from_elsewhere_is_a_base_without_a_name(run: Run, run_json: RunJ
     "entries",
     [
         {"merged": 3, "training": 4},
-        {"merged": [1, "x", {"strength": "much"}], "training": {"results": 5}},
+        {"merged": [1, "x", {"strength": "much", "changed": 1, "forced": 2}], "training": {"results": 5}},
         {"training": {"results": {"before": [], "after": {"accuracy": None}}, "versions": [{"a": [1]}]}},
     ],
 )

@@ -21,6 +21,7 @@ BUILTINS = {
     "AdapterError": ValueError,
     "ShapeError": ValueError,
     "BaseMismatchError": ValueError,
+    "AlreadyMergedError": ValueError,
     "ConfigError": ValueError,
     "UnknownNameError": LookupError,
     "StateError": RuntimeError,
@@ -40,11 +41,15 @@ def test_a_wrong_shape_is_an_adapter_error() -> None:
     assert issubclass(errors.ShapeError, errors.AdapterError)
 
 
+def test_a_base_with_merged_adapters_is_another_base() -> None:
+    assert issubclass(errors.AlreadyMergedError, errors.BaseMismatchError)
+
+
 def test_the_tree_in_the_docstring_names_every_class_with_its_builtin() -> None:
     for cls in CLASSES:
         assert cls.__name__ in (errors.__doc__ or "")
     for name, builtin in BUILTINS.items():
-        if name != "ShapeError":
+        if name not in ("ShapeError", "AlreadyMergedError"):  # under a class that has it
             assert f"{name} ({builtin.__name__})" in (errors.__doc__ or "")
 
 

@@ -28,13 +28,18 @@ def test_the_file_holds_what_merge_gives_and_says_what_was_merged(
     assert all(checkpoint.state[name].equal(expected[name]) for name in expected)
     assert checkpoint.network == "digit-cnn"
     assert checkpoint.document["sha256"] == result.sha256
+    told = {"kinds": ["lora"], "ranks": [4], "targets": 3, "network": "digit-cnn"}
     assert checkpoint.document["merged"] == [
         {
+            "adapter": told | {"dataset": "digits", "digit": 3, "seed": 1, "steps": 40},
             "adapter_sha256": loraio.identity.state_sha256(three.factors),
             "base_sha256": three.base.sha256,
+            "changed": {name: loraio.identity.tensor_sha256(expected[name]) for name in three.targets},
             "strength": 0.5,
+            "versions": {"loraio": loraio.__version__, "torch": str(torch.__version__)},
         }
     ]
+    assert checkpoint.receipts == (result.receipt,)
 
 
 def test_a_fast_merge_writes_the_bits_of_a_fast_merge_in_memory(

@@ -88,12 +88,9 @@ def case(dtype: torch.dtype = torch.bfloat16, kind: str = "lora") -> tuple[State
 
 def in_memory(state: State, adapter: Adapter, path: Path, strength: float = 1.0) -> bytes:
     """The file that a merge in memory would write."""
-    receipt = {
-        "adapter_sha256": state_sha256(adapter.factors),
-        "base_sha256": state_sha256(state),
-        "strength": strength,
-    }
-    write_base(loraio.merge(state, adapter, strength), path, network=None, merged=[receipt])
+    merged = loraio.merge(state, adapter, strength)
+    receipt = loraio.receipt(state, merged, adapter, strength)
+    write_base(merged, path, network=None, merged=[receipt.document()])
     return path.read_bytes()
 
 
@@ -590,8 +587,9 @@ def test_a_later_run_goes_on_from_the_parts_that_are_finished(tmp_path: Path, mo
     interrupted()
     os.utime(base / first)
     assert finished() == 1
-    interrupted()
-    monkeypatch.setattr(loraio, "__version__", "9")
+    with monkeypatch.context() as patch:
+        patch.setattr(loraio, "__version__", "9")
+        interrupted()
     assert finished() == 0
 
 
