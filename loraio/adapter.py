@@ -345,7 +345,7 @@ class Adapter:
                 problems.append(f"{name!r} has dtype {tensor.dtype}, it was to have {self.whole[name].dtype}")
             elif name not in self.whole and code not in FLOAT_DTYPES:
                 problems.append(f"{name!r} has dtype {tensor.dtype}, not a float that adapters use")
-            elif not bool(tensor.isfinite().all()):
+            elif not _is_finite(tensor):
                 bad = int((~tensor.isfinite()).sum())
                 problems.append(f"{name!r} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
         if problems:
@@ -558,6 +558,14 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int beyond the range of float64
         return False
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    import torch
+
+    # a sum is finite only where all are; but one of finite numbers may overflow itself
+    total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return math.isfinite(float(total)) or bool(tensor.isfinite().all())
 
 
 def _plain(value: Any) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraio import formats
 from loraio.adapter import Adapter
 from loraio.bases import load_base
-from loraio.errors import AdapterError, ConfigError, LoraioError
+from loraio.errors import AdapterError, ConfigError, LoraioError, OutputError
 from loraio.formats import DIALECTS
 from loraio.formats.foreign import Options
 from loraio.formats.report import Report
@@ -19,6 +20,7 @@ from loraio.identity import check_base
 from loraio.networks import build_network, is_own_code, resize_heads
 from loraio.outputs import check_output
 from loraio.parts import checkpoint_files
+from loraio.pickles import PICKLE_SUFFIXES
 from loraio.registry import lookup
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ def convert(
     Raises:
         UnknownNameError: no such dialect, or no such prefix.
         ConfigError: an option that the dialect has no use for, or a rank without ``approximate``.
+        OutputError: a file of torch.save would have another name than one under which it is read.
         BaseMismatchError: the adapter was made for another base than the one that is given.
         LoraioError: as `loraio.load`, `loraio.load_base` and `loraio.save`.
     """
@@ -117,6 +120,10 @@ def convert(
         allow_base_mismatch=allow_base_mismatch,
     )
     _check(options, to)
+    if dialect is not None and dialect.container == "pickle" and Path(output).suffix.lower() not in PICKLE_SUFFIXES:
+        raise OutputError(
+            f"{str(output)!r} would be a file of torch.save", hint=f"a name that ends in {PICKLE_SUFFIXES[0]}"
+        )
     found = formats.identify(path)
     network = load_base(base, model=model, model_args=model_args) if base is not None else None
     state = None if network is None else network.state_dict()

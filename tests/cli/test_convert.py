@@ -227,6 +227,8 @@ def test_what_has_no_alpha_needs_lossy_to_be_written_and_alpha_to_be_read(
     assert set(lost) == {"alpha", "base", "training"}
     assert lost["alpha"].endswith(": 6")
     assert not out.exists()
+    unread = run("convert", files / "three.safetensors", "-o", tmp_path / "o.safetensors", "--to", dialect, code=1)
+    assert "a name that ends in .pt" in unread.stderr
     assert run_json(*words, "--lossy")["done"]
     assert run_json("inspect", out)["dialect"] == dialect
     assert "lora_alpha is 1 unless" in run("merge", base, out, "-o", tmp_path / "m", code=1).stderr
