@@ -118,7 +118,7 @@ def _owned(target: Path, make: Callable[[str], int]) -> Iterator[Path]:
             except FileNotFoundError:  # it has got its name
                 pass
             except OSError:
-                _remove_folder(path)
+                _remove(path)
             if descriptor is not None:
                 os.close(descriptor)
 
@@ -138,15 +138,17 @@ def _remove_unowned(path: str) -> None:
         try:
             if not _lock(descriptor):
                 return
-            if os.path.isdir(path):  # noqa: PTH112
-                _remove_folder(path)
-            else:
-                os.unlink(path)  # noqa: PTH108
+            _remove(path)
         finally:
             os.close(descriptor)
 
 
-def _remove_folder(path: str) -> None:
+def _remove(path: str) -> None:
+    """Remove a file or a folder, as far as the system allows it."""
+    if not os.path.isdir(path):  # noqa: PTH112
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # noqa: PTH108
+        return
     try:
         shutil.rmtree(path, ignore_errors=True)
     except BaseException:  # a signal
