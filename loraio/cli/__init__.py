@@ -23,6 +23,7 @@ from loraio.cli import (
     pretrain,
     targets,
     train,
+    unmerge,
     unpack,
     verify,
 )
@@ -115,6 +116,7 @@ for _command in (
     pack.pack,
     unpack.unpack,
     merge.merge,
+    unmerge.unmerge,
     verify.verify,
     export.export,
 ):

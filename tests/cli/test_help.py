@@ -37,6 +37,7 @@ COMMANDS = [
     "pretrain",
     "targets",
     "train",
+    "unmerge",
     "unpack",
     "verify",
 ]
