@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loraio.adapter import Adapter, BaseReference, Target, WholeTensor
-    from loraio.attachment import Attachment, adapter_from, attach, attachment_of, base_state_dict
+    from loraio.attachment import Attachment, adapter_from, attach, attachment_of
     from loraio.bank import Bank
     from loraio.bases import BaseCheckpoint, load_base, read_base, save_base
+    from loraio.basestate import base_state_dict
+    from loraio.checking import Checked, check
     from loraio.conversion import Conversion, convert
     from loraio.errors import LoraioError
     from loraio.exporting import Exported, ExportedOutput, export
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "adapter": ("Adapter", "BaseReference", "Target", "WholeTensor"),
-    "attachment": ("Attachment", "adapter_from", "attach", "attachment_of", "base_state_dict"),
+    "attachment": ("Attachment", "adapter_from", "attach", "attachment_of"),
     "bank": ("Bank",),
     "bases": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
+    "basestate": ("base_state_dict",),
+    "checking": ("Checked", "check"),
     "conversion": ("Conversion", "convert"),
     "errors": ("LoraioError",),
     "exporting": ("Exported", "ExportedOutput", "export"),
@@ -70,6 +74,7 @@ __all__ = [
     "Bank",
     "BaseCheckpoint",
     "BaseReference",
+    "Checked",
     "Conversion",
     "Dataset",
     "Evaluation",
@@ -96,6 +101,7 @@ __all__ = [
     "attachment_of",
     "base_state_dict",
     "build_network",
+    "check",
     "convert",
     "evaluate",
     "evaluate_each",

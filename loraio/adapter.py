@@ -345,7 +345,7 @@ class Adapter:
                 problems.append(f"{name!r} has dtype {tensor.dtype}, it was to have {self.whole[name].dtype}")
             elif name not in self.whole and code not in FLOAT_DTYPES:
                 problems.append(f"{name!r} has dtype {tensor.dtype}, not a float that adapters use")
-            elif not bool(tensor.isfinite().all()):
+            elif not _is_finite(tensor):
                 bad = int((~tensor.isfinite()).sum())
                 problems.append(f"{name!r} holds {bad} values that are NaN or infinite, of {tensor.numel()}")
         if problems:
@@ -412,18 +412,10 @@ class Adapter:
             ShapeError: the weight has another shape.
             AdapterError: the sum overflows the weight's dtype.
         """
-        import torch
-
         target = lookup(self.targets, name, what="target")
         if tuple(weight.shape) != target.shape:
             raise ShapeError(f"{name!r}: the weight is {tuple(weight.shape)}, the adapter needs {target.shape}")
-        factors = {short: factor.to(weight.device) for short, factor in self.factors_of(name).items()}
-        folded = target.fold(weight, factors, strength=strength, exact=exact)
-        # a sum is finite only where all are; but one of finite numbers may overflow itself
-        suspect = not math.isfinite(float(folded.sum(dtype=torch.promote_types(folded.dtype, torch.float32))))
-        if suspect and bool((weight.isfinite() & ~folded.isfinite()).any()):
-            raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
-        return folded
+        return fold_finite(name, target, weight, self.factors_of(name), strength=strength, exact=exact)
 
     def replace(self, name: str, base: Tensor) -> Tensor:
         """A copy of a whole tensor, for use in the place of the base's: on its device, in its dtype.
@@ -433,6 +425,35 @@ class Adapter:
         """
         lookup(self.whole, name, what="whole tensor")
         return self.tensors[name].detach().to(base.device, base.dtype, copy=True)
+
+
+def fold_finite(
+    name: str,
+    target: Target,
+    weight: Tensor,
+    factors: Mapping[str, Tensor],
+    *,
+    strength: float = 1.0,
+    exact: bool = True,
+) -> Tensor:
+    """As `Target.fold`, with factors on any device; refuses a sum that overflows.
+
+    Args:
+        name: of the target, for the error.
+        target, weight, factors, strength, exact: as `Target.fold` takes them.
+
+    Raises:
+        AdapterError: the sum overflows the weight's dtype.
+    """
+    import torch
+
+    moved = {short: factor.to(weight.device) for short, factor in factors.items()}
+    folded = target.fold(weight, moved, strength=strength, exact=exact)
+    # a sum is finite only where all are; but one of finite numbers may overflow itself
+    suspect = not math.isfinite(float(folded.sum(dtype=torch.promote_types(folded.dtype, torch.float32))))
+    if suspect and bool((weight.isfinite() & ~folded.isfinite()).any()):
+        raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
+    return folded
 
 
 def _rebuilt(parts: dict[str, Any]) -> Adapter:
@@ -537,6 +558,14 @@ def _is_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int beyond the range of float64
         return False
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    import torch
+
+    # a sum is finite only where all are; but one of finite numbers may overflow itself
+    total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return math.isfinite(float(total)) or bool(tensor.isfinite().all())
 
 
 def _plain(value: Any) -> Any:

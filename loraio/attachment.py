@@ -2,22 +2,25 @@
 
 The adapter sits on the model as torch parametrizations, see `loraio.parametrization`. A deep copy of the model has the
 adapter on it too, with a handle of its own: `attachment_of`.
+
+Whatever the handle does is done as a whole. Everything is checked before anything is changed, and when an exception
+comes in the midst, from wherever, model and handle are what they were before, see `loraio.undoing`. Forward passes in
+other threads see the model before or after it, see `loraio.sharing`. Only `attach` itself wants a model that no other
+thread is using.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from loraio.adapter import Adapter, Target, check_strength
+from loraio.basestate import attachments, base_state_dict, refuse_attached
 from loraio.container import dtype_code, tensor_bytes
 from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
 from loraio.identity import check_base, digests, identity_of
@@ -31,6 +34,7 @@ from loraio.layers import (
     select_targets,
     target_modules,
 )
+from loraio.overflow import refuse_overflow
 from loraio.parametrization import (
     AdapterPart,
     FoldedWeight,
@@ -39,16 +43,15 @@ from loraio.parametrization import (
     freeze_statistics,
     release_statistics,
 )
+from loraio.recent import Fitting, Recent
 from loraio.registry import lookup
+from loraio.sharing import share, unshare
 from loraio.slots import Slot
-from loraio.watching import Watch
+from loraio.undoing import Undo
+from loraio.watching import writes_to
 
 Reserve = str | Adapter | Iterable[str | Adapter] | None
 """Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
-
-
-KEPT_BYTES = 256 * 2**20
-"""What an `Attachment` may hold of adapters that it had before, so that swapping back to one computes nothing."""
 
 
 class Attachment:
@@ -75,10 +78,10 @@ class Attachment:
         self._trainable = trainable
         self._enabled = True
         self._places: dict[str, Place] = {}
-        self._frozen: list[nn.Module] = []
+        self._frozen: dict[str, nn.Module] = {}
         self._last: tuple[dict[str, Tensor], list[str]] = ({}, [])
-        self._fitting = _Fitting(None, model)
-        self._recent = _Recent()
+        self._fitting = Fitting(None, model)
+        self._recent = Recent()
         refuse_attached(model)
         self._max_rank = _check_max_rank(max_rank, trainable)
         reserve = () if reserve is None and max_rank is not None else reserve
@@ -92,14 +95,15 @@ class Attachment:
         if trainable:
             state = base_state_dict(model)
             known = identity_of(model).digests(state)
-            self._base = {name: _Mark(_writes(state[name]), state[name].dtype, known[name]) for name in state}
+            self._base = {name: _Mark(writes_to(state[name]), state[name].dtype, known[name]) for name in state}
+        undo = Undo()
         try:
-            self._freeze(adapter)
-            self._put_on(adapter, [*(self._reserved or adapter.targets), *adapter.whole])
+            self._sharing = share(model, undo)
+            self._freeze(adapter, undo)
+            self._put_on(adapter, [*(self._reserved or adapter.targets), *adapter.whole], undo)
             self._remember(adapter)
         except BaseException:
-            self._take_off(list(self._places))
-            self._release()
+            undo.run()
             raise
 
     def __enter__(self) -> Attachment:
@@ -131,20 +135,22 @@ class Attachment:
                 place in the adapter.
             AdapterError: a tensor is no longer finite.
         """
-        tensors, changed = self._now() if self.attached else self._last
+        adapter, (tensors, changed) = self._sharing.during(
+            lambda: (self._adapter, self._now() if self.attached else self._last)
+        )
         if changed:
             raise StateError(
                 f"{len(changed)} tensors of the base changed while the adapter was attached for training",
                 problems=[f"{name!r} would be lost: it is outside of the adapter" for name in changed],
                 hint="train live.parameters() only",
             )
-        kept = self._adapter.all_tensors
+        kept = adapter.all_tensors
         if all(tensor_bytes(tensor).equal(tensor_bytes(kept[name])) for name, tensor in tensors.items()):
-            return self._adapter
+            return adapter
         return replace(
-            self._adapter,
-            factors={name: tensors[name] for name in self._adapter.factors},
-            tensors={name: tensors[name] for name in self._adapter.tensors},
+            adapter,
+            factors={name: tensors[name] for name in adapter.factors},
+            tensors={name: tensors[name] for name in adapter.tensors},
         )
 
     @property
@@ -162,18 +168,32 @@ class Attachment:
         """The multiplier of the adapter's scale; may be set at any time, to any finite number.
 
         Whole tensors know no strength: `disable` gives the base.
+
+        Raises:
+            ConfigError: set to what is no finite number.
+            AdapterError: a sum would overflow its weight's dtype.
+            StateError: set on a detached handle, or from within a forward pass.
         """
         return self._strength
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._require_attached()
-        self._check_untouched()
-        self._strength = check_strength(value)
-        for place in self._places.values():
-            if isinstance(place.part, FoldedWeight):
-                place.part.strength = self._strength
-        self._fill_slots()
+
+        def apply(undo: Undo) -> None:
+            self._strength = strength
+            for place in self._places.values():
+                if isinstance(place.part, FoldedWeight):
+                    undo.note(vars(place.part))
+                    place.part.strength = strength
+            self._fill_slots(undo)
+
+        def check() -> None:  # factors may have been trained since
+            parts = {name: place.part for name, place in self._places.items() if name in self._adapter.targets}
+            factors = {own: factor for name, part in parts.items() for own, factor in part.tensors(name).items()}
+            self._check_finite(self._adapter.targets, factors, strength)
+
+        strength = check_strength(value)
+        self._change(apply, check)
 
     @property
     def reserved(self) -> tuple[str, ...] | None:
@@ -205,11 +225,15 @@ class Attachment:
         Needed only after writes to a base weight or a factor that torch does not count: those through ``tensor.data``,
         a NumPy view or a raw pointer.
         """
+
+        def apply(undo: Undo) -> None:
+            for place in self._places.values():
+                if isinstance(place.part, FoldedWeight):
+                    place.part.refresh()
+            self._recent.forget()
+
         self._require_attached()
-        for place in self._places.values():
-            if isinstance(place.part, FoldedWeight):
-                place.part.refresh()
-        self._recent.forget()
+        self._sharing.change(self._require_attached, apply)
 
     def swap(self, adapter: Adapter) -> None:
         """Put another adapter in the place of this one; strength and on/off stay as they are.
@@ -221,41 +245,74 @@ class Attachment:
 
         Raises:
             BaseMismatchError: the adapter does not belong to this base.
+            AdapterError: a sum would overflow its weight's dtype.
             StateError: detached already, attached for training without a ``max_rank``, or the adapter changes what was
-                not reserved or has a larger rank.
+                not reserved or has a larger rank; or within a forward pass.
         """
-        self._require_attached()
-        if self._trainable and self._max_rank is None:
-            raise StateError("an adapter that is being trained cannot be swapped", hint="detach it first")
-        self._check_untouched()
-        known = self._fitting.covers(adapter)
-        if not known:
-            self._check(adapter)
-        elif self._reserved is not None:
-            self._check_reserved(adapter, self._reserved)
-        old = self._adapter
-        try:
-            self._exchange(adapter)
-        except BaseException:
-            self._exchange(old)
-            raise
-        if not known and not self._allow_base_mismatch:
-            self._fitting = _Fitting(adapter, self.model)
+        known = False
+
+        def check() -> None:
+            nonlocal known
+            if self._trainable and self._max_rank is None:
+                raise StateError("an adapter that is being trained cannot be swapped", hint="detach it first")
+            known = self._fitting.covers(adapter)
+            if not known:
+                self._check(adapter)
+                return
+            if self._reserved is not None:
+                self._check_reserved(adapter, self._reserved)
+            if self._strength != self._recent.strength_of(adapter):
+                self._check_finite(adapter.targets, adapter.factors, self._strength)
+
+        def apply(undo: Undo) -> None:
+            self._exchange(adapter, undo)
+            if not known and not self._allow_base_mismatch:
+                self._fitting = Fitting(adapter, self.model)
+
+        self._change(apply, check)
 
     def detach(self) -> None:
         """Take the adapter off: the model has its own Parameters and buffers again, in their order, with their bits.
 
         Raises:
-            StateError: detached already, or something else parametrized a target in the meantime.
+            StateError: detached already, or something else parametrized a target in the meantime; or within a forward
+                pass.
         """
+
+        def apply(undo: Undo) -> None:
+            self._places = {name: place for name, place in self._places.items() if place.occupied}
+            self._last = self._now()
+            self._take_off(list(self._places), undo)
+            self._release(undo)
+            self._recent = Recent()  # what they hold, holds on to this handle, and so to the model
+            self._fitting = Fitting(None, self.model)
+            unshare(self.model, undo)
+
+        self._change(apply, occupied_only=True)
+
+    def _change(
+        self, apply: Callable[[Undo], None], check: Callable[[], None] | None = None, *, occupied_only: bool = False
+    ) -> None:
+        """Make a change as a whole.
+
+        Args:
+            apply: makes it.
+            check: what else there is to check, before.
+            occupied_only: never mind the places from which someone else has taken the parametrization off.
+        """
+
+        def check_all() -> None:
+            self._require_attached()
+            self._check_untouched(occupied_only)
+            if check is not None:
+                check()
+
+        def noted(undo: Undo) -> None:
+            undo.note(vars(self), self._places, self._frozen)
+            apply(undo)
+
         self._require_attached()
-        self._places = {name: place for name, place in self._places.items() if place.occupied}
-        self._check_untouched()
-        self._last = self._now()
-        self._take_off(list(self._places))
-        self._release()
-        self._recent.forget()  # which hold on to this handle, and so to the model
-        self._fitting = _Fitting(None, self.model)
+        self._sharing.change(check_all, noted)
 
     def _now(self) -> tuple[dict[str, Tensor], list[str]]:
         """Copies of the adapter's tensors as they are, not checked; and which tensors of the base changed meanwhile."""
@@ -301,6 +358,7 @@ class Attachment:
         refuse_shared(self.model, [*adapter.targets, *adapter.whole])
         if self._reserved is not None:
             self._check_reserved(adapter, self._reserved)
+        self._check_finite(adapter.targets, adapter.factors, self._strength)
 
     def _check_reserved(self, adapter: Adapter, reserved: Sequence[str]) -> None:
         outside = [name for name in adapter.targets if name not in reserved]
@@ -320,6 +378,10 @@ class Attachment:
                 if adapter.whole
                 else f"reserve these too: attach(.., reserve={outside})",
             )
+
+    def _check_finite(self, targets: Mapping[str, Target], factors: Mapping[str, Tensor], strength: float) -> None:
+        weights = {name: self._base_tensor(name) for name in targets}
+        refuse_overflow(targets, factors, weights, strength=strength)
 
     def _misfits(self, adapter: Adapter) -> list[str]:
         """A line for each whole tensor whose layer is not of the kind that its role asks for."""
@@ -342,45 +404,54 @@ class Attachment:
                 problems.append(f"{name!r} is computed from another parametrization")
         return problems
 
-    def _freeze(self, adapter: Adapter) -> None:
+    def _freeze(self, adapter: Adapter, undo: Undo) -> None:
         """Keep normalisation from writing to the base's statistics; layers that learn their own follow their mode."""
         for path, module in normalisation_modules(self.model).items():
             own = f"{path}.running_mean" if path else "running_mean"
             if getattr(module, "running_mean", None) is not None and not (self._trainable and own in adapter.whole):
+                undo.note_module(module)
                 freeze_statistics(module)
-                self._frozen.append(module)
+                self._frozen[path] = module
 
-    def _release(self) -> None:
-        while self._frozen:
-            release_statistics(self._frozen.pop())
+    def _release(self, undo: Undo) -> None:
+        for module in self._frozen.values():
+            undo.note_module(module)
+            release_statistics(module)
+        self._frozen.clear()
 
-    def _check_untouched(self) -> None:
+    def _check_untouched(self, occupied_only: bool) -> None:
         for name, place in self._places.items():
             if not place.occupied:
+                if occupied_only:
+                    continue
                 raise StateError(f"{name!r} has lost its parametrization to someone else", hint="live.detach()")
             if len(place.stack) != 1 or not isinstance(place.stack[0], AdapterPart):
                 raise StateError(f"{name!r} got another parametrization on top", hint="take that one off first")
 
     def _switch(self, enabled: bool) -> None:
-        self._require_attached()
-        self._check_untouched()
-        self._enabled = enabled
-        for place in self._places.values():
-            place.part.enabled = enabled
-            place.resize(enabled)
-        self._fill_slots()
 
-    def _fill_slots(self) -> None:
+        def apply(undo: Undo) -> None:
+            self._enabled = enabled
+            for place in self._places.values():
+                undo.note(vars(place.part), vars(place.module))
+                place.part.enabled = enabled
+                place.resize(enabled)
+            self._fill_slots(undo)
+
+        self._change(apply)
+
+    def _fill_slots(self, undo: Undo) -> None:
         """Let compiled graphs see what was changed."""
         for place in self._places.values():
             if isinstance(place.part, FoldedWeight) and place.part.slot is not None:
+                undo.note(vars(place.part.slot))
                 place.part.slot.fill()
 
-    def _exchange(self, adapter: Adapter) -> None:
+    def _exchange(self, adapter: Adapter, undo: Undo) -> None:
         """From whatever is on the model to this adapter, touching only what differs."""
         # whole tensors may have other sizes
         stay = {name for name in self._places if name in (self._reserved or adapter.targets)}
-        self._take_off([name for name in self._places if name not in stay])
+        self._take_off([name for name in self._places if name not in stay], undo)
         recent = self._recent_parts(adapter)
         for name, place in self._places.items() if self._places.keys() != recent.keys() else ():
             old, new = place.part, self._part(adapter, name, place.stack.original, recent)
@@ -388,14 +459,17 @@ class Attachment:
                 if old.target is None and new.target is None:
                     continue
                 new.slot = old.slot
+            undo.note(place.stack._modules)
             place.exchange(new)
             if isinstance(new, FoldedWeight) and new.slot is not None:
+                undo.note(vars(new.slot))
                 new.slot.fill()
         if self._places.keys() == recent.keys():
             for name, part in recent.items():
                 self._set(part)
+                undo.note(self._places[name].stack._modules)
                 self._places[name].exchange(part)
-        self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay], recent)
+        self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay], undo, recent)
         self._adapter = adapter
         if not recent:
             self._remember(adapter)
@@ -425,7 +499,8 @@ class Attachment:
             parts = {
                 name: part for name in adapter.targets if isinstance(part := self._places[name].part, FoldedWeight)
             }
-            self._recent.add(adapter, parts, sum(self._places[name].stack.original.nbytes for name in adapter.targets))
+            size = sum(self._places[name].stack.original.nbytes for name in adapter.targets)
+            self._recent.add(adapter, parts, size, strength=self._strength)
 
     def _part(
         self, adapter: Adapter, name: str, base: Tensor, recent: Mapping[str, FoldedWeight] = MappingProxyType({})
@@ -466,7 +541,11 @@ class Attachment:
             part.strength = self._strength
 
     def _put_on(
-        self, adapter: Adapter, names: Iterable[str], recent: Mapping[str, FoldedWeight] = MappingProxyType({})
+        self,
+        adapter: Adapter,
+        names: Iterable[str],
+        undo: Undo,
+        recent: Mapping[str, FoldedWeight] = MappingProxyType({}),
     ) -> None:
         for name in names:
             path, _, parameter = name.rpartition(".")
@@ -479,106 +558,17 @@ class Attachment:
                 _, attribute = find_head(self.model, path)
                 sizes = ((attribute, getattr(module, attribute), adapter.heads[path]),)
             place = Place(module=module, parameter=parameter, order=order, sizes=sizes)
+            place.note(undo)
             place.put_on(self._part(adapter, name, getattr(module, parameter), recent))
             self._places[name] = place
             if self._reserved is not None and isinstance(place.part, FoldedWeight):
                 place.part.slot = Slot(place.stack)
 
-    def _take_off(self, names: Iterable[str]) -> None:
+    def _take_off(self, names: Iterable[str], undo: Undo) -> None:
         for name in names:
+            self._places[name].note(undo)
             self._places[name].take_off()
             del self._places[name]
-
-
-class _Fitting:
-    """An adapter that fits the model, and what follows for others for as long as the model is the same.
-
-    What is asked of an adapter follows from its targets' metadata alone; the factors, strength and rank may be others.
-
-    Args:
-        adapter: fits the model as it is now; None where nothing is known.
-        model: with the adapter on it.
-    """
-
-    def __init__(self, adapter: Adapter | None, model: nn.Module) -> None:
-        self._watch: Watch | None = None
-        self._targets: dict[str, Any] = {}
-        if adapter is not None and not adapter.whole:
-            self._watch = Watch(model, lambda module: isinstance(module, AdapterPart))
-            self._base = _base_facts(adapter)
-            self._targets = {name: _target_facts(target) for name, target in adapter.targets.items()}
-
-    def covers(self, adapter: Adapter) -> bool:
-        """Whether it follows that this one fits too."""
-        known = self._targets
-        return (
-            self._watch is not None
-            and not adapter.whole
-            and self._base == _base_facts(adapter)
-            and all(known.get(name) == _target_facts(target) for name, target in adapter.targets.items())
-            and self._watch.same()
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Fitting:
-        return _Fitting(None, nn.Module())
-
-
-def _base_facts(adapter: Adapter) -> tuple[Any, ...]:
-    return adapter.base.sha256, adapter.base.sha256_without_statistics
-
-
-def _target_facts(target: Target) -> tuple[Any, ...]:
-    return target.base_sha256, target.shape, target.dtype, target.layer, target.groups
-
-
-class _Recent:
-    """The parts of adapters that were on the model lately, with the weights that they computed, up to `KEPT_BYTES`."""
-
-    def __init__(self) -> None:
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
-
-    def parts(self, adapter: Adapter) -> Mapping[str, FoldedWeight]:
-        """Those of this very adapter, by target; empty where there are none, or somebody wrote to any factors."""
-        entry = self._entries.get(id(adapter))
-        if entry is None:
-            return {}
-        for held, name, factor, writes in entry.factors:
-            if held.get(name) is not factor or _writes(factor) != writes:
-                del self._entries[id(adapter)]
-                return {}
-        self._entries.move_to_end(id(adapter))
-        return entry.parts
-
-    def add(self, adapter: Adapter, parts: dict[str, FoldedWeight], size: int) -> None:
-        """Keep them.
-
-        Args:
-            adapter: the adapter.
-            parts: of all its targets.
-            size: bytes of the weights that they compute.
-        """
-        held: list[Mapping[str, Any]] = [adapter.factors, *(part._buffers for part in parts.values())]
-        factors = [(each, name, factor, _writes(factor)) for each in held for name, factor in each.items()]
-        size += sum(factor.nbytes for _, _, factor, _ in factors)
-        self._entries[id(adapter)] = _Entry(adapter, parts, factors, size)
-        while self._entries and sum(entry.size for entry in self._entries.values()) > KEPT_BYTES:
-            self._entries.popitem(last=False)
-
-    def forget(self) -> None:
-        """Keep nothing."""
-        self._entries.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Recent:
-        return _Recent()  # a copy of the model has parts of its own
-
-
-class _Entry(NamedTuple):
-    """An adapter, its parts, the factors of both as a dict, a key, a tensor and its count of writes, and the bytes."""
-
-    adapter: Adapter
-    parts: dict[str, FoldedWeight]
-    factors: list[tuple[Mapping[str, Any], str, Tensor, int]]
-    size: int
 
 
 def attach(
@@ -625,6 +615,7 @@ def attach(
 
     Raises:
         BaseMismatchError: another base, or a target is missing or of another layer type; all are listed.
+        AdapterError: a sum would overflow its weight's dtype.
         StateError: the model carries an adapter already, or a target is shared or parametrized otherwise, or the
             adapter replaces whole tensors and ``reserve`` is given.
         ConfigError: the strength is not a finite number, or ``max_rank`` no number of at least 1 or not for training.
@@ -641,16 +632,6 @@ def attach(
     )
 
 
-def refuse_attached(model: nn.Module) -> None:
-    """Refuse a model that carries an adapter.
-
-    Raises:
-        StateError: it does.
-    """
-    if any(isinstance(module, AdapterPart) for module in model.modules()):
-        raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
-
-
 def attachment_of(model: nn.Module) -> Attachment:
     """The handle of the adapter that a model carries: the one that `attach` gave, or a deep copy's own.
 
@@ -660,7 +641,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         StateError: it carries no adapter, or several parts of it carry one each.
     """
-    found = _attachments(model)
+    found: list[Attachment] = attachments(model)
     if len(found) != 1:
         raise StateError(
             f"{len(found)} parts of the model carry an adapter each" if found else "the model carries no adapter",
@@ -682,34 +663,6 @@ def adapter_from(model: nn.Module) -> Adapter:
     return attachment_of(model).adapter
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base under its own names, in its own order, whether an adapter is attached or not.
-
-    Args:
-        model: the model itself, or what ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
-            ``AveragedModel`` made of it; their prefixes and own buffers are left out.
-
-    Returns:
-        the base's own tensors, not copies; without gradients, as in every state dict.
-    """
-    model = _unwrapped(model)
-    state: dict[str, Tensor] = dict(model.state_dict())
-    places: dict[int, list[Place]] = {}
-    for live in _attachments(model):
-        for place in live._places.values():
-            places.setdefault(id(place.module), []).append(place)
-    if not places:
-        return state
-    own_names: dict[str, str] = {}
-    orders: dict[str, tuple[str, ...]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for place in places.get(id(module), ()):
-            own_names[f"{prefix}parametrizations.{place.parameter}"] = prefix + place.parameter
-            orders[path] = place.order
-    return _as_before(state, own_names, orders)
-
-
 class _Mark(NamedTuple):
     """What a tensor of the base was: torch's count of writes to it, its dtype and its digest."""
 
@@ -726,13 +679,9 @@ def _written(state: Mapping[str, Tensor], before: Mapping[str, _Mark]) -> list[s
     suspects = {
         name: tensor
         for name, tensor in state.items()
-        if not tensor.is_meta and (tensor.dtype == before[name].dtype or _writes(tensor) != before[name].writes)
+        if not tensor.is_meta and (tensor.dtype == before[name].dtype or writes_to(tensor) != before[name].writes)
     }
     return [name for name, digest in digests(suspects).items() if digest != before[name].sha256]
-
-
-def _writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors are not counted, nor are they trained
 
 
 def _check_max_rank(max_rank: int | None, trainable: bool) -> int | None:
@@ -787,53 +736,3 @@ def _reserved(model: nn.Module, adapter: Adapter, reserve: str | Adapter | Itera
 
 def _is_parametrized(module: nn.Module, name: str) -> bool:
     return name not in module._parameters and name not in module._buffers
-
-
-def _attachments(model: nn.Module) -> list[Attachment]:
-    found: dict[int, Attachment] = {}
-    for module in model.modules():
-        if isinstance(module, AdapterPart):
-            found[id(module.handle)] = module.handle
-    return list(found.values())
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
-            model = model.module
-        elif isinstance(model._modules.get("_orig_mod"), nn.Module):  # torch.compile's; its class is slow to import
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
-
-
-def _as_before(
-    state: Mapping[str, Tensor], own_names: Mapping[str, str], orders: Mapping[str, tuple[str, ...]]
-) -> dict[str, Tensor]:
-    """A state dict with names and order as they were before anything was put on the modules.
-
-    Args:
-        state: as it is.
-        own_names: what the names of our parametrizations, without ".original", were before.
-        orders: of the modules that carry some, by path, the names of their own tensors in order.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        stack, _, rest = name.rpartition("parametrizations.")
-        own = own_names.get(f"{stack}parametrizations.{rest.partition('.')[0]}") if rest else None
-        if own is None:
-            renamed[name] = tensor
-        elif name.endswith(".original"):
-            renamed[own] = tensor
-    ordered: dict[str, Tensor] = {}
-    left = dict(orders)
-    for name, tensor in renamed.items():
-        parts = name.split(".")[:-1]
-        for depth in range(len(parts) + 1) if left else ():  # a module's own tensors come before those inside of it
-            path = ".".join(parts[:depth])
-            for key in left.pop(path, ()):
-                key = f"{path}.{key}" if path else key
-                if key in renamed:
-                    ordered[key] = renamed[key]
-        ordered.setdefault(name, tensor)
-    return ordered

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import threading
-import unicodedata
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Adapter, check_strength
-from loraio.attachment import Attachment, Reserve, attach, attachment_of, base_state_dict, refuse_attached
+from loraio.attachment import Attachment, Reserve, attach, attachment_of
+from loraio.basestate import base_state_dict, refuse_attached
 from loraio.errors import ConfigError, FormatError, LoraioError, MissingFileError, ShapeError, StateError
 from loraio.formats import load_bytes
 from loraio.formats.pack import (
     SUFFIX,
     Pack,
     listed_files,
-    name_clashes,
     read_index,
     read_member,
     read_range,
@@ -42,6 +41,7 @@ from loraio.mixing import (
     run_layers,
     takes_layers,
 )
+from loraio.names import name_clashes, normal_form
 from loraio.registry import lookup
 
 MAX_BYTES = 2 << 30
@@ -56,9 +56,10 @@ class Bank:
     the model's own digests, which are computed once, see `loraio.identity.BaseIdentity`. No work on an adapter grows
     with the number of names. Methods may be called from several threads; each model belongs to one thread at a time.
 
-    A folder's adapters are its ``*.safetensors``, named without that ending, in Unicode normal form C. Links, hidden
-    files and deeper folders are not looked at, and a name is only looked up in the list, never made into a path. Names
-    that differ in nothing but case or normal form are not adapters of the bank: asking for one says which they are.
+    A folder's adapters are its ``*.safetensors``, named without that ending, in Unicode normal form C; either form is
+    found. Links, hidden files and deeper folders are not looked at, and a name is only looked up in the list, never
+    made into a path. Names that differ in nothing but case, normal form or invisible characters are not adapters of the
+    bank: asking for one says which they are.
     Each use of a name looks at its file's device, inode, size and time of writing: a changed file is read and checked
     again, one that is gone is an error. New names are seen by `refresh`, and so is a pack that was written anew.
 
@@ -100,7 +101,7 @@ class Bank:
         return len(self._listed.entries)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._listed.entries
+        return _normal(name) in self._listed.entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -230,7 +231,7 @@ class Bank:
 
     def _load(self, name: str) -> tuple[_Version, Adapter]:
         """The adapter of that name and the version of its file, from memory where that is still current."""
-        listed = self._listed
+        listed, name = self._listed, _normal(name)
         if isinstance(name, str) and name in listed.clashes:
             raise ConfigError(f"adapter {name!r} cannot be used: {listed.clashes[name]}", hint="rename one of them")
         entry = lookup(listed.entries, name, what="adapter")
@@ -419,10 +420,12 @@ class _Listed:
 def _list(source: Path | Mapping[str, Adapter | str | os.PathLike[str]]) -> _Listed:
     if isinstance(source, Mapping):
         given = source.items()
-        pairs = [(name, _Given(a) if isinstance(a, Adapter) else _File(Path(a), follow=True)) for name, a in given]
+        pairs = [
+            (_normal(name), _Given(a) if isinstance(a, Adapter) else _File(Path(a), follow=True)) for name, a in given
+        ]
     elif source.is_dir():
         stems = {entry.name: entry.name.removesuffix(SUFFIX) for entry in listed_files(source)}
-        pairs = [(unicodedata.normalize("NFC", stem), _File(source / file)) for file, stem in stems.items()]
+        pairs = [(normal_form(stem), _File(source / file)) for file, stem in stems.items()]
     else:
         index = read_index(source)
         return _Listed({name: _Packed(index, name) for name in index.members}, {})
@@ -504,7 +507,12 @@ def _choices(
     if len(strengths) != len(x):
         raise ShapeError(f"{len(strengths)} strengths for {len(x)} samples")
     checked = [check_strength(value) for value in strengths]
-    return [(name, 0.0 if name is None else power) for name, power in zip(names, checked, strict=True)]
+    return [(_normal(name), 0.0 if name is None else power) for name, power in zip(names, checked, strict=True)]
+
+
+def _normal(name: Any) -> Any:
+    """The name as it is listed; what is no name stays, and is not found."""
+    return normal_form(name) if isinstance(name, str) else name
 
 
 def _digest(model: nn.Module) -> str:

@@ -34,15 +34,12 @@ from loraio.networks import (
     resize_heads,
 )
 from loraio.parts import is_parted, read_parted_header
-from loraio.pickles import read_pickle
+from loraio.pickles import PICKLE_SUFFIXES, read_pickle
 from loraio.receipts import Receipt, read_receipts
 from loraio.registry import known, nearest
 
-FORMAT_VERSION = 1
-"""Version of the metadata that loraio writes into base checkpoints."""
-
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
-"""Endings of files that are read with ``torch.load(weights_only=True)``."""
+FORMAT_VERSION = 2
+"""Of checkpoints that are written; those of version 1, which have no digests of their tensors, are read too."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What wrappers put before every name: DDP, torch.compile, and trainers that keep the network in a field."""
@@ -383,9 +380,9 @@ def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list
 def _stated(document: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """What the metadata of a base checkpoint says of its network; everything in it is checked."""
     version = document.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise FormatError(
-            f"format version {version!r}, this loraio reads version {FORMAT_VERSION}",
+            f"format version {version!r}, this loraio reads versions up to {FORMAT_VERSION}",
             where=where,
             hint="a newer loraio",
         )

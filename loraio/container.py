@@ -7,6 +7,7 @@ the single header key ``loraio``: safetensors writes several keys in an order th
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -15,10 +16,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from loraio.errors import FormatError, MissingFileError
+from loraio import integrity
+from loraio.errors import FormatError, MissingFileError, shown
+from loraio.firstbytes import LOOKED_AT, open_file, reason, recognised
+from loraio.limits import Limits, limits, raising
+from loraio.names import is_hidden
 from loraio.outputs import staged
+from loraio.strictjson import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +32,6 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "loraio"
 """The header key that holds the JSON document."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header that is read; the safetensors library has the same limit."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -53,7 +56,7 @@ _LAYOUT_ORDER = (
 
 _CODES = {name: code for code, name in TORCH_DTYPES.items()}
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a character; the other half may be missing
+_AGAIN = "fetch the file again: it may be damaged, or not be finished"
 
 
 class TensorInfo(NamedTuple):
@@ -75,6 +78,9 @@ class Header:
         metadata: the strings under ``__metadata__``; empty when there is none.
         header_bytes: length of the JSON header, without the eight bytes that hold this length.
         file_bytes: length of the whole file.
+        parsed: the JSON document under the key ``loraio``; None where there is none.
+        digests: SHA-256 of each tensor's bytes, where the file says it; `read_tensors` compares it.
+        sha256: of the header and the eight bytes before it.
         data: the whole file, where it was read from memory; None where it is still to be read from ``path``.
     """
 
@@ -83,21 +89,14 @@ class Header:
     metadata: Mapping[str, str]
     header_bytes: int
     file_bytes: int
+    parsed: dict[str, Any] | None = field(default=None, repr=False)
+    digests: Mapping[str, str] | None = field(default=None, repr=False)
+    sha256: str = ""
     data: bytes | None = field(default=None, repr=False)
 
     def document(self) -> dict[str, Any] | None:
-        """The JSON document under the key ``loraio``, or None when the file has none.
-
-        Raises:
-            FormatError: it is not JSON, not an object, or names a key twice.
-        """
-        text = self.metadata.get(METADATA_KEY)
-        if text is None:
-            return None
-        document = parse_json(text, where=f"the metadata of {str(self.path)!r}")
-        if not isinstance(document, dict):
-            raise FormatError("the loraio metadata is not a JSON object", where=f"{str(self.path)!r}")
-        return document
+        """The JSON document under the key ``loraio``, without its digests; None when the file has none."""
+        return self.parsed
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -119,6 +118,16 @@ def tensor_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
+
+    >>> import torch
+    >>> tensor_sha256(torch.zeros(2))[:16]
+    'af5570f5a1810b7a'
+    """
+    return hashlib.sha256(tensor_bytes(tensor).numpy().data).hexdigest()
+
+
 def canonical_json(document: Mapping[str, Any]) -> str:
     """The one text of a JSON document: keys sorted, no spaces, NaN and infinities refused.
 
@@ -136,16 +145,16 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises:
         MissingFileError: there is no such file.
-        FormatError: anything that the safetensors specification forbids, and duplicate names, which it does not.
+        FormatError: anything that the safetensors specification forbids, what it does not, such as duplicate names,
+            what is beyond `loraio.limits`, a document of loraio that is not a JSON object, and a header that is not
+            what was written.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
+    with open_file(path) as file:
+        try:
             return _read_header(file, path, os.fstat(file.fileno()).st_size)
-    except FileNotFoundError:
-        raise MissingFileError(f"{str(path)!r} does not exist") from None
-    except OSError as error:
-        raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+        except OSError as error:
+            raise MissingFileError(f"{str(path)!r} cannot be read: {reason(error)}") from error
 
 
 def parse_file(data: bytes, path: str | os.PathLike[str]) -> Header:
@@ -162,33 +171,54 @@ def parse_file(data: bytes, path: str | os.PathLike[str]) -> Header:
 
 
 def _read_header(file: BinaryIO, path: Path, size: int) -> Header:
-    where = f"{str(path)!r}"
-    start = file.read(8)
+    where, most = f"{str(path)!r}", limits()
+    start = file.read(LOOKED_AT)
+    length = int.from_bytes(start[:8], "little")
+    if not start:
+        raise FormatError("the file is empty", where=where, hint=_AGAIN)
     if len(start) < 8:
-        raise FormatError(f"{size} bytes are too few for a safetensors file", where=where)
-    length = int.from_bytes(start, "little")
-    if length > MAX_HEADER_BYTES or 8 + length > size:
-        raise FormatError(_not_safetensors(start + file.read(64), length, size), where=where)
-    raw = file.read(length)
+        raise FormatError(f"{size} bytes are too few for a safetensors file", where=where, hint=_AGAIN)
+    if length > most.header_bytes or 8 + length > size or start[8:9] != b"{":
+        raise _not_safetensors(start, length, size, most, where)
+    text = start[: 8 + length] + file.read(max(0, 8 + length - len(start)))
+    entries = _parse_header(text[8:], where)
+    metadata = _check_metadata(entries.pop("__metadata__", None), where)
+    if len(entries) > most.tensors:
+        raise FormatError(
+            f"{len(entries):,} tensors, at most {most.tensors:,} are read", where=where, hint=raising("tensors")
+        )
+    tensors = {name: _check_entry(name, entry, most, where) for name, entry in entries.items()}
+    del entries
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+    _check_offsets(tensors, 8 + length, size, where)
+    document = _document(metadata, where)
+    found = integrity.check(text, document, list(tensors), where=where)
+    return Header(
+        path=path,
+        tensors=tensors,
+        metadata=metadata,
+        header_bytes=length,
+        file_bytes=size,
+        parsed=document,
+        digests=found.tensors if found else None,
+        sha256=hashlib.sha256(text).hexdigest(),
+    )
+
+
+def _parse_header(raw: bytes, where: str) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"the header is not UTF-8: {error}", where=where) from error
-    if not text.startswith("{"):
-        raise FormatError(_not_safetensors(start + raw[:64], length, size), where=where)
-    entries = parse_json(text, where=f"the header of {where}")
-    metadata = _check_metadata(entries.pop("__metadata__", None), where)
-    tensors = {name: _check_entry(name, entry, where) for name, entry in entries.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
-    _check_offsets(tensors, size - 8 - length, where)
-    return Header(path=path, tensors=tensors, metadata=metadata, header_bytes=length, file_bytes=size)
+    entries: dict[str, Any] = parse_json(text, where=f"the header of {where}")
+    return entries
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
     """All tensors of the file, on the CPU, in memory of their own: the file may change or go away afterwards.
 
     Raises:
-        FormatError: the file is no longer what its header said, or holds a dtype that torch lacks.
+        FormatError: the file is no longer what its header said, is damaged, or holds a dtype that torch lacks.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load
@@ -209,6 +239,10 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
     for name, info in header.tensors.items():
         if (dtype_code(tensors[name].dtype), tuple(tensors[name].shape)) != (info.dtype, info.shape):
             raise FormatError(f"{name!r} changed while the file was being read", where=f"{str(header.path)!r}")
+    digests = header.digests or {}
+    damaged = [name for name, digest in digests.items() if tensor_sha256(tensors[name]) != digest]
+    if damaged:
+        raise integrity.damaged_tensors(damaged, of=len(digests), where=f"{str(header.path)!r}")
     return tensors
 
 
@@ -217,61 +251,41 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         MissingFileError: there is no such file, or it cannot be read.
-        FormatError: it is not JSON, or longer than `MAX_HEADER_BYTES`.
+        FormatError: it is not JSON, or beyond `loraio.limits`.
     """
-    where = f"{os.fspath(path)!r}"
+    return read_json_text(path)[1]
+
+
+def read_json_text(path: str | os.PathLike[str]) -> tuple[bytes, Any]:
+    """As `read_json`, and the bytes of the file."""
+    where, most = f"{os.fspath(path)!r}", limits().header_bytes
+    with open_file(Path(path)) as file:
+        try:
+            raw = file.read(most + 1)
+        except OSError as error:
+            raise MissingFileError(f"{where} cannot be read: {reason(error)}") from error
+    if len(raw) > most:
+        raise FormatError(f"longer than {most:,} bytes", where=where, hint=raising("header_bytes"))
+    if not raw:
+        raise FormatError("the file is empty", where=where, hint=_AGAIN)
+    found = None if re.match(rb"\s*[{\[]", raw) else recognised(raw[:LOOKED_AT])
+    if found is not None:
+        raise FormatError(f"not JSON but {found[0]}", where=where, hint=found[1])
     try:
-        with Path(path).open("rb") as file:
-            raw = file.read(MAX_HEADER_BYTES + 1)
-    except FileNotFoundError:
-        raise MissingFileError(f"{where} does not exist") from None
-    except OSError as error:
-        raise MissingFileError(f"{where} cannot be read: {error.strerror or error}") from error
-    if len(raw) > MAX_HEADER_BYTES:
-        raise FormatError(f"longer than {MAX_HEADER_BYTES} bytes", where=where)
-    try:
-        return parse_json(raw.decode("utf-8"), where=where)
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"not UTF-8: {error}", where=where) from error
+    return raw, parse_json(text, where=where)
 
 
-def parse_json(text: str, *, where: str) -> Any:
-    """What a JSON text says; no key may occur twice, and there is no NaN.
-
-    Raises:
-        FormatError: it is not such a text; ``where`` says whose.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise FormatError(f"the key {key!r} occurs twice", where=where)
-            found[key] = value
-        return found
-
-    def refuse(constant: str) -> NoReturn:
-        raise FormatError(f"{constant} is not a JSON number", where=where)
-
-    def finite(digits: str) -> float:
-        number = float(digits)
-        if math.isinf(number):
-            raise FormatError(f"{digits[:40]} is beyond the range of float64", where=where)
-        return number
-
-    try:
-        parsed = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
-        if _SURROGATE.search(text):
-            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
-        return parsed
-    except RecursionError:
-        raise FormatError("the JSON is nested too deeply", where=where) from None
-    except FormatError:
-        raise
-    except UnicodeEncodeError as error:
-        raise FormatError("half a surrogate pair is no character", where=where) from error
-    except ValueError as error:  # JSONDecodeError, and integers of too many digits
-        raise FormatError(f"not JSON: {error}", where=where) from error
+def _document(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return None
+    document = parse_json(text, where=f"the metadata of {where}")
+    if not isinstance(document, dict):
+        raise FormatError("the loraio metadata is not a JSON object", where=where)
+    return document
 
 
 def _check_metadata(metadata: Any, where: str) -> dict[str, str]:
@@ -286,18 +300,44 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _check_entry(name: str, entry: Any, where: str) -> TensorInfo:
+def _check_name(name: str, most: Limits, where: str) -> None:
+    """Refuse a name that in a file, a log or on a screen is not what it seems to be."""
     if not name:
         raise FormatError("a tensor has an empty name", where=where)
+    if name == "__metadata__":
+        raise FormatError("a tensor is named '__metadata__', which is where the metadata are", where=where)
+    if len(name) > most.name_bytes or len(name.encode("utf-8", "surrogatepass")) > most.name_bytes:
+        raise FormatError(
+            f"a tensor's name is longer than {most.name_bytes:,} bytes: {shown(name)}",
+            where=where,
+            hint=raising("name_bytes"),
+        )
+    if not name.isprintable():  # which says no to spaces of all kinds, too
+        bad = next(filter(is_hidden, name), None)
+        if bad is not None:
+            raise FormatError(f"the tensor name {shown(name)} holds {bad!r}, which is not printable", where=where)
+
+
+def _check_entry(name: str, entry: Any, most: Limits, where: str) -> TensorInfo:
+    _check_name(name, most, where)
     if not isinstance(entry, dict):
         raise FormatError(f"the entry of tensor {name!r} is not an object", where=where)
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise FormatError(f"tensor {name!r} has dtype {dtype!r}, which safetensors does not know", where=where)
+        raise FormatError(f"tensor {name!r} has dtype {shown(dtype)}, which safetensors does not know", where=where)
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise FormatError(f"tensor {name!r} has the shape {shape!r}, not a list of sizes", where=where)
+        raise FormatError(f"tensor {name!r} has the shape {shown(shape)}, not a list of sizes", where=where)
+    if len(shape) > most.dimensions:
+        raise FormatError(
+            f"tensor {name!r} has {len(shape):,} dimensions, at most {most.dimensions} are read",
+            where=where,
+            hint=raising("dimensions"),
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise FormatError(f"tensor {name!r} has data_offsets {offsets!r}, not two offsets", where=where)
+        raise FormatError(f"tensor {name!r} has data_offsets {shown(offsets)}, not two offsets", where=where)
+    if len(entry) > 3:
+        more = next(key for key in entry if key not in ("dtype", "shape", "data_offsets"))
+        raise FormatError(f"the entry of tensor {name!r} has the unknown key {shown(more)}", where=where)
     begin, end = offsets
     bits = DTYPE_BITS[dtype]
     for size in shape:
@@ -311,32 +351,40 @@ def _check_entry(name: str, entry: Any, where: str) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), begin, end)
 
 
-def _check_offsets(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> None:
+def _check_offsets(tensors: Mapping[str, TensorInfo], data_begin: int, size: int, where: str) -> None:
     position = 0
     for name, info in tensors.items():
         if info.begin != position:
             problem = "overlaps the one before it" if info.begin < position else "leaves a hole before it"
             raise FormatError(f"tensor {name!r} starts at byte {info.begin} and {problem} ({position})", where=where)
         position = info.end
-    if position != data_bytes:
-        raise FormatError(f"the tensors fill {position} bytes, the file has {data_bytes} after its header", where=where)
+    if data_begin + position > size:
+        raise FormatError(f"truncated: {size:,} of {data_begin + position:,} bytes", where=where, hint=_AGAIN)
+    if data_begin + position < size:
+        raise FormatError(
+            f"{size - data_begin - position:,} bytes follow the last tensor, which belong to none: "
+            f"the header speaks of {data_begin + position:,}, the file has {size:,}",
+            where=where,
+        )
 
 
-def _not_safetensors(start: bytes, length: int, size: int) -> str:
-    """What a file seems to be whose first eight bytes are no header length."""
-    if start[8:9] == b"{":
-        if length > MAX_HEADER_BYTES:
-            return f"the header has {length} bytes, at most {MAX_HEADER_BYTES} are read"
-        return f"truncated: the header alone has {length} bytes, the file {size}"
-    for signature, what in (
-        (b"version https://git-lfs", "a Git LFS pointer: run `git lfs pull` to fetch the file itself"),
-        (b"PK\x03\x04", "a zip archive, perhaps from torch.save"),
-        (b"\x80", "a pickle, perhaps an old torch.save file"),
-        (b"<", "an HTML or XML page"),
-    ):
-        if start.startswith(signature):
-            return f"not a safetensors file but {what}"
-    return "not a safetensors file"
+def _not_safetensors(start: bytes, length: int, size: int, most: Limits, where: str) -> FormatError:
+    """The error for a file whose first eight bytes are no length of a header that can be read."""
+    found = recognised(start)
+    if start[8:9] == b"{" and not (found and length > size):
+        if length > size - 8:
+            return FormatError(
+                f"truncated: the header alone has {length:,} bytes, the file {size:,}", where=where, hint=_AGAIN
+            )
+        return FormatError(
+            f"the header has {length:,} bytes, at most {most.header_bytes:,} are read",
+            where=where,
+            hint=raising("header_bytes"),
+        )
+    if found is None:
+        return FormatError("not a safetensors file", where=where, hint=_AGAIN)
+    what, advice = found
+    return FormatError(f"not a safetensors file but {what}", where=where, hint=advice)
 
 
 # Writing
@@ -362,13 +410,13 @@ def layout(
     Raises:
         FormatError: a name or a text that a safetensors file cannot hold.
     """
+    most = limits()
     for name in tensors:
-        if not name or name == "__metadata__":
-            raise FormatError(f"a tensor cannot be named {name!r} in a safetensors file", where=where)
+        _check_name(name, most, where)
     position = 0
     placed: dict[str, TensorInfo] = {}
     try:
-        for name in sorted(tensors, key=lambda name: (_LAYOUT_ORDER.index(tensors[name][0]), name.encode("utf-8"))):
+        for name in _in_layout_order(tensors):
             dtype, shape = tensors[name]
             end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
             placed[name] = TensorInfo(dtype, shape, position, end)
@@ -380,17 +428,36 @@ def layout(
     except UnicodeEncodeError as error:
         raise FormatError(f"{error.object[:80]!r} holds half a surrogate pair", where=where) from error
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, placed
+    return integrity.seal(len(text).to_bytes(8, "little") + text, where=where), placed
 
 
-def metadata_of(document: Mapping[str, Any], *, where: str) -> dict[str, str]:
-    """The metadata of a file that holds this document.
+def _in_layout_order(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    return sorted(tensors, key=lambda name: (_LAYOUT_ORDER.index(tensors[name][0]), name.encode("utf-8")))
+
+
+def metadata_of(
+    document: Mapping[str, Any],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    digest_of: Callable[[str], str] | None,
+    *,
+    where: str,
+) -> dict[str, str]:
+    """The metadata of a file that holds this document, with a place for the digest that `layout` puts in.
+
+    Args:
+        document: JSON values.
+        tensors: as `layout`.
+        digest_of: SHA-256 of the bytes of a tensor, by name; None where the document has them.
+        where: the file, for errors.
 
     Raises:
-        FormatError: it is not plain JSON.
+        FormatError: it is not plain JSON, or has a key that the digests need, or a name that no file can hold.
     """
     try:
-        return {METADATA_KEY: canonical_json(document)}
+        digests = map(digest_of, _in_layout_order(tensors)) if digest_of else None
+        return {METADATA_KEY: canonical_json(integrity.with_integrity(document, digests))}
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{error.object[:80]!r} holds half a surrogate pair", where=where) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"the metadata is not plain JSON: {error}", where=where) from error
 
@@ -410,8 +477,8 @@ def write(
     Args:
         tensors: any device; brought to the CPU and made contiguous, one at a time.
         path: the file to make.
-        document: goes under the header key ``loraio``, as canonical JSON.
-        metadata: in the place of a document, the strings of the header as they are.
+        document: goes under the header key ``loraio``, as canonical JSON, with the digests of all tensors.
+        metadata: further strings of the header.
         overwrite: replace an existing file.
         inputs: files that the output must not be.
         check: called with the temporary file before it gets its name; if it raises, nothing was written.
@@ -422,7 +489,9 @@ def write(
     """
     where = f"{os.fspath(path)!r}"
     facts = {name: (dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    strings = metadata or {} if document is None else metadata_of(document, where=where)
+    strings = dict(metadata or {})
+    if document is not None:
+        strings |= metadata_of(document, facts, lambda name: tensor_sha256(tensors[name]), where=where)
     start, placed = layout(facts, strings, where=where)
     with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
         with temporary.open("wb") as file:

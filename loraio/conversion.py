@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraio import formats
 from loraio.adapter import Adapter
 from loraio.bases import load_base
-from loraio.errors import AdapterError, ConfigError, LoraioError
+from loraio.errors import AdapterError, ConfigError, LoraioError, OutputError
 from loraio.formats import DIALECTS
 from loraio.formats.foreign import Options
 from loraio.formats.report import Report
+from loraio.formats.sources import adapter_files
+from loraio.identity import check_base
 from loraio.networks import build_network, is_own_code, resize_heads
 from loraio.outputs import check_output
+from loraio.parts import checkpoint_files
+from loraio.pickles import PICKLE_SUFFIXES
 from loraio.registry import lookup
 
 if TYPE_CHECKING:
@@ -36,6 +41,7 @@ class Conversion:
         dialect: of the output.
         read: what became of the input's tensors and settings; empty for a file of ours, of which all is kept.
         written: what became of the adapter's in the output; empty where that is a file of ours.
+        mismatch: how the base that was given differs from the adapter's own, where that was allowed.
         done: whether the output was written.
     """
 
@@ -45,6 +51,7 @@ class Conversion:
     read: Report
     written: Report
     done: bool
+    mismatch: tuple[str, ...] = ()
 
     @property
     def lost(self) -> bool:
@@ -67,6 +74,7 @@ def convert(
     rank: int | None = None,
     as_full_delta: bool = False,
     prefix: str | None = None,
+    allow_base_mismatch: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
@@ -88,12 +96,16 @@ def convert(
         rank: of those pairs; None for the file's own.
         as_full_delta: write the whole change of each weight; for "lycoris", which has a form for it.
         prefix: in front of the names of modules, for "kohya" and "lycoris" ("lora_te") and "diffusers" ("transformer").
+        allow_base_mismatch: go on where values or dtypes of the base are not those that the adapter says it was trained
+            on; files of other tools say none, unless loraio wrote them. The output stays with the adapter's own base.
         dry_run: write nothing.
         overwrite: replace an existing output.
 
     Raises:
         UnknownNameError: no such dialect, or no such prefix.
         ConfigError: an option that the dialect has no use for, or a rank without ``approximate``.
+        OutputError: a file of torch.save would have another name than one under which it is read.
+        BaseMismatchError: the adapter was made for another base than the one that is given.
         LoraioError: as `loraio.load`, `loraio.load_base` and `loraio.save`.
     """
     dialect = None if to == "native" else lookup({"native": None, **DIALECTS}, to, what="dialect")
@@ -105,12 +117,18 @@ def convert(
         rank=rank,
         as_full_delta=as_full_delta,
         prefix=prefix,
+        allow_base_mismatch=allow_base_mismatch,
     )
     _check(options, to)
+    if dialect is not None and dialect.container == "pickle" and Path(output).suffix.lower() not in PICKLE_SUFFIXES:
+        raise OutputError(
+            f"{str(output)!r} would be a file of torch.save", hint=f"a name that ends in {PICKLE_SUFFIXES[0]}"
+        )
     found = formats.identify(path)
     network = load_base(base, model=model, model_args=model_args) if base is not None else None
     state = None if network is None else network.state_dict()
     adapter, read = formats.load_reported(path, base=network, options=options)
+    mismatch = check_base(adapter, state, allow_mismatch=allow_base_mismatch) if state is not None else ()
     encoded = None
     if dialect is not None:
         shown = network if network is not None else network_of(adapter, model=model, model_args=model_args)
@@ -122,10 +140,11 @@ def convert(
         read=read or Report(),
         written=encoded.report if encoded is not None else Report(),
         done=False,
+        mismatch=mismatch,
     )
     if dry_run or (made.lost and not lossy):
         return made
-    inputs = [found.source.file]
+    inputs = [*adapter_files(path), *(checkpoint_files(base) if base is not None else ())]
     if dialect is None or encoded is None:
         check_output(output, overwrite=overwrite, inputs=inputs)
         formats.save(adapter, output, overwrite=overwrite)
@@ -174,6 +193,7 @@ def load_for(
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     alpha: int | float | None = None,
+    allow_base_mismatch: bool = False,
 ) -> Adapter:
     """As `loraio.load`, for a base checkpoint that is read only where the adapter's dialect needs it.
 
@@ -188,4 +208,4 @@ def load_for(
         raise AdapterError(
             f"an adapter of another tool needs the base's network: {error.message}", where=error.where, hint=error.hint
         ) from error
-    return formats.load(path, base=network, alpha=alpha)
+    return formats.load(path, base=network, alpha=alpha, allow_base_mismatch=allow_base_mismatch)

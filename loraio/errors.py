@@ -22,7 +22,31 @@ built from its parts: what, with both numbers; where; and what to try.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
+
+LONGEST_LINE = 2_000
+"""Characters of a line of an error; what a file says may be longer."""
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxlong = 40
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 8
+_REPR.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """Its ``repr``, cut short where it is long: errors quote what files say.
+
+    >>> shown([1, 2, 3])
+    '[1, 2, 3]'
+    """
+    return _REPR.repr(value)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}... ({len(line):,} characters)"
 
 
 class LoraioError(Exception):
@@ -38,11 +62,11 @@ class LoraioError(Exception):
     def __init__(
         self, message: str, *, problems: Sequence[str] = (), where: str | None = None, hint: str | None = None
     ) -> None:
-        self.message = message
-        self.problems = tuple(problems)
+        self.message = _cut(message)
+        self.problems = tuple(map(_cut, problems))
         self.where = where
         self.hint = hint
-        lines = [message, *(f"  {problem}" for problem in self.problems)]
+        lines = [self.message, *(f"  {problem}" for problem in self.problems)]
         if where:
             lines.append(f"  in {where}")
         if hint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from loraio.bases import model_from, read_base, stripped_of
 from loraio.errors import ConfigError, VerificationError
 from loraio.networks import find_network, network_args_of, network_of
 from loraio.outputs import check_output, staged
+from loraio.parts import checkpoint_files
 from loraio.registry import lookup
 
 BATCHES = (1, 3)
@@ -148,7 +150,7 @@ def export(
     if suffix == ".onnx":
         for package in ONNX_PACKAGES:
             _package(package)
-    check_output(output, overwrite=overwrite, inputs=[checkpoint])
+    check_output(output, overwrite=overwrite, inputs=checkpoint_files(checkpoint))
     read = read_base(checkpoint)
     network = model_from(read, model=model, model_args=model_args)
     shape = _shape_of(network, input_shape)
@@ -294,8 +296,10 @@ def _traced(network: nn.Module, example: Tensor) -> Any:
 
 
 def _write_pt2(program: Any, path: Path, names: Sequence[str], opset: int | None) -> None:
-    with _quiet(), path.open("wb") as file:  # of a path the name would go into the bytes
-        torch.export.save(program, file)
+    buffer = io.BytesIO()  # of a path the name would go into the bytes, and a full disk would be an error of torch's
+    with _quiet():
+        torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _open_pt2(path: Path) -> Run:

@@ -26,16 +26,18 @@ import loraio
 from loraio import container, formats
 from loraio.adapter import Adapter, check_strength
 from loraio.bases import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
-from loraio.container import TORCH_DTYPES, Header, dtype_code
+from loraio.container import TORCH_DTYPES, Header, dtype_code, tensor_sha256
 from loraio.conversion import load_for
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
 from loraio.finished import FinishedParts
-from loraio.identity import check_base, state_sha256, tensor_sha256
+from loraio.formats.sources import adapter_files
+from loraio.identity import check_base, state_sha256
+from loraio.integrity import PENDING, seal, with_integrity
 from loraio.merging import Landing
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
-from loraio.parts import INDEX_SUFFIX, is_parted, read_parted_header
-from loraio.receipts import NO_DIGEST, Receipt, check_receipts, check_state, made_receipt
-from loraio.residuefile import Residue, ResidueWriter, residue_beside
+from loraio.parts import INDEX_SUFFIX, checkpoint_files, is_parted, read_parted_header
+from loraio.receipts import Receipt, check_receipts, check_state, made_receipt
+from loraio.residuefile import Residue, ResidueWriter, index_text, residue_beside
 from loraio.streaming import (
     Fold,
     Folding,
@@ -146,9 +148,17 @@ def merge_file(
     count = worker_count(workers)
     parted = _is_parted_output(output, base)
     if not parted:
-        check_output(output, overwrite=overwrite, inputs=(base, adapter))
+        check_output(output, overwrite=overwrite, inputs=(*checkpoint_files(base), *adapter_files(adapter)))
     checkpoint, headers = (read_base(base), ()) if is_pickle(base) else scan_base(base)
-    loaded = load_for(adapter, base, model=model, model_args=model_args, alpha=alpha)
+    loaded = load_for(
+        adapter,
+        base,
+        model=model,
+        model_args=model_args,
+        alpha=alpha,
+        allow_base_mismatch=allow_base_mismatch
+        or bool(checkpoint.receipts),  # which explain it, or it is refused below
+    )
     checkpoint = fitted(checkpoint, loaded.targets)
     forced = check_receipts(
         loaded,
@@ -156,7 +166,7 @@ def merge_file(
         sha256=checkpoint.document.get("sha256"),
         force=force,
         allow_base_mismatch=allow_base_mismatch,
-        names_base=formats.identify(adapter).dialect is None,
+        names_base=_names_base(adapter),
     )
     job = _Merge(
         checkpoint=checkpoint,
@@ -168,7 +178,7 @@ def merge_file(
         reversible=reversible,
         workers=count,
         inputs=Inputs(),
-        files=(base, adapter, checkpoint.path, *checkpoint.parts),
+        files=(*adapter_files(adapter), checkpoint.path, *checkpoint.parts),
         groups=_groups(checkpoint, headers, loaded),
         metadata={header.path.name: header.metadata for header in headers},
         report=progress,
@@ -188,6 +198,13 @@ def _is_parted_output(output: str | os.PathLike[str], base: str | os.PathLike[st
     if os.fspath(output).endswith(INDEX_SUFFIX):
         raise OutputError(f"{name} is an index, and the base is one file", hint="name a file, *.safetensors")
     return False
+
+
+def _names_base(adapter: str | os.PathLike[str]) -> bool:
+    """Whether the adapter's file says which base it is for: ours do, and those that loraio wrote for other tools."""
+    found = formats.identify(adapter)
+    document = found.source.header.document() if found.source.header is not None else None
+    return found.dialect is None or "exported" in (document or {})
 
 
 def _groups(
@@ -260,7 +277,7 @@ class _Kept:
     path: Path
     temporary: Path
     writer: ResidueWriter
-    sha256: str = NO_DIGEST
+    sha256: str = PENDING
 
     def finish(self, merge: _Merge, written: Mapping[str, Written], base: Mapping[str, Any]) -> None:
         """Write it; ``base`` is what of the base's file is not in its tensors."""
@@ -326,7 +343,8 @@ class _Merge:
         """From here on the files must not change; say so if they have since their headers were read."""
         for header in headers:
             self.inputs.signature(header.path)
-            if container.read_header(header.path) != header:
+            now = container.read_header(header.path)
+            if (now.sha256, now.file_bytes) != (header.sha256, header.file_bytes):
                 raise changed(header.path)
 
     def hashed(self, allow_mismatch: bool) -> _Merge:
@@ -361,7 +379,10 @@ class _Merge:
         def metadata(written: Mapping[str, Written]) -> dict[str, str]:
             if kept is not None and written:
                 kept.finish(self, written, self._header_metadata())
-            return container.metadata_of(self._document(written, kept), where=f"{str(output)!r}")
+            facts = {name: plan.made for name, plan in plans.items()}
+            digests = {name: tensor.sha256 for name, tensor in written.items()} or dict.fromkeys(plans, PENDING)
+            document = self._document(written, kept)
+            return container.metadata_of(document, facts, digests.__getitem__, where=f"{str(output)!r}")
 
         with (
             staged(output, overwrite=self.overwrite, inputs=self.files) as temporary,
@@ -374,6 +395,8 @@ class _Merge:
 
     def write_parts(self, output: Path) -> MergedFile:
         """The same parts as those of the base, and an index."""
+        if not output.exists():  # or it is a link to where the folder is to be
+            output = Path(os.path.realpath(output))
         named = output.name.endswith(INDEX_SUFFIX)
         index = output if named else output / self.checkpoint.path.name
         into, there = index.parent, named or output.is_dir()
@@ -389,10 +412,10 @@ class _Merge:
                     finished = FinishedParts(work, self._identity())
                     written = self._parts(work, finished, output, kept)
                     if kept is not None:
-                        kept.finish(self, written, {"index": container.read_json(self.checkpoint.path)})
+                        kept.finish(self, written, {"index": index_text(self.checkpoint.path)})
                     merged = self._conclude(written, index, kept)
                     with staged(work / index.name, overwrite=True) as temporary:
-                        temporary.write_text(self._index(written, kept), encoding="utf-8")
+                        temporary.write_bytes(self._index(written, work, kept))
             except OutputError:  # such as a disk that is full: what is finished is of use
                 raise
             except LoraioError:
@@ -400,7 +423,7 @@ class _Merge:
                 raise
             finished.forget()
             if there:
-                move_files(work, into, self.groups, last=index.name)
+                move_files(work, into, self.groups, last=index.name, overwrite=self.overwrite)
                 remove_folder(work)
             else:
                 name_folder(work, into)
@@ -544,7 +567,7 @@ class _Merge:
         """The metadata of the merged checkpoint; without tensors a stand-in of the same length."""
         named = self.checkpoint if self.checkpoint.network else self.adapter.base
         return base_document(
-            self._sha256(written) if written else NO_DIGEST,
+            self._sha256(written) if written else PENDING,
             network=named.network,
             network_args=named.network_args,
             heads={**named.heads, **self.adapter.heads},
@@ -557,15 +580,15 @@ class _Merge:
             self.adapter,
             self.base_sha256 or self.adapter.base.sha256,
             self.strength,
-            changed={name: written[name].sha256 if written else NO_DIGEST for name in self.changed},
+            changed={name: written[name].sha256 if written else PENDING for name in self.changed},
             exact=self.exact,
             base_mismatch=self.mismatch,
             forced=self.forced,
             residue_sha256=None if kept is None else kept.sha256,
         )
 
-    def _index(self, written: Mapping[str, Written], kept: _Kept | None) -> str:
-        """The base's index, with what was merged."""
+    def _index(self, written: Mapping[str, Written], work: Path, kept: _Kept | None) -> bytes:
+        """The base's index, with what was merged into the parts in that folder, and the digests of all."""
         parted = read_parted_header(self.checkpoint.path)
         metadata = dict(parted.metadata)
         grown = {
@@ -573,11 +596,17 @@ class _Merge:
             "total_parameters": sum(math.prod(plan.made[1]) - math.prod(plan.shape) for plan in self.plans.values()),
         }
         metadata |= {key: metadata[key] + more for key, more in grown.items() if isinstance(metadata.get(key), int)}
+        document = with_integrity(
+            self._document(written, kept),
+            (written[name].sha256 for name in sorted(written)),
+            parts={file: container.read_header(work / file).sha256 for file in self.groups},
+        )
         index = {
-            "metadata": {**metadata, container.METADATA_KEY: self._document(written, kept)},
+            "metadata": {**metadata, container.METADATA_KEY: document},
             "weight_map": {name.removeprefix(self.checkpoint.stripped): file for name, file in parted.places.items()},
         }
-        return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        return seal(text.encode("utf-8"), where=f"{str(self.checkpoint.path)!r}")
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a finished part to be of use."""

@@ -34,6 +34,9 @@ class FinishedParts:
         self._identity = dict(identity)
         self._parts: dict[str, Any] = {}
         self.reused = 0
+        for file in folder.iterdir():
+            if file.is_symlink():  # nothing of ours; writing to it would write elsewhere
+                file.unlink()
         with contextlib.suppress(LoraioError):
             found = container.read_json(folder / RECEIPT)
             if isinstance(found, dict) and found.get("of") == self._identity:

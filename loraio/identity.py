@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import threading
 import weakref
@@ -17,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference
-from loraio.container import dtype_code, tensor_bytes
+from loraio.container import dtype_code, tensor_sha256
 from loraio.errors import BaseMismatchError, StateError
+from loraio.integrity import state_digest
 from loraio.layers import STATISTICS
 from loraio.registry import nearest
 from loraio.watching import sampled
@@ -36,15 +35,6 @@ SAME_ORIGIN = 0.5
 """Relative distance up to which a weight counts as changed, not as another one altogether."""
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
-
-    >>> tensor_sha256(torch.zeros(2))[:16]
-    'af5570f5a1810b7a'
-    """
-    return hashlib.sha256(tensor_bytes(tensor).numpy().data).hexdigest()
-
-
 def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
     """`tensor_sha256` of every tensor, by name.
 
@@ -60,21 +50,14 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def state_sha256(state: Mapping[str, Tensor], known: Mapping[str, str] | None = None) -> str:
-    """One digest for a whole state dict, whatever the order of its names.
-
-    SHA-256 over one line for each tensor, lines sorted by the name's code points: the JSON array
-    ``["name","F32",[32,1,3,3],"<tensor_sha256>"]`` without spaces, non-ASCII characters escaped, and a newline.
+    """`loraio.integrity.state_digest` of a state dict.
 
     Args:
         state: the state dict, parameters and buffers.
         known: digests of its tensors, when the caller has them already.
     """
     known = digests(state) if known is None else known
-    whole = hashlib.sha256()
-    for name in sorted(state):
-        row = [name, dtype_code(state[name].dtype), list(state[name].shape), known[name]]
-        whole.update(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
-    return whole.hexdigest()
+    return state_digest((name, dtype_code(state[name].dtype), tuple(state[name].shape), known[name]) for name in state)
 
 
 class BaseIdentity:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import os
-import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
 from loraio.errors import LoraioError, OutputError, OutputExistsError
+from loraio.temporaries import lock, owned_file, owned_folder, remove_stale
 
 
 def check_output(
@@ -24,20 +26,21 @@ def check_output(
         the file that will be written: ``path`` with symbolic links followed.
 
     Raises:
-        OutputExistsError: it exists and ``overwrite`` is false, or it is one of ``inputs``.
+        OutputExistsError: it exists and ``overwrite`` is false, or it is one of ``inputs`` or a hard link to one.
         OutputError: its folder is missing or not writable, or it is something else than a file, such as a folder.
     """
     target = Path(os.path.realpath(path))
     name = f"{os.fspath(path)!r}"
     with _system_errors(name):
-        if target.is_dir() or os.fspath(path).endswith(os.sep):
+        mode = _mode_of(path)  # of what the system finds there: /dev/stdout is a link that leads to no path
+        if (mode is not None and stat.S_ISDIR(mode)) or os.fspath(path).endswith(os.sep):
             raise OutputError(f"{name} is a folder", hint="name a file")
         for source in inputs:
-            if target.exists() and Path(source).exists() and target.samefile(source):
+            if _is_same(target, source):
                 raise OutputExistsError(f"{name} is also an input", hint="name another output")
-        if target.exists() and not target.is_file():  # a rename would put a plain file in the place of /dev/null
-            raise OutputError(f"{name} is not a plain file", hint="name a file")
-        if target.exists() and not overwrite:
+        if mode is not None and not stat.S_ISREG(mode):  # a rename would put a plain file in the place of /dev/null
+            raise OutputError(f"{name} is {_kind(mode)}, not a plain file", hint="name a file")
+        if mode is not None and not overwrite:
             raise OutputExistsError(f"{name} exists", hint="pass --force to replace it (overwrite=True in Python)")
         if not target.parent.is_dir():
             raise OutputError(f"the folder of {name} does not exist", hint=f"mkdir -p {str(target.parent)!r}")
@@ -48,36 +51,97 @@ def check_output(
 
 @contextlib.contextmanager
 def staged(
-    path: str | os.PathLike[str], *, overwrite: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    tidy: bool = True,
 ) -> Iterator[Path]:
     """A temporary file beside ``path`` that gets its name when the block ends well, and is removed when it does not.
 
-    At every moment ``path`` is the old file, whole, or the new one, whole. The file is flushed to the disk first;
-    the mode is that of the file replaced, else what the umask gives; a symbolic link stays a link. Without
-    ``overwrite`` a file that appears in the meantime is not replaced either.
+    At every moment ``path`` is the old file, whole, or the new one, whole. The file is flushed to the disk first; mode
+    and owner are those of the file replaced, as far as the system allows it, else what the umask gives; a symbolic link
+    stays a link. Without ``overwrite`` a file that appears in the meantime is not replaced either. A process that is
+    killed leaves the temporary file, which the next one that writes ``path`` removes.
+
+    Args:
+        path: the file to make.
+        overwrite, inputs: as `check_output`.
+        tidy: whether to look for temporary files that were left.
 
     Raises:
         OutputExistsError, OutputError: as `check_output`, and when the system refuses a write.
     """
     target = check_output(path, overwrite=overwrite, inputs=inputs)
-    # A part of the name only: a file name has 255 bytes at most, and a character up to four.
-    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    if tidy:
+        remove_stale(target.parent, [target.name])
     name = f"{os.fspath(path)!r}"
-    try:
-        with _system_errors(name):
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    with _system_errors(name, target.parent):
+        with owned_file(target) as temporary:
+            mode = _withhold(temporary, target)
             yield temporary
+            _give_mode(temporary, target, mode)
             _fsync(temporary)
-            if target.exists():
-                temporary.chmod(target.stat().st_mode & 0o7777)
-            if overwrite:
-                temporary.replace(target)
-            else:
-                _rename_unless_exists(temporary, target, name)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    _sync_folder(target.parent)
+            _give_name(temporary, target, name, overwrite=overwrite)
+        _sync_folder(target.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where they are not there.
+
+    Raises:
+        OutputError: the system refuses it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _output_error(f"the folder {os.fspath(folder)!r} cannot be made", error) from error
+
+
+@contextlib.contextmanager
+def staged_folder(
+    folder: str | os.PathLike[str],
+    names: Iterable[str],
+    *,
+    last: str,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> Iterator[Path]:
+    """A temporary folder for files that belong together, which get their places when the block ends well.
+
+    A folder that is not there yet appears with all of them in it. In one that is there they take the places
+    of files of their names as in `move_files`.
+
+    Args:
+        folder: it is made where it is not there; its parent must be.
+        names: of all files; the block writes each.
+        last: the one without which nobody takes the others for a whole.
+        overwrite, inputs: as `check_output`, for each file.
+
+    Raises:
+        OutputExistsError, OutputError: as `staged`.
+    """
+    names, name = list(names), f"{os.fspath(folder)!r}"
+    there = _is_folder(folder)
+    if there:
+        into = Path(folder)
+        for one in names:
+            check_output(into / one, overwrite=overwrite, inputs=inputs)
+        place = into / last  # the temporary folder is inside: nothing else is sure to be on its filesystem
+    elif _mode_of(folder) is not None:
+        raise OutputError(f"{name} is a file", hint="name a folder")
+    else:
+        place = into = check_output(os.fspath(folder).rstrip(os.sep), inputs=inputs)
+    remove_stale(place.parent, [place.name])
+    with _system_errors(name, place.parent), owned_folder(place) as temporary:
+        with _named(temporary, into):
+            yield temporary
+        if there:
+            move_files(temporary, into, names, last=last, overwrite=overwrite)
+        else:
+            for one in names:
+                _fsync(temporary / one)
+            name_folder(temporary, into)
 
 
 PIECE = 1 << 20
@@ -149,20 +213,31 @@ def working_folder(output: Path) -> Iterator[Path]:
     """A hidden folder beside an output of several files, for those that are finished before all of them are.
 
     It outlives a process that is killed, so that another one can go on from it; it is for the caller to look whether
-    what is in it belongs to the same work. One process at a time has it.
+    what is in it belongs to the same work. One process at a time has it. It does not stay when there is nothing in it.
 
     Raises:
-        OutputError: another process has it, or the system refuses it.
+        OutputError: another process has it, it is a link, or the system refuses it.
     """
     short = output.name
-    if len(short) > 40:  # see `staged`
+    if len(short) > 40:  # a file name has 255 bytes at most
         short = f"{short[:40]}-{hashlib.sha256(os.fsencode(short)).hexdigest()[:8]}"
     folder = output.parent / f".{short}.merging"
     name = f"{os.fspath(output)!r}"
-    with _system_errors(name):
+    with _system_errors(name, output.parent):
+        if folder.is_symlink():  # what is in it may be removed
+            raise OutputError(f"{str(folder)!r} is a link", hint="remove it")
         folder.mkdir(exist_ok=True)
-        with _held(folder, name):
-            yield folder
+        try:
+            descriptor = lock(folder)
+        except BlockingIOError:
+            raise OutputError(f"{name} is being written by another process", where=f"{str(folder)!r}") from None
+        try:
+            with _named(folder, output):
+                yield folder
+        finally:
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()
+            os.close(descriptor)
 
 
 def remove_folder(folder: Path) -> None:
@@ -172,70 +247,183 @@ def remove_folder(folder: Path) -> None:
 
 def name_folder(folder: Path, target: Path) -> None:
     """Give a finished folder its name, which no folder with files may have."""
-    with _system_errors(f"{os.fspath(target)!r}"):
+    name = f"{os.fspath(target)!r}"
+    with _system_errors(name, target.parent):
         _sync_folder(folder)
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise OutputExistsError(f"{name} appeared while it was being written") from None
         _sync_folder(target.parent)
 
 
-def move_files(folder: Path, target: Path, names: Iterable[str], *, last: str) -> None:
+def move_files(folder: Path, target: Path, names: Iterable[str], *, last: str, overwrite: bool = True) -> None:
     """Move finished files into a folder that is there already, in the place of files of their names.
 
-    ``last`` is moved last, and its predecessor goes first: without it nobody takes the others for a whole.
+    ``last``, without which nobody takes the others for a whole, goes first and comes last. Where its bytes do not
+    change it stays, and one other file is then replaced at one moment. When the system refuses a step all files are put
+    back. Of several that move files into one folder at the same time each waits for the one before.
+
+    Args:
+        folder: on the filesystem of ``target``.
+        target: the folder.
+        names: of the files; with or without ``last``.
+        last: as said.
+        overwrite: whether there may be files of these names.
+
+    Raises:
+        OutputExistsError: there is one.
+        OutputError: the system refuses.
     """
-    with _system_errors(f"{os.fspath(target / last)!r}"):
-        (target / last).unlink(missing_ok=True)
-        _sync_folder(target)
-        for name in names:
-            (folder / name).replace(target / name)
-        _sync_folder(target)
-        (folder / last).replace(target / last)
-        _sync_folder(target)
-
-
-@contextlib.contextmanager
-def _held(folder: Path, name: str) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    others = [name for name in names if name != last]
+    with _system_errors(f"{os.fspath(target / last)!r}", target), contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock(target, wait=True))
+        places = {name: Path(os.path.realpath(target / name)) for name in (*others, last)}
+        there = [name for name, place in places.items() if place.exists()]
+        if there and not overwrite:
+            raise OutputExistsError(f"{str(target / there[0])!r} appeared while it was being written")
+        for name in there:
+            (folder / name).chmod(stat.S_IMODE(places[name].stat().st_mode))
+        for name in places:
+            _fsync(folder / name)
+        stays = last in there and len(others) == 1 and filecmp.cmp(folder / last, places[last], shallow=False)
+        moved = []
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{name} is being written by another process", where=f"{str(folder)!r}") from None
-        yield
-    finally:
-        os.close(descriptor)
+            if last in there and not stays:
+                _set_aside(places[last], folder / f"{_ASIDE}{last}")
+                moved.append(last)
+                places[last].unlink(missing_ok=True)
+                _sync_folder(places[last].parent)
+            for name in [*others, *([] if stays else [last])]:
+                if name in there and name != last:
+                    _set_aside(places[name], folder / f"{_ASIDE}{name}")
+                moved.append(name)
+                _move(folder / name, places[name])
+                _sync_folder(places[name].parent)
+        except BaseException:
+            for name in sorted(set(moved), key=last.__eq__):
+                if name in there:
+                    _move(folder / f"{_ASIDE}{name}", places[name])
+                else:
+                    places[name].unlink(missing_ok=True)
+            raise
+
+
+_ASIDE = ".before-"
+"""Starts the name under which a file that is replaced waits until all are."""
+
+
+def _set_aside(file: Path, aside: Path) -> None:
+    """Keep a file under another name too."""
+    try:
+        os.link(file, aside)
+    except OSError:  # a filesystem without hard links, or another one
+        shutil.copy2(file, aside)
+
+
+def _move(file: Path, target: Path) -> None:
+    """Move a file over another, which a link may have on another filesystem."""
+    if target.parent.stat().st_dev == file.stat().st_dev:
+        file.replace(target)
+        return
+    with staged(target, overwrite=True) as temporary:
+        shutil.copyfile(file, temporary)
+    file.unlink()
+
+
+_HINTS = {
+    errno.ENOSPC: "free some room, or name an output on another filesystem",
+    errno.EDQUOT: "free some of your quota, or name an output on another filesystem",
+    errno.EROFS: "name an output on a filesystem that can be written to",
+}
 
 
 @contextlib.contextmanager
-def _system_errors(name: str) -> Iterator[None]:
+def _system_errors(name: str, folder: Path | None = None) -> Iterator[None]:
     """Turn what the operating system refuses into an `OutputError` for the output of that name."""
     try:
         yield
     except LoraioError:
         raise
     except OSError as error:
-        raise OutputError(f"{name} cannot be written: {error.strerror or error}") from error
+        gone = error.errno == errno.ENOENT and folder is not None and not folder.is_dir()
+        raise _output_error(f"{name} cannot be written", error, "its folder has gone" if gone else None) from error
 
 
-def _sync_folder(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the files are whole under their names; not every filesystem can do this
-        _fsync(path)
+def _output_error(what: str, error: OSError, reason: str | None = None) -> OutputError:
+    found = OutputError(f"{what}: {reason or error.strerror or error}", hint=_HINTS.get(error.errno or 0))
+    found.errno = error.errno
+    return found
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def _named(folder: Path, output: Path) -> Iterator[None]:
+    """Let errors name the output in the place of the hidden folder that is still in its place."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OutputError as error:
+        found = OutputError(error.message.replace(str(folder), str(output)), where=error.where, hint=error.hint)
+        found.errno = error.errno
+        raise found from error
 
 
-def _rename_unless_exists(temporary: Path, target: Path, name: str) -> None:
+def _mode_of(path: str | os.PathLike[str]) -> int | None:
+    """Type and mode of the file that a path leads to; None where there is none."""
+    try:
+        return Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_folder(path: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(path).is_dir()
+    except OSError:  # a name that is too long: `check_output` says so
+        return False
+
+
+def _is_same(target: Path, source: str | os.PathLike[str]) -> bool:
+    """Whether a file that is written would be that one, which may not be there yet."""
+    if target.exists() and Path(source).exists():
+        return target.samefile(source)
+    return target == Path(os.path.realpath(source))
+
+
+def _kind(mode: int) -> str:
+    for kind, holds in {"a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}.items():
+        if holds(mode):
+            return kind
+    return "a device"
+
+
+def _withhold(temporary: Path, target: Path) -> int:
+    """The mode that the temporary has; while it is written nobody else reads it who may not read the file before."""
+    mode = stat.S_IMODE(temporary.stat().st_mode)
+    if target.exists():
+        temporary.chmod(0o600)
+    return mode
+
+
+def _give_mode(temporary: Path, target: Path, mode: int) -> None:
+    """Mode and owner of the file that is replaced, else that mode."""
+    try:
+        found = target.stat()
+    except FileNotFoundError:
+        temporary.chmod(mode)
+        return
+    own = temporary.stat()
+    if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
+        with contextlib.suppress(OSError):  # only root may give files away
+            os.chown(temporary, found.st_uid, found.st_gid)
+    temporary.chmod(stat.S_IMODE(found.st_mode))
+
+
+def _give_name(temporary: Path, target: Path, name: str, *, overwrite: bool) -> None:
+    if overwrite:
+        temporary.replace(target)
+        return
     try:
         os.link(temporary, target)  # unlike rename, fails when the name is taken
     except FileExistsError:
@@ -244,3 +432,20 @@ def _rename_unless_exists(temporary: Path, target: Path, name: str) -> None:
         if target.exists():
             raise OutputExistsError(f"{name} appeared while it was being written") from None
         temporary.replace(target)
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush the names in a folder, where the filesystem can."""
+    try:
+        _fsync(path)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

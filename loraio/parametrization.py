@@ -29,6 +29,7 @@ from loraio.adapter import Target
 from loraio.backward import forward_for
 from loraio.errors import StateError
 from loraio.slots import Adapted, Slot
+from loraio.undoing import Undo
 
 
 class AdapterPart(nn.Module):
@@ -351,6 +352,14 @@ class Place:
         """What is on the tensor."""
         return cast(AdapterPart, self.stack[0])
 
+    def note(self, undo: Undo) -> None:
+        """Note all that `put_on` and `take_off` change."""
+        undo.note_module(self.module)
+        if parametrize.is_parametrized(self.module):
+            undo.note_module(cast(nn.ModuleDict, self.module.parametrizations))
+        if self.occupied:
+            undo.note_module(self.stack)
+
     def exchange(self, part: AdapterPart) -> None:
         """Put another part in the place of the one on the tensor, in one step."""
         self.stack._modules["0"] = part
@@ -397,13 +406,17 @@ def freeze_statistics(module: nn.Module) -> None:
 
 def release_statistics(module: nn.Module) -> None:
     """Undo `freeze_statistics`: the layer follows its mode again, as it was set last."""
-    module.__class__ = _without_freezing(type(module))
+    module.__class__ = class_beneath(type(module), _FROZEN)
 
 
 def mode_of(module: nn.Module) -> bool:
     """Training mode as it was set last, also where `freeze_statistics` hides it."""
     mode: bool = vars(module)["training"]
     return mode
+
+
+_FROZEN = "_loraio_frozen"
+"""In a class, the sign of one that `freeze_statistics` made."""
 
 
 def _frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -413,17 +426,11 @@ def _frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
     def remember(module: nn.Module, mode: bool) -> None:
         vars(module)["training"] = mode
 
-    def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:  # without __getstate__, which refuses
-        replica: nn.Module = module.__new__(type(module))
-        memo[id(module)] = replica
-        replica.__dict__ = copy.deepcopy(module.__dict__, memo)
-        return replica
-
     own: dict[str, Any] = {
         "training": property(training, remember),
-        "__deepcopy__": copied,
-        "__getstate__": _refuse_pickling,
-        "_loraio_frozen": True,
+        "__deepcopy__": copied_with_its_class,
+        "__getstate__": refuse_pickling,
+        _FROZEN: True,
     }
     forward = forward_for(cls)
     if forward is not None:
@@ -431,13 +438,21 @@ def _frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), own)
 
 
-def _without_freezing(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class without what `_frozen_class` put over it, or somewhere under it: a parametrization may lie on top."""
-    if "_loraio_frozen" in vars(cls):
+def class_beneath(cls: type[nn.Module], mark: str) -> type[nn.Module]:
+    """The class without one of ours that bears a mark, which is on top or, under a parametrization, further down."""
+    if mark in vars(cls):
         return cast(type[nn.Module], cls.__bases__[0])
-    if not hasattr(cls, "_loraio_frozen"):
+    if not hasattr(cls, mark):
         return cls
-    return type(cls.__name__, tuple(map(_without_freezing, cls.__bases__)), dict(vars(cls)))
+    return type(cls.__name__, tuple(class_beneath(base, mark) for base in cls.__bases__), dict(vars(cls)))
+
+
+def copied_with_its_class(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy without ``__getstate__``, which `refuse_pickling` is."""
+    replica: nn.Module = module.__new__(type(module))
+    memo[id(module)] = replica
+    replica.__dict__ = copy.deepcopy(module.__dict__, memo)
+    return replica
 
 
 def _own_class(module: nn.Module) -> None:
@@ -448,7 +463,7 @@ def _own_class(module: nn.Module) -> None:
     """
     if parametrize.is_parametrized(module):
         cls = type(module)
-        own = {**vars(cls), "__getstate__": _refuse_pickling}
+        own = {**vars(cls), "__getstate__": refuse_pickling}
         for name in cast(nn.ModuleDict, module.parametrizations):
             if isinstance(own[name].fget, types.FunctionType) and not hasattr(own[name].fget, "_loraio"):
                 own[name] = property(_reader(name, own[name].fget), own[name].fset)
@@ -532,8 +547,9 @@ class _Ready:
         return None  # a copy of the model finds its own
 
 
-def _refuse_pickling(module: nn.Module) -> NoReturn:
-    if hasattr(module, "_loraio_frozen") or any(isinstance(part, AdapterPart) for part in module.modules()):
+def refuse_pickling(module: nn.Module) -> NoReturn:
+    """Say what to do instead; as ``__getstate__``."""
+    if hasattr(module, _FROZEN) or any(isinstance(part, AdapterPart) for part in module.modules()):
         raise StateError(
             "a model with an adapter on it cannot be pickled",
             hint="live.detach() first, or save loraio.base_state_dict(model) and loraio.adapter_from(model)",

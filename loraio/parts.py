@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraio import container
+from loraio import container, integrity
 from loraio.container import METADATA_KEY, Header, TensorInfo
 from loraio.errors import FormatError, LoraioError, MissingFileError
+from loraio.names import is_device, name_clashes
 from loraio.registry import known
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -34,14 +36,8 @@ class PartedHeader:
     metadata: Mapping[str, Any]
 
     def document(self) -> dict[str, Any]:
-        """The document of loraio, which a parted checkpoint has in its index; empty when there is none.
-
-        Raises:
-            FormatError: it is not an object.
-        """
-        document = self.metadata.get(METADATA_KEY, {})
-        if not isinstance(document, dict):
-            raise FormatError("the loraio metadata is not a JSON object", where=f"{str(self.index)!r}")
+        """The document of loraio, which a parted checkpoint has in its index, without its digests; empty if none."""
+        document: dict[str, Any] = self.metadata.get(METADATA_KEY, {})
         return document
 
     @property
@@ -66,6 +62,15 @@ def is_parted(path: str | os.PathLike[str]) -> bool:
     return path.name.endswith(INDEX_SUFFIX) or _is_folder(path)
 
 
+def checkpoint_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The files that make up a checkpoint: of a parted one the index and the parts, as far as they can be read."""
+    if is_parted(path):
+        with contextlib.suppress(LoraioError):
+            parted = read_parted_header(path)
+            return (parted.index, *(header.path for header in parted.headers.values()))
+    return (Path(path),)
+
+
 def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
     """The headers of a parted checkpoint; every tensor must be where the index says, and nowhere else.
 
@@ -74,17 +79,22 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
 
     Raises:
         MissingFileError: no such index, or no such part.
-        FormatError: it is no index, it names files outside of its own folder, or index and parts contradict each other.
+        FormatError: it is no index, it names files outside of its own folder, index and parts contradict each other,
+            or it is not what was written.
     """
     index = _index_of(Path(path))
     where = f"{str(index)!r}"
-    document = container.read_json(index)
+    raw, document = container.read_json_text(index)
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
         raise FormatError("not an index of a parted checkpoint: it has no 'weight_map' with tensors", where=where)
     hostile = [f"{name!r} is in {file!r}" for name, file in places.items() if not _is_file_name(file)]
     if hostile:
         raise FormatError("parts must be plain names of files in the index's own folder", problems=hostile, where=where)
+    clashes = name_clashes(set(places.values()))
+    if clashes:
+        told = sorted(set(clashes.values()))
+        raise FormatError("parts must have names that every system tells apart", problems=told, where=where)
     problems: list[str] = []
     refusal: type[LoraioError] = FormatError
     headers: dict[str, Header] = {}
@@ -110,9 +120,21 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
     if problems:
         raise refusal("index and parts do not belong together", problems=problems, where=where)
     metadata = document.get("metadata")
-    return PartedHeader(
-        index=index, places=places, headers=headers, metadata=metadata if isinstance(metadata, dict) else {}
-    )
+    metadata = metadata if isinstance(metadata, dict) else {}
+    own = metadata.get(METADATA_KEY)
+    if own is not None and not isinstance(own, dict):
+        raise FormatError("the loraio metadata is not a JSON object", where=where)
+    found = integrity.check(raw, own, sorted(places), where=where)
+    if found is not None:
+        other = [file for file in headers if found.parts.get(file) != headers[file].sha256]
+        if other:
+            raise integrity.damaged_parts(other, where=where)
+        digests = found.tensors or {}
+        headers = {
+            file: replace(header, digests={name: digests[name] for name in header.tensors})
+            for file, header in headers.items()
+        }
+    return PartedHeader(index=index, places=places, headers=headers, metadata=metadata)
 
 
 def _is_folder(path: Path) -> bool:
@@ -140,7 +162,12 @@ def _index_of(path: Path) -> Path:
 
 
 def _is_file_name(file: Any) -> bool:
-    """Whether it names a safetensors file in the same folder, on any system."""
+    """Whether it names a safetensors file in the same folder, on any system; a link too: caches consist of them."""
     return (
-        isinstance(file, str) and file.endswith(".safetensors") and ".." not in file and not set(file) & set("/\\:\0")
+        isinstance(file, str)
+        and file.endswith(".safetensors")
+        and ".." not in file
+        and not set(file) & set("/\\:\0")
+        and file.isprintable()
+        and not is_device(file)
     )

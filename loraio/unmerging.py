@@ -6,10 +6,10 @@ the merged checkpoint, the adapter and the residue. Both ways the merged checkpo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from loraio.errors import (
     VerificationError,
 )
 from loraio.identity import state_sha256
+from loraio.integrity import PENDING, unsealed
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
 from loraio.parts import INDEX_SUFFIX
 from loraio.receipts import Receipt
-from loraio.residuefile import ResidueFile, Unfolding, digest_of, read_residue, residue_beside
+from loraio.residuefile import ResidueFile, Unfolding, digest_of, index_text, read_residue, residue_beside
 from loraio.streaming import (
     Inputs,
     Progress,
@@ -138,7 +139,14 @@ def unmerge_file(
         if base is not None:
             job = _from_base(now, base)
         else:
-            loaded = load_for(adapter or "", merged, model=model, model_args=model_args, alpha=alpha)
+            loaded = load_for(
+                adapter or "",
+                merged,
+                model=model,
+                model_args=model_args,
+                alpha=alpha,
+                allow_base_mismatch=True,  # it is made for what comes out
+            )
             job = _from_residue(now, loaded, merged, residue, inputs, count)
         files = [file for file in (merged, base, adapter, checkpoint.path, *checkpoint.parts) if file is not None]
         return _Writing(
@@ -218,12 +226,17 @@ class _Job:
     checkpoint: BaseCheckpoint
     groups: Groups
     metadata: Mapping[str, Mapping[str, str]]
-    index: Mapping[str, Any] | None
+    index: str | None
     wrong: Callable[[str], Exception]
     change: Unfolding | None = None
     originals: frozenset[str] = frozenset()
     known: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str | os.PathLike[str], ...] = ()
+
+
+def _copied(metadata: Mapping[str, str], _: object = None) -> dict[str, str]:
+    """The strings of a header for a copy of its file."""
+    return {key: unsealed(text) for key, text in metadata.items()}
 
 
 def _joined(groups: Groups) -> dict[str, TensorPlan]:
@@ -269,7 +282,7 @@ def _from_base(merged: _Merged, path: str | os.PathLike[str]) -> _Job:
         checkpoint=checkpoint,
         groups=groups,
         metadata={header.path.name: header.metadata for header in headers},
-        index=container.read_json(checkpoint.path) if checkpoint.parts else None,
+        index=index_text(checkpoint.path) if checkpoint.parts else None,
         wrong=wrong,
         files=(checkpoint.path, *checkpoint.parts),
     )
@@ -404,6 +417,8 @@ def _check_residue(residue: ResidueFile, merged: _Merged, adapter: Adapter, inpu
     for name, target in adapter.targets.items():
         if name in merged.plans and merged.plans[name].shape != target.shape:
             problems.append(f"{name!r} is {merged.plans[name].shape} in the checkpoint, the adapter has {target.shape}")
+    if merged.checkpoint.parts and residue.index is None:
+        problems.append("it is of a merge into one file, and the checkpoint is in parts")
     if problems:
         raise FormatError("the residue does not belong to this checkpoint", problems=problems, where=where)
 
@@ -434,7 +449,14 @@ class _Writing:
         plans = _joined(self.job.groups)
         (file, *more) = self.job.groups
         kept = None if more else self.job.metadata.get(file)
-        metadata = kept if kept is not None else container.metadata_of(self._document(), where=f"{str(output)!r}")
+
+        def metadata(written: Mapping[str, Written]) -> Mapping[str, str]:
+            if kept is not None:
+                return _copied(kept)
+            facts = {name: plan.made for name, plan in plans.items()}
+            digests = {name: tensor.sha256 for name, tensor in written.items()} or dict.fromkeys(plans, PENDING)
+            return container.metadata_of(self._document(), facts, digests.__getitem__, where=f"{str(output)!r}")
+
         prefix = self.job.checkpoint.stripped if kept is not None else ""
         with staged(output, overwrite=self.overwrite, inputs=self.files) as temporary:
             written = self._write(plans, temporary, metadata, self._progress(), output, prefix)
@@ -456,13 +478,11 @@ class _Writing:
                 everything: dict[str, Written] = {}
                 for file, plans in self.job.groups.items():
                     with staged(work / file) as temporary:
-                        prefix, metadata = self.job.checkpoint.stripped, self.job.metadata[file]
+                        prefix, metadata = self.job.checkpoint.stripped, partial(_copied, self.job.metadata[file])
                         everything |= self._write(plans, temporary, metadata, progress, output, prefix)
                 done = self._conclude(everything, index)
                 with staged(work / index.name) as temporary:
-                    temporary.write_text(
-                        json.dumps(self._index(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-                    )
+                    temporary.write_bytes((self.job.index or "").encode("utf-8"))
             except BaseException:
                 remove_folder(work)
                 raise
@@ -473,22 +493,11 @@ class _Writing:
                 name_folder(work, into)
         return replace(done, parts=tuple(into / file for file in self.job.groups))
 
-    def _index(self) -> Mapping[str, Any]:
-        """The base's own index; where it is not known, one with our document."""
-        if self.job.index is not None:
-            return self.job.index
-        size = sum(plan.size for plan in _joined(self.job.groups).values())
-        places = {name: file for file, group in self.job.groups.items() for name in group}
-        return {
-            "metadata": {"total_size": size, container.METADATA_KEY: self._document()},
-            "weight_map": dict(sorted(places.items())),
-        }
-
     def _write(
         self,
         plans: Mapping[str, TensorPlan],
         path: Path,
-        metadata: Mapping[str, str],
+        metadata: Callable[[Mapping[str, Written]], Mapping[str, str]],
         progress: Progress,
         output: Path,
         prefix: str,
@@ -496,7 +505,7 @@ class _Writing:
         return write_tensors(
             plans,
             path,
-            metadata=lambda _: metadata,
+            metadata=metadata,
             change=self.job.change,
             inputs=self.inputs,
             workers=self.workers,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Adapter, check_strength, parts_of
-from loraio.attachment import attach, refuse_attached
+from loraio.attachment import attach
 from loraio.bases import load_state
+from loraio.basestate import refuse_attached
 from loraio.container import tensor_bytes
 from loraio.errors import ConfigError, UnknownNameError
 from loraio.identity import check_base

@@ -81,6 +81,11 @@ def sampled(tensor: Tensor) -> Tensor:
     return plain.reshape(-1)[::step]
 
 
+def writes_to(tensor: Tensor) -> int:
+    """Torch's count of writes to a tensor; 0 for one made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors are not counted, nor are they trained
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor's memory has no holes, in whatever order its dimensions lie."""
     if tensor.layout != torch.strided:

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraio.adapter import SCALE_RULES, Adapter, BaseReference, Target
-from loraio.container import dtype_code
-from loraio.identity import state_sha256, tensor_sha256
+from loraio.container import dtype_code, tensor_sha256
+from loraio.identity import state_sha256
 from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
+from loraio.names import HIDDEN
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+names = st.text(st.characters(codec="utf-8", exclude_categories=HIDDEN), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"
 )
 seeds = st.integers(0, 2**32 - 1)

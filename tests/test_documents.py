@@ -13,20 +13,20 @@ import jsonschema
 import pytest
 
 import loraio
-from loraio import container
+from loraio import container, integrity
 from loraio.cli import main
 from loraio.container import METADATA_KEY
 from loraio.formats import DIALECTS
 from loraio.formats.native import (
     _BASE_KEYS,
     _BASE_OPTIONS,
+    _COMMON,
     _DOCUMENT_KEYS,
     _DOCUMENT_OPTIONS,
     _TARGET_KEYS,
     _TARGET_OPTIONS,
     _WHOLE_KEYS,
     _WHOLE_OPTIONS,
-    to_document,
 )
 from loraio.kinds import KINDS
 from loraio.layers import LAYER_TYPES
@@ -128,11 +128,12 @@ def test_every_option_of_the_command_line_has_help() -> None:
 
 def test_the_specification_and_the_schema_name_the_keys_of_the_reader() -> None:
     target = SCHEMA["$defs"]["target"]
-    assert set(target["required"]) == set(_TARGET_KEYS)
+    assert set(target["required"]) == set(_TARGET_KEYS) - set(_COMMON)
+    assert set(SCHEMA["properties"]["common"]["properties"]) == set(_COMMON)
     assert set(target["properties"]) == {*_TARGET_KEYS, *_TARGET_OPTIONS}
     assert set(SCHEMA["properties"]["base"]["properties"]) == {*_BASE_KEYS, *_BASE_OPTIONS}
-    assert set(SCHEMA["required"]) == set(_DOCUMENT_KEYS)
-    assert set(SCHEMA["properties"]) == {*_DOCUMENT_KEYS, *_DOCUMENT_OPTIONS}
+    assert set(SCHEMA["required"]) == {*_DOCUMENT_KEYS, integrity.KEY}
+    assert set(SCHEMA["properties"]) == {*_DOCUMENT_KEYS, *_DOCUMENT_OPTIONS, integrity.KEY}
     whole = SCHEMA["$defs"]["whole"]
     assert set(whole["required"]) == set(_WHOLE_KEYS)
     assert set(whole["properties"]) == {*_WHOLE_KEYS, *_WHOLE_OPTIONS}
@@ -148,10 +149,12 @@ def test_the_specification_and_the_schema_name_the_keys_of_the_reader() -> None:
         assert f"`{key}`" in SPEC, key
 
 
-def test_what_is_written_satisfies_the_schema(three: loraio.Adapter, seven: loraio.Adapter) -> None:
+def test_what_is_written_satisfies_the_schema(three: loraio.Adapter, seven: loraio.Adapter, tmp_path: Path) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     for adapter in (three, seven):
-        jsonschema.validate(json.loads(container.canonical_json(to_document(adapter))), SCHEMA)
+        loraio.save(adapter, tmp_path / "file", overwrite=True)
+        text = container.read_header(tmp_path / "file").metadata[METADATA_KEY]
+        jsonschema.validate(json.loads(text), SCHEMA)
 
 
 def test_the_change_log_has_the_version() -> None:
@@ -162,6 +165,7 @@ def test_the_change_log_has_the_version() -> None:
 def test_ci_runs_the_test_script_and_nothing_else() -> None:
     lines = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
     assert lines == ['exec "$(dirname "${BASH_SOURCE[0]}")/../scripts/test" "$@"']
-    for script in (".ci/run", "scripts/test", "scripts/quickstart", "scripts/environment", "scripts/train_adapters"):
+    scripts = ("test", "mutate", "quickstart", "environment", "train_adapters")
+    for script in (".ci/run", *(f"scripts/{name}" for name in scripts)):
         assert (ROOT / script).stat().st_mode & 0o111, script
         subprocess.run(["bash", "-n", ROOT / script], check=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
 import loraio
 from loraio.cli import (
+    _output,
+    _signals,
+    check,
     convert,
     evaluate,
     export,
@@ -29,9 +33,6 @@ from loraio.cli import (
 )
 from loraio.errors import LoraioError
 
-INTERRUPTED = 130
-"""Exit code after ctrl-C, as shells have it: 128 + SIGINT."""
-
 
 class Program(click.Group):
     """The group: turns errors into text or JSON on stderr and into exit codes."""
@@ -44,7 +45,11 @@ class Program(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run a command line and exit: 0 done, 1 failed, 2 wrong command line, 3 a check says no."""
+        """Run a command line and exit: 0 done, 1 failed, 2 wrong command line, 3 a check says no.
+
+        A signal that ends programs leads to an orderly end, with the exit code of shells, 128 + its number: nothing is
+        left half written, and no temporary file.
+        """
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         words = list(sys.argv[1:] if args is None else args)
@@ -52,20 +57,29 @@ class Program(click.Group):
         as_json, debug = "--json" in options, "--debug" in options
         if isinstance(sys.stdout, io.TextIOWrapper):  # names that its encoding lacks: as stderr has them
             sys.stdout.reconfigure(errors="backslashreplace")
+        signals = _signals.Signals()
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            try:
+                with signals.obeyed(to_the_end=args is None):
+                    code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            finally:
+                if signals.number is not None:  # whatever became of the exception on its way
+                    raise click.Abort
         except click.UsageError as error:
             if as_json:
                 _print_error(type(error).__name__, error.format_message(), "loraio COMMAND --help")
             else:
-                error.show()
+                said = io.StringIO()
+                error.show(said)
+                for text in said.getvalue().splitlines():
+                    _output.note(text)
             code = error.exit_code
         except click.Abort:
             if as_json:
-                _print_error("Interrupted", "interrupted", None)
+                _print_error("Interrupted", signals.word, None)
             else:
-                click.echo("interrupted", err=True)
-            code = INTERRUPTED
+                _output.note(signals.word)
+            code = signals.code
         except LoraioError as error:
             if debug:
                 raise
@@ -73,7 +87,7 @@ class Program(click.Group):
                 message = "\n".join([error.message, *error.problems])
                 _print_error(type(error).__name__, message, error.hint, where=error.where)
             else:
-                click.echo(f"{type(error).__name__}: {error}", err=True)
+                _output.failure(error)
             code = 1
         except Exception as error:  # a bug, or a stream that cannot be written to
             if not as_json or debug:
@@ -82,9 +96,27 @@ class Program(click.Group):
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
 
+    def make_context(self, *words: Any, **extra: Any) -> click.Context:
+        """As click's, which would print an empty line at an interrupt."""
+        with _as_abort():
+            return super().make_context(*words, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's, which would print an empty line at an interrupt."""
+        with _as_abort():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _as_abort() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise click.Abort from error
+
 
 def _print_error(name: str, message: str, hint: str | None, where: str | None = None) -> None:
-    click.echo(json.dumps({"error": name, "message": message, "where": where, "hint": hint}), err=True)
+    _output.note(json.dumps({"error": name, "message": message, "where": where, "hint": hint}))
 
 
 EXAMPLE = """\b
@@ -112,6 +144,7 @@ for _command in (
     evaluate.evaluate,
     predict.predict,
     inspect.inspect,
+    check.check,
     convert.convert,
     pack.pack,
     unpack.unpack,

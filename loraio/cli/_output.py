@@ -1,4 +1,7 @@
-"""What commands print: the result on stdout, everything else on stderr."""
+"""What commands print: the result on stdout, everything else on stderr.
+
+All text of commands goes through here, so that nothing out of a file can take hold of the terminal.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loraio.names import shown
 from loraio.registry import known
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loraio.adapter import Adapter, WholeTensor
+    from loraio.errors import LoraioError
     from loraio.training.optimizing import Progress
 
 PIPE_WIDTH = 10_000
@@ -51,20 +56,35 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
-    """An empty table: the first column is text, the others are numbers."""
+    """An empty table: the first column is text, the others are numbers. Its cells are shown as a `line` is."""
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    class Escaped(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*(shown(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+    made = Escaped(title=shown(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column(columns[0], overflow="fold")
     for column in columns[1:]:
         made.add_column(column, justify="right")
     return made
 
 
+def line(text: str) -> None:
+    """A line of the result, on stdout; what is no printable character is escaped, whatever file it is from."""
+    click.echo(shown(text))
+
+
 def note(text: str) -> None:
-    """A line on stderr."""
-    click.echo(text, err=True)
+    """A line on stderr, as `line`."""
+    click.echo(shown(text), err=True)
+
+
+def failure(error: LoraioError) -> None:
+    """An error on stderr."""
+    for text in f"{type(error).__name__}: {error}".split("\n"):
+        note(text)
 
 
 def note_stripped(prefix: str, *, as_json: bool) -> None:
@@ -138,14 +158,14 @@ def byte_progress(label: str, *, as_json: bool) -> Iterator[Callable[[int, int],
     from rich import progress as bars
 
     columns = (
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         bars.DownloadColumn(),
         bars.TransferSpeedColumn(),
         bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(shown(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -162,7 +182,7 @@ def progress(*, lines: bool = True) -> Iterator[Callable[[Progress], None]]:
     from rich import progress as bars
 
     columns = (
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         bars.TextColumn("loss {task.fields[loss]:.4f}"),
@@ -173,7 +193,7 @@ def progress(*, lines: bool = True) -> Iterator[Callable[[Progress], None]]:
 
         def report(now: Progress) -> None:
             if now.label not in tasks:
-                tasks[now.label] = bar.add_task(now.label, total=now.steps, loss=now.loss)
+                tasks[now.label] = bar.add_task(shown(now.label), total=now.steps, loss=now.loss)
             bar.update(tasks[now.label], completed=now.step, loss=now.loss)
 
         yield report

@@ -37,6 +37,7 @@ LOST = 3
 @click.option("--rank", type=click.IntRange(min=1), default=None, help="Of those pairs; else the file's own.")
 @click.option("--as-full-delta", is_flag=True, help="Write the whole change of each weight; for lycoris.")
 @click.option("--prefix", default=None, help="In front of the names of modules; for kohya, lycoris and diffusers.")
+@_options.mismatch_option
 @click.option("--dry-run", is_flag=True, help="Print the report, write nothing.")
 @_options.model_option
 @_options.force_option
@@ -55,6 +56,7 @@ def convert(
     rank: int | None,
     as_full_delta: bool,
     prefix: str | None,
+    allow_base_mismatch: bool,
     dry_run: bool,
     model: str | None,
     model_args: dict[str, Any] | None,
@@ -82,22 +84,25 @@ def convert(
         rank=rank,
         as_full_delta=as_full_delta,
         prefix=prefix,
+        allow_base_mismatch=allow_base_mismatch,
         dry_run=dry_run,
         overwrite=force,
     )
     if as_json:
         facts = {"from": made.source, "reason": made.reason, "to": made.dialect, "lost": made.lost, "done": made.done}
-        reports = {"read": made.read.to_json(), "written": made.written.to_json()}
+        reports = {"read": made.read.to_json(), "written": made.written.to_json(), "base_mismatch": list(made.mismatch)}
         _output.print_json("convert", {"file": output, **facts, **reports})
     else:
-        click.echo(f"{adapter}: {made.source} adapter, by {made.reason}")
+        _output.line(f"{adapter}: {made.source} adapter, by {made.reason}")
+        for line in made.mismatch:
+            _output.note(f"note: another base: {line}")
         _print("reading", made.read)
         _print("writing", made.written)
-        click.echo(f"{output}: {to} adapter" if made.done else "nothing written")
+        _output.line(f"{output}: {to} adapter" if made.done else "nothing written")
     if made.lost and not lossy:
         ctx.exit(LOST)
 
 
 def _print(step: str, report: Report) -> None:
     for line in report.lines:
-        click.echo(f"{step}: {line}")
+        _output.line(f"{step}: {line}")

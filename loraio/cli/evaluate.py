@@ -48,7 +48,10 @@ def evaluate(
 
     files = _named(_files(adapters))
     network = loraio.load_base(base, model=model, model_args=model_args)
-    loaded = {name: loraio.load(path, base=network, alpha=alpha) for name, path in files.items()}
+    loaded = {
+        name: loraio.load(path, base=network, alpha=alpha, allow_base_mismatch=allow_base_mismatch)
+        for name, path in files.items()
+    }
     stripped = stripped_of(network)
     _output.note_stripped(stripped, as_json=as_json)
     images = _training.read_images(network, dataset, split, settings)
@@ -62,7 +65,7 @@ def evaluate(
         where = {"dataset": dataset, "split": split, "images": len(images), "stripped": stripped}
         _output.print_json("evaluate", {**where, "base": alone and alone.to_json(), "adapters": rows})
         return
-    click.echo(f"{len(images):,} {split} images of {dataset}")
+    _output.line(f"{len(images):,} {split} images of {dataset}")
     _print_counts("Images of each digit that were misread", alone, results, own, "wrong")
     _print_counts("Other images that were read as each digit", alone, results, own, "false_alarms")
 

@@ -86,7 +86,7 @@ def export(
         if as_json:
             _output.print_json("export", {"ok": False, "file": output, "problems": [error.message, *error.problems]})
         else:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            _output.failure(error)
         ctx.exit(FAILED)
     _output.note_stripped(written.stripped, as_json=as_json)
     if as_json:
@@ -95,11 +95,11 @@ def export(
         return
     opset_text = f" opset {written.opset}" if written.opset else ""
     shape = ", ".join(map(str, written.input_shape))
-    click.echo(f"{output}: {written.format}{opset_text}, {_output.size(written.bytes)}, inputs (batch, {shape})")
+    _output.line(f"{output}: {written.format}{opset_text}, {_output.size(written.bytes)}, inputs (batch, {shape})")
     sizes = ", ".join(map(str, written.batches))
     for found in written.outputs:
         line = (
             f"{found.name}: largest difference {found.max_abs:.3g} in batches of {sizes}, it may be {found.bound:.2g}"
         )
         agreement = found.argmax_agreement
-        click.echo(line if agreement is None else f"{line}; the same answer: {agreement:.2%}")
+        _output.line(line if agreement is None else f"{line}; the same answer: {agreement:.2%}")

@@ -210,15 +210,15 @@ def _print_adapter(facts: dict[str, Any]) -> None:
     base, training = facts["base"], facts["training"]
     for warning in facts["warnings"]:
         _output.note(f"note: {warning}")
-    click.echo(
+    _output.line(
         f"{facts['file']}: adapter, {facts['dialect']}"
         f"{f' format version {version}' if (version := facts['format_version']) else ''}, "
         f"{facts['parameters']:,} parameters, {_output.size(facts['bytes'])}"
     )
     if facts["dialect"] == "native":
-        click.echo(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
+        _output.line(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
     else:
-        click.echo(f"by {facts['reason']}")
+        _output.line(f"by {facts['reason']}")
     table = _output.table("Targets", ["weight", "layer", "shape", "kind", "rank", "alpha", "scale", "parameters"])
     for name, target in facts["targets"].items():
         shape = "x".join(map(str, target["shape"] or ["?"]))
@@ -235,15 +235,15 @@ def _print_adapter(facts: dict[str, Any]) -> None:
         )
     _output.console().print(table)
     for line in _output.whole_lines(facts["whole"]) if facts["dialect"] == "native" else ():
-        click.echo(line)
+        _output.line(line)
     if facts["whole"] and facts["dialect"] != "native":
-        click.echo(f"{len(facts['whole'])} tensors of the base are replaced whole")
+        _output.line(f"{len(facts['whole'])} tensors of the base are replaced whole")
     _print_training(training)
 
 
 def _print_pack(facts: dict[str, Any]) -> None:
     adapters, size = facts["adapters"], _output.size(facts["bytes"])
-    click.echo(f"{facts['file']}: pack of {len(adapters)} adapters, format version {facts['format_version']}, {size}")
+    _output.line(f"{facts['file']}: pack of {len(adapters)} adapters, format version {facts['format_version']}, {size}")
     table = _output.table("Adapters", ["name", "bytes", "sha256"])
     for name, one in adapters.items():
         table.add_row(name, f"{one['bytes']:,}", f"{one['sha256'][:12]}..")
@@ -252,20 +252,20 @@ def _print_pack(facts: dict[str, Any]) -> None:
 
 def _print_residue(facts: dict[str, Any]) -> None:
     version, size = facts["format_version"], _output.size(facts["bytes"])
-    click.echo(
+    _output.line(
         f"{facts['file']}: residue of a merge, format version {version}, {len(facts['tensors'])} tensors, {size}"
     )
     for key in ("adapter_sha256", "base_sha256", "merged_sha256", "strength"):
-        click.echo(f"{key}: {_words(facts[key])}")
+        _output.line(f"{key}: {_words(facts[key])}")
 
 
 def _print_base(facts: dict[str, Any]) -> None:
     network = facts["network"] or "network not named"
     size = _output.size(facts["bytes"])
     parts = f" in {len(facts['parts'])} parts" if facts["parts"] else ""
-    click.echo(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")
+    _output.line(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")
     if facts["sha256"]:
-        click.echo(f"sha256 {facts['sha256']}")
+        _output.line(f"sha256 {facts['sha256']}")
     _print_lineage(facts["merged"])
     table = _output.table("Tensors", ["name", "dtype", "shape"])
     for name, tensor in facts["tensors"].items():
@@ -277,27 +277,27 @@ def _print_base(facts: dict[str, Any]) -> None:
 def _print_lineage(merged: Sequence[Any]) -> None:
     """What was merged into a base, in order; other people's files may hold anything in the place of a receipt."""
     for number, receipt in enumerate(merged, 1):
-        click.echo(f"merged, receipt {number} of {len(merged)}:")
+        _output.line(f"merged, receipt {number} of {len(merged)}:")
         for key, value in receipt.items() if isinstance(receipt, dict) else [("receipt", receipt)]:
             if key in ("base_mismatch", "forced") and isinstance(value, list):
                 for line in value:
-                    click.echo(f"  {key}: {_words(line)}")
+                    _output.line(f"  {key}: {_words(line)}")
             elif key == "changed" and isinstance(value, dict):
-                click.echo(f"  {key}: {len(value)} tensors ({known(value, limit=5)})")
+                _output.line(f"  {key}: {len(value)} tensors ({known(value, limit=5)})")
             else:
-                click.echo(f"  {key}: {_words(value)}")
+                _output.line(f"  {key}: {_words(value)}")
 
 
 def _print_training(training: dict[str, Any]) -> None:
     results = training.get("results")
     for key, value in training.items():
         if key != "results" or not isinstance(value, dict):
-            click.echo(f"{key}: {_words(value)}")
+            _output.line(f"{key}: {_words(value)}")
     if isinstance(results, dict):
-        click.echo(f"results: {_words({key: part for key, part in results.items() if not isinstance(part, dict)})}")
+        _output.line(f"results: {_words({key: part for key, part in results.items() if not isinstance(part, dict)})}")
         for when in ("before", "after"):
             if when in results:
-                click.echo(f"  {when}: {_words(results[when])}")
+                _output.line(f"  {when}: {_words(results[when])}")
 
 
 def _words(value: Any) -> str:

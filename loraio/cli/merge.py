@@ -111,14 +111,15 @@ def merge(
         )
         return
     reference = "what a float32 sum may be" if fast else "the exact sum"
-    click.echo(
+    _output.line(
         f"{output}: {weights.folded} tensors folded, "
-        f"{f'{weights.replaced} replaced, ' if weights.replaced else ''}{weights.untouched} left bit-identical;\n"
-        f"the worst weight is {weights.max_ulp:.3g} ulp from {reference}\n{merged.landing}"
+        f"{f'{weights.replaced} replaced, ' if weights.replaced else ''}{weights.untouched} left bit-identical;"
     )
+    _output.line(f"the worst weight is {weights.max_ulp:.3g} ulp from {reference}")
+    _output.line(str(merged.landing))
     if merged.residue is not None:
         kept = merged.residue
-        click.echo(
+        _output.line(
             f"{kept.path}: {_output.size(kept.bytes)}, {kept.bits_per_weight:.3g} bits for each folded weight, "
             f"{kept.share:.2%} of the base"
         )

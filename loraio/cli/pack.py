@@ -23,4 +23,4 @@ def pack(files: tuple[str, ...], output: str, force: bool, as_json: bool) -> Non
     if as_json:
         _output.print_json("pack", {"file": output, "bytes": packed.file_bytes, "adapters": list(packed.members)})
         return
-    click.echo(f"{output}: {len(packed.members)} adapters, {_output.size(packed.file_bytes)}")
+    _output.line(f"{output}: {len(packed.members)} adapters, {_output.size(packed.file_bytes)}")

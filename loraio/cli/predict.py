@@ -39,7 +39,9 @@ def predict(
     from loraio.bases import stripped_of
 
     network = loraio.load_base(base, model=model, model_args=model_args)
-    loaded = loraio.load(adapter, base=network, alpha=alpha) if adapter is not None else None
+    loaded = None
+    if adapter is not None:
+        loaded = loraio.load(adapter, base=network, alpha=alpha, allow_base_mismatch=allow_base_mismatch)
     stripped = stripped_of(network)
     _output.note_stripped(stripped, as_json=as_json)
     pixels = torch.cat([loraio.read_image(image) for image in images])
@@ -59,4 +61,4 @@ def predict(
         _output.print_json("predict", {"base": base, "stripped": stripped, "adapter": adapter, "predictions": rows})
         return
     for row in rows:
-        click.echo(f"{row['image']}: {row['digit']} ({max(row['probabilities']):.1%})")
+        _output.line(f"{row['image']}: {row['digit']} ({max(row['probabilities']):.1%})")

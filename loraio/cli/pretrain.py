@@ -56,7 +56,7 @@ def pretrain(
         facts = {"file": output, "bytes": size, "network": model, "parameters": parameters}
         _output.print_json("pretrain", {**facts, "test": result.to_json()})
         return
-    click.echo(
+    _output.line(
         f"{output}: {model}, {parameters:,} parameters, {_output.size(size)}; "
         f"{result.accuracy:.2%} of {result.images:,} test images right"
     )

@@ -57,6 +57,6 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
         numbers = (str(row["rank"]), f"{row['alpha']:g}", f"{row['parameters']:,}", f"{row['percent']:.3g}")
         table.add_row(row["name"], row["layer"], shape, *numbers)
     _output.console().print(table)
-    click.echo(f"{len(rows)} weights with {weights:,} numbers, {added:,} added: {total['percent']:.3f} %")
+    _output.line(f"{len(rows)} weights with {weights:,} numbers, {added:,} added: {total['percent']:.3f} %")
     for line in _output.whole_lines(replaced):
-        click.echo(line)
+        _output.line(line)

@@ -53,6 +53,8 @@ def train(
     """Train LoRA factors on a frozen BASE and save them alone."""
     import loraio
     from loraio.bases import stripped_of
+    from loraio.outputs import make_folder
+    from loraio.parts import checkpoint_files
 
     if digit is not None and class_name is not None:
         raise click.UsageError("--digit and --class exclude each other")
@@ -62,7 +64,7 @@ def train(
     every = digit == "all"
     _check_outputs(base, output, every=every, force=force)
     if not every:
-        files.check(inputs=(base, output))
+        files.check(inputs=(*checkpoint_files(base), output))
     network = loraio.load_base(base, model=model, model_args=model_args)
     stripped = stripped_of(network)
     _output.note_stripped(stripped, as_json=as_json)
@@ -73,7 +75,7 @@ def train(
     def save(n: int | None, adapter: loraio.Adapter) -> None:
         file = Path(output)
         if every:
-            file.mkdir(exist_ok=True)
+            make_folder(file)
             file /= FILE_NAME.format(n)
         loraio.save(adapter, file, overwrite=force)
         results = {key: adapter.training["results"].get(key) for key in ("before", "after")}
@@ -99,28 +101,30 @@ def train(
         _output.print_json("train", {"base": base, "stripped": stripped, "parameters": parameters, "adapters": rows})
         return
     _print_rows(rows, f"{len(held_out):,} test images of {dataset}")
-    click.echo(
+    _output.line(
         f"{parameters['adapted']:,} parameters in the adapted layers, {parameters['added']:,} added: "
         f"{parameters['percent']:.3f} %"
     )
     if parameters["replaced"]:
-        click.echo(f"{parameters['replaced']:,} numbers in tensors that are replaced whole")
+        _output.line(f"{parameters['replaced']:,} numbers in tensors that are replaced whole")
 
 
 def _check_outputs(base: str, output: str, *, every: bool, force: bool) -> None:
     """Refuse before the training what could not be written after it."""
     from loraio.errors import OutputError
     from loraio.outputs import check_output
+    from loraio.parts import checkpoint_files
 
+    inputs = checkpoint_files(base)
     if not every:
-        check_output(output, overwrite=force, inputs=[base])
+        check_output(output, overwrite=force, inputs=inputs)
     elif Path(output).is_file():
         raise OutputError(f"{output!r} is a file", hint="with --digit all the output is a folder")
     elif Path(output).is_dir():
         check_output(Path(output) / FILE_NAME.format(0), overwrite=True)  # may files be made in it at all?
         for file in sorted(Path(output).iterdir()):
             if re.fullmatch(FILE_NAME.format(r"\d+"), file.name):
-                check_output(file, overwrite=force, inputs=[base])
+                check_output(file, overwrite=force, inputs=inputs)
     else:
         check_output(output)
 

@@ -80,7 +80,5 @@ def unmerge(
         _output.print_json("unmerge", facts)
         return
     count = len(done.taken_off)
-    click.echo(
-        f"{output}: the base bit for bit, sha256 {done.sha256}\n"
-        f"{count} merge{'s' if count > 1 else ''} taken back, {len(done.left)} left"
-    )
+    _output.line(f"{output}: the base bit for bit, sha256 {done.sha256}")
+    _output.line(f"{count} merge{'s' if count > 1 else ''} taken back, {len(done.left)} left")

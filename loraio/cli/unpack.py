@@ -24,4 +24,4 @@ def unpack(packed: str, names: tuple[str, ...], output: str, force: bool, as_jso
     if as_json:
         _output.print_json("unpack", {"pack": packed, "files": [str(file) for file in files]})
         return
-    click.echo(f"{output}: {len(files)} adapters")
+    _output.line(f"{output}: {len(files)} adapters")

@@ -57,7 +57,9 @@ def verify(
     if dataset is not None and samples is not None:
         raise click.UsageError("--dataset and --random exclude each other")
     before, after = loraio.read_base(base), loraio.read_base(merged)
-    loaded = load_for(adapter, base, model=model, model_args=model_args, alpha=alpha)
+    loaded = load_for(
+        adapter, base, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=allow_base_mismatch
+    )
     before, after = (fitted(checkpoint, loaded.targets) for checkpoint in (before, after))
     _output.note_stripped(before.stripped, as_json=as_json)
     if model_args is not None and model is None and before.network is None:
@@ -96,21 +98,23 @@ def verify(
 
 def _print(report: Report, *, exact: bool) -> None:
     weights, outputs = report.weights, report.outputs
-    click.echo(f"weights: {'ok' if weights.ok else 'WRONG'}{'' if exact else ', as far as float32 sums go'}")
-    click.echo(f"  folded tensors: {weights.folded}, with {weights.values:,} values")
-    click.echo(
+    _output.line(f"weights: {'ok' if weights.ok else 'WRONG'}{'' if exact else ', as far as float32 sums go'}")
+    _output.line(f"  folded tensors: {weights.folded}, with {weights.values:,} values")
+    _output.line(
         f"  not correctly rounded: {weights.not_correctly_rounded:,}, the worst weight off by {weights.max_ulp:.3g} ulp"
     )
     if weights.replaced:
-        click.echo(f"  tensors that must be the adapter's own: {weights.replaced}")
-    click.echo(f"  tensors that must be untouched: {weights.untouched}")
+        _output.line(f"  tensors that must be the adapter's own: {weights.replaced}")
+    _output.line(f"  tensors that must be untouched: {weights.untouched}")
     for problem in weights.problems:
-        click.echo(f"  {problem}")
+        _output.line(f"  {problem}")
     if outputs is None:
-        click.echo("outputs: not run, since the weights do not fit the network")
+        _output.line("outputs: not run, since the weights do not fit the network")
     else:
-        click.echo(f"outputs: {'ok' if outputs.ok else 'WRONG'}, merged against attached on {outputs.samples:,} inputs")
-        click.echo(f"  largest difference: {outputs.max_abs:.3g}, it may be {outputs.bound:.2g}")
-        click.echo(f"  the adapter's own effect: {outputs.effect:.3g}")
-        click.echo(f"  the same answer: {outputs.argmax_agreement:.2%}")
-    click.echo("verified" if report.ok else "NOT VERIFIED")
+        _output.line(
+            f"outputs: {'ok' if outputs.ok else 'WRONG'}, merged against attached on {outputs.samples:,} inputs"
+        )
+        _output.line(f"  largest difference: {outputs.max_abs:.3g}, it may be {outputs.bound:.2g}")
+        _output.line(f"  the adapter's own effect: {outputs.effect:.3g}")
+        _output.line(f"  the same answer: {outputs.argmax_agreement:.2%}")
+    _output.line("verified" if report.ok else "NOT VERIFIED")

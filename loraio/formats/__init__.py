@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from loraio import container
 from loraio.adapter import Adapter
-from loraio.errors import ConfigError, FormatError, OutputError
+from loraio.errors import ConfigError, FormatError
 from loraio.formats.diffusers import Diffusers
 from loraio.formats.foreign import Dialect, Encoded, Options, bind
 from loraio.formats.kohya import Kohya
@@ -28,7 +28,8 @@ from loraio.formats.peft import Peft
 from loraio.formats.report import Report
 from loraio.formats.sources import CONFIG, WEIGHTS, Source, is_adapter_folder, open_source, source_of
 from loraio.formats.torchtune import Torchtune
-from loraio.outputs import check_output, staged
+from loraio.names import refuse_link
+from loraio.outputs import staged, staged_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,6 +115,7 @@ def load(
     base: nn.Module | None = None,
     alpha: int | float | None = None,
     enable_lora: Sequence[bool] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> Adapter:
     """Read an adapter file or folder of any dialect, whole and checked, onto the CPU.
 
@@ -123,15 +125,20 @@ def load(
             they do not say which layers they are for. Files of ours do not, and pass over it.
         alpha: of every layer, where a file of another tool does not say it.
         enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
+        allow_base_mismatch: go on where a file that loraio wrote for another tool was made for another base than this:
+            where values or dtypes are others; names and shapes must fit. A file of another tool does not know its base,
+            and of a file of ours it is asked where the adapter is used.
 
     Raises:
         MissingFileError: no such file.
         FormatError: its bytes are not what the format says, or it is no adapter.
         AdapterError: what it says contradicts itself or cannot be held here, or a factor holds NaN or infinity.
-        BaseMismatchError: layers of a file of another tool are not in the base; all are listed.
+        BaseMismatchError: layers of a file of another tool are not in the base; all are listed. Or it was written by
+            loraio, for another base.
         ConfigError: a file of another tool, and no base.
     """
-    adapter, _ = load_reported(path, base=base, options=Options(alpha=alpha, enable_lora=enable_lora))
+    options = Options(alpha=alpha, enable_lora=enable_lora, allow_base_mismatch=allow_base_mismatch)
+    adapter, _ = load_reported(path, base=base, options=options)
     return adapter
 
 
@@ -198,7 +205,7 @@ def write(
 ) -> None:
     """Write an adapter in the dialect of another tool; the same adapter always gives the same bytes.
 
-    Each file is written whole or not at all; of a folder the configuration comes last.
+    It is written whole or not at all; of a folder see `loraio.outputs.staged_folder`, the configuration comes last.
 
     Args:
         dialect: of the tool.
@@ -211,34 +218,32 @@ def write(
         OutputExistsError: a file is there already and ``overwrite`` is false.
         OutputError: the system refused to write.
     """
+
+    def write_weights(file: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]] = ()) -> None:
+        container.write(
+            encoded.tensors,
+            file,
+            document=encoded.document,
+            metadata=encoded.metadata,
+            overwrite=overwrite,
+            inputs=inputs,
+        )
+
     if dialect.container == "pickle":
         import torch
 
         buffer = io.BytesIO()
         torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in encoded.tensors.items()}, buffer)
-        _write_bytes(path, buffer.getvalue(), overwrite=overwrite, inputs=inputs)
+        with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
         return
     if dialect.container == "safetensors":
-        container.write(encoded.tensors, path, metadata=encoded.metadata, overwrite=overwrite, inputs=inputs)
+        write_weights(path, inputs)
         return
-    folder = Path(path)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {str(path)!r} cannot be made: {error.strerror or error}") from error
-    for name in (WEIGHTS[0], CONFIG):
-        check_output(folder / name, overwrite=overwrite, inputs=inputs)
-    container.write(encoded.tensors, folder / WEIGHTS[0], metadata=encoded.metadata, overwrite=overwrite)
+    files = (WEIGHTS[0], CONFIG)
+    for name in files:
+        refuse_link(Path(path) / name)
     text = json.dumps(encoded.config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    _write_bytes(folder / CONFIG, text.encode("utf-8"), overwrite=overwrite)
-
-
-def _write_bytes(
-    path: str | os.PathLike[str],
-    data: bytes,
-    *,
-    overwrite: bool,
-    inputs: Sequence[str | os.PathLike[str]] = (),
-) -> None:
-    with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
-        temporary.write_bytes(data)
+    with staged_folder(path, files, last=CONFIG, overwrite=overwrite, inputs=inputs) as temporary:
+        write_weights(temporary / WEIGHTS[0])
+        (temporary / CONFIG).write_text(text, encoding="utf-8")

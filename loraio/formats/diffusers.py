@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loraio import container
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, FormatError
 from loraio.formats.foreign import (
@@ -22,15 +21,17 @@ from loraio.formats.foreign import (
     ForeignLayer,
     Options,
     carried_lines,
-    exported_metadata,
+    exported_document,
     is_pipeline,
     origin_of,
 )
-from loraio.formats.peft import MEANT, PEFT, layer_of, refused_settings, unmatched
+from loraio.formats.patterns import PatternTable
+from loraio.formats.peft import MEANT, PEFT, layer_of, refused_settings, tables_of, unmatched
 from loraio.formats.report import Report, settings, tensors
 from loraio.formats.sources import Source
 from loraio.layers import TargetModule
 from loraio.registry import known, lookup
+from loraio.strictjson import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -102,8 +103,12 @@ class Diffusers:
                 refusals.append(f"{key!r} is there again as {own[found.slot]!r}")
             own[found.slot] = key
         layers = []
+        tables = {}
+        for part in dict.fromkeys(component for component, _ in slots):
+            tables[part], problems = tables_of(configs.get(part))
+            refusals += problems
         for (component, path), own in slots.items():
-            layer, problems = _layer(component, path, own, source, configs.get(component))
+            layer, problems = _layer(component, path, own, source, configs.get(component), tables[component])
             refusals += problems
             if layer is not None:
                 layers.append(layer)
@@ -122,7 +127,7 @@ class Diffusers:
             layers=tuple(layers),
             settings={"components": components, "metadata": configs},
             lines=tuple(lines),
-            refusals=tuple(refusals),
+            refusals=tuple(dict.fromkeys(refusals)),
         )
 
     def spell(self, place: TargetModule) -> Sequence[str]:
@@ -186,11 +191,8 @@ class Diffusers:
         return Encoded(
             tensors=dict(sorted(values.items())),
             report=Report.of(lines),
-            metadata={
-                "format": "pt",
-                _METADATA: json.dumps(config, indent=2, sort_keys=True),
-                **exported_metadata(adapter),
-            },
+            document=exported_document(adapter),
+            metadata={"format": "pt", _METADATA: json.dumps(config, indent=2, sort_keys=True)},
         )
 
 
@@ -223,7 +225,7 @@ def _configs(source: Source) -> dict[str, dict[str, Any]]:
     text = source.metadata.get(_METADATA)
     if text is None:
         return {}
-    found = container.parse_json(text, where=f"the metadata's {_METADATA} of {str(source.file)!r}")
+    found = parse_json(text, where=f"the metadata's {_METADATA} of {str(source.file)!r}")
     if not isinstance(found, dict):
         raise FormatError(f"the metadata's {_METADATA} is no JSON object", where=f"{str(source.file)!r}")
     configs: dict[str, dict[str, Any]] = {}
@@ -239,12 +241,17 @@ def _refused(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layer(
-    component: str, path: str, slots: Mapping[str, str], source: Source, config: Mapping[str, Any] | None
+    component: str,
+    path: str,
+    slots: Mapping[str, str],
+    source: Source,
+    config: Mapping[str, Any] | None,
+    tables: Mapping[str, PatternTable],
 ) -> tuple[ForeignLayer | None, list[str]]:
     name = f"{component}.{path}" if component else path
     if not slots.keys() & {"A", "B"}:
         return None, [f"{key!r} is there without factors" for key in slots.values()]
-    layer, problems = layer_of(path, slots, source, config)
+    layer, problems = layer_of(path, slots, source, config, tables)
     if layer is None:
         return None, problems
     alpha = source.number(slots["alpha"]) if "alpha" in slots else None

@@ -15,7 +15,7 @@ from loraio import container
 from loraio.adapter import FLOAT_DTYPES, SCALE_RULES, WHOLE_DTYPES, Adapter, Target, WholeTensor
 from loraio.container import METADATA_KEY
 from loraio.errors import AdapterError, BaseMismatchError, StateError
-from loraio.formats.native import NativeMetadata, read_document, to_document
+from loraio.formats.native import FORMAT_VERSION, NativeMetadata, read_document, to_document
 from loraio.formats.report import Line, Report, settings, tensors
 from loraio.formats.sources import Source
 from loraio.layers import (
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 ORIGIN = "converted_from"
 """Key under which an adapter's ``training`` holds what the file of another tool said besides its tensors."""
 
-_NONE = "0" * 64
-
 _DOCUMENT = "exported"  # key of the loraio metadata under which an exported file holds the native document
 
 
@@ -53,6 +51,7 @@ class Options:
         rank: of those pairs; None for the file's own.
         as_full_delta: write the whole change of each weight, where the tool has a form for it.
         prefix: in front of the names of modules, where the tool has one; None for its usual one.
+        allow_base_mismatch: go on where the base is not the one that an export of ours says it was made for.
     """
 
     alpha: int | float | None = None
@@ -62,6 +61,7 @@ class Options:
     rank: int | None = None
     as_full_delta: bool = False
     prefix: str | None = None
+    allow_base_mismatch: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,12 +167,14 @@ class Encoded:
     Attributes:
         tensors: by their names in the file.
         report: what became of every tensor and setting of the adapter.
-        metadata: strings for a safetensors header.
+        document: of loraio, for a safetensors header; None where the tool's file has none.
+        metadata: further strings for it.
         config: for `loraio.formats.sources.CONFIG`; None where the tool has no such file.
     """
 
     tensors: Mapping[str, Tensor]
     report: Report
+    document: Mapping[str, Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
 
@@ -248,11 +250,13 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
         options: what the file does not say.
 
     Returns:
-        the adapter, with the digests of the base; and what became of every tensor and setting.
+        the adapter, with the digests of the base, or of the one that an export of ours says it was made for; and what
+        became of every tensor and setting.
 
     Raises:
         AdapterError: the file cannot be used, or alpha is missing, or something would be lost without ``lossy``.
-        BaseMismatchError: layers are not in the base, or do not fit; all are listed.
+        BaseMismatchError: layers are not in the base, or do not fit; all are listed. Or an export of ours was made for
+            another base, without ``allow_base_mismatch``.
         StateError: the base carries an adapter, or a weight is shared or computed from another parametrization.
     """
     foreign, where = dialect.read(source), f"{str(source.path)!r}"
@@ -306,6 +310,7 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     if binding.problems:
         raise BaseMismatchError("the adapter does not fit the base", problems=binding.problems, where=where)
     adapter = _finished(dialect, foreign, source, binding, base)
+    _check_base(adapter, binding.state, where, options)
     report = Report.of([*binding.lines, *foreign.lines])
     if report.lost and not options.lossy:
         raise AdapterError(
@@ -317,9 +322,9 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     return adapter, report
 
 
-def exported_metadata(adapter: Adapter) -> dict[str, str]:
-    """The loraio metadata of an exported safetensors file: what other tools have no place for, and pass over."""
-    return container.metadata_of({_DOCUMENT: to_document(adapter)}, where="the export")
+def exported_document(adapter: Adapter) -> dict[str, Any]:
+    """The loraio document of an exported safetensors file: what other tools have no place for, and pass over."""
+    return {"format_version": FORMAT_VERSION, _DOCUMENT: to_document(adapter)}
 
 
 def origin_of(adapter: Adapter, dialect: str) -> dict[str, Any]:
@@ -392,7 +397,7 @@ class _Binding:
         self._deltas: list[tuple[str, str, Tensor]] = []
 
     def add_layer(self, layer: ForeignLayer, place: TargetModule, made: Factors) -> None:
-        from loraio.identity import sketch, tensor_sha256
+        from loraio.identity import sketch
 
         weight = self.state[place.name]
         alpha = made.alpha if made.alpha is not None else layer.alpha
@@ -410,7 +415,7 @@ class _Binding:
             dtype=code,
             layer=place.layer.name,
             groups=place.groups,
-            base_sha256=tensor_sha256(weight),
+            base_sha256=container.tensor_sha256(weight),
             sketch=sketch(weight),
         )
         for short, shape in target.factor_shapes.items():
@@ -482,15 +487,25 @@ class _Binding:
             self._replace(name, round_once(base.double() + delta, base.dtype), self._role(name, module_saved=False))
             self.lines += tensors([key], "changed", f"added to {name!r}, which is replaced whole, at any strength")
 
+    def belong_to(self, kept: NativeMetadata) -> None:
+        """Let what is known of the adapter's own base take the place of what was seen on this one."""
+        for name, target in self.targets.items():
+            own = kept.targets.get(name)
+            if own is not None and own.shape == target.shape:
+                self.targets[name] = replace(target, dtype=own.dtype, sketch=own.sketch, base_sha256=own.base_sha256)
+        for name, whole in self.whole.items():
+            told = kept.whole.get(name)
+            if told is not None and told.base_shape == whole.base_shape:
+                self.whole[name] = replace(whole, base_sha256=told.base_sha256)
+
     def _replace(self, name: str, value: Tensor, role: str) -> None:
-        from loraio.identity import tensor_sha256
 
         base = self.state[name]
         self.whole[name] = WholeTensor(
             role=role,
             shape=tuple(value.shape),
             dtype=container.dtype_code(base.dtype),
-            base_sha256=tensor_sha256(base),
+            base_sha256=container.tensor_sha256(base),
             base_shape=tuple(base.shape),
         )
         self.tensors[name] = value.contiguous()
@@ -535,11 +550,16 @@ def _placed(dialect: Dialect, foreign: Foreign, base: nn.Module, where: str) -> 
 
 
 def _finished(dialect: Dialect, foreign: Foreign, source: Source, binding: _Binding, base: nn.Module) -> Adapter:
-    """The adapter; what an export of ours kept in the header comes back where it is still about the same adapter."""
+    """The adapter; what an export of ours kept in the header comes back where it is still about the same adapter.
+
+    Whatever became of the rest since the export, the adapter stays with the base that it was exported for.
+    """
     from loraio.identity import base_reference
     from loraio.networks import heads_of, network_args_of, network_of
 
     kept = _kept(source)
+    if kept is not None:
+        binding.belong_to(kept)
     if kept is not None and _is_about(kept, binding):
         return Adapter(
             targets=kept.targets,
@@ -550,8 +570,12 @@ def _finished(dialect: Dialect, foreign: Foreign, source: Source, binding: _Bind
             training=kept.training,
             extra=kept.extra,
         )
-    reference = base_reference(
-        binding.state, network=network_of(base), network_args=network_args_of(base), heads=heads_of(base)
+    reference = (
+        kept.base
+        if kept is not None
+        else base_reference(
+            binding.state, network=network_of(base), network_args=network_args_of(base), heads=heads_of(base)
+        )
     )
     return Adapter(
         targets=dict(sorted(binding.targets.items())),
@@ -571,14 +595,20 @@ def _kept(source: Source) -> NativeMetadata | None:
 
 
 def _is_about(kept: NativeMetadata, binding: _Binding) -> bool:
-    """Whether the kept metadata differ from what the file and the base say in nothing but the base's values."""
-    sketchless = {name: replace(target, sketch=(), base_sha256=_NONE) for name, target in binding.targets.items()}
-    same = sketchless == {
-        name: replace(target, sketch=(), base_sha256=_NONE, extra={}) for name, target in kept.targets.items()
+    """Whether the kept metadata say of the adapter what the file and the base do, once it belongs to its own base."""
+    same = binding.targets == {name: replace(target, extra={}) for name, target in kept.targets.items()}
+    return same and {(n, w.role, w.shape, w.dtype) for n, w in kept.whole.items()} == {
+        (n, w.role, w.shape, w.dtype) for n, w in binding.whole.items()
     }
-    return same and {(n, w.role, w.shape) for n, w in kept.whole.items()} == {
-        (n, w.role, w.shape) for n, w in binding.whole.items()
-    }
+
+
+def _check_base(adapter: Adapter, state: Mapping[str, Tensor], where: str, options: Options) -> None:
+    from loraio.identity import check_base
+
+    try:
+        check_base(adapter, state, allow_mismatch=options.allow_base_mismatch)
+    except BaseMismatchError as error:
+        raise BaseMismatchError(error.message, problems=error.problems, where=where, hint=error.hint) from error
 
 
 def _state_of(base: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from loraio.formats.foreign import (
     ForeignLayer,
     Options,
     carried_lines,
-    exported_metadata,
+    exported_document,
     is_pipeline,
     misuse,
     origin_of,
@@ -223,11 +223,12 @@ class Kohya:
                 problems=writing.problems,
                 hint="loraio merge puts it into the base for good",
             )
-        metadata = {**self.metadata(writing), **exported_metadata(adapter)}
+        metadata = self.metadata(writing)
         writing.lines += carried_lines(adapter)
         return Encoded(
             tensors=dict(sorted(writing.tensors.items())),
             report=Report.of(writing.lines),
+            document=exported_document(adapter),
             metadata=metadata,
         )
 

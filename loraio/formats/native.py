@@ -1,10 +1,13 @@
-"""The native format, version 1. `SPEC.md` beside this file says it in words precise enough for a second reader."""
+"""The native format, version 2. `SPEC.md` beside this file says it in words precise enough for a second reader."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Iterable, Mapping
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +17,9 @@ from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference, Target, WholeTe
 from loraio.container import METADATA_KEY, Header
 from loraio.errors import AdapterError, FormatError, LoraioError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of files that are written; those of version 1, which say everything in each target and have no digests, are read too.
+"""
 
 _DOCUMENT_KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -34,7 +39,9 @@ _TARGET_KEYS: dict[str, type | tuple[type, ...]] = {
     "groups": int,
     "base_sha256": str,
 }
-_TARGET_OPTIONS: dict[str, type | tuple[type, ...]] = {"sketch": list}
+_TARGET_OPTIONS: dict[str, type | tuple[type, ...]] = {"sketch": (list, str)}
+_COMMON = ("kind", "rank", "alpha", "scale_rule", "dtype", "layer", "groups")
+"""What a target need not say where most targets say the same."""
 _BASE_OPTIONS: dict[str, type | tuple[type, ...]] = {
     "network_args": dict,
     "heads": dict,
@@ -42,7 +49,7 @@ _BASE_OPTIONS: dict[str, type | tuple[type, ...]] = {
 }
 _WHOLE_KEYS: dict[str, type | tuple[type, ...]] = {"role": str, "shape": list, "dtype": str, "base_sha256": str}
 _WHOLE_OPTIONS: dict[str, type | tuple[type, ...]] = {"base_shape": list}
-_DOCUMENT_OPTIONS: dict[str, type | tuple[type, ...]] = {"whole": dict}
+_DOCUMENT_OPTIONS: dict[str, type | tuple[type, ...]] = {"common": dict, "whole": dict}
 """Keys that may be missing, and are not written where they would be empty."""
 
 
@@ -106,8 +113,12 @@ def to_document(adapter: Adapter) -> dict[str, Any]:
     for name, target in adapter.targets.items():
         own = {key: getattr(target, key) for key in _TARGET_KEYS} | {"shape": list(target.shape)}
         if target.sketch:
-            own["sketch"] = list(target.sketch)
+            own["sketch"] = _packed(target.sketch)
         targets[name] = _with_extra(own, target.extra, _TARGET_OPTIONS)
+    common = _common(adapter.targets)
+    for entry in targets.values():
+        for key in [key for key in common if _text(entry[key]) == _text(common[key])]:
+            del entry[key]
     base = {"network": adapter.base.network, "sha256": adapter.base.sha256}
     base |= {key: value for key in _BASE_OPTIONS if (value := getattr(adapter.base, key))}
     own = {
@@ -116,9 +127,53 @@ def to_document(adapter: Adapter) -> dict[str, Any]:
         "base": _with_extra(base, adapter.base.extra, _BASE_OPTIONS),
         "training": dict(adapter.training),
     }
+    if common:
+        own["common"] = common
     if adapter.whole:
         own["whole"] = {name: _whole_entry(whole) for name, whole in adapter.whole.items()}
     return _with_extra(own, adapter.extra, _DOCUMENT_OPTIONS)
+
+
+def _common(targets: Mapping[str, Target]) -> dict[str, Any]:
+    """What most targets say, and more than one; of values that are as frequent, that of the first name."""
+    common = {}
+    for key in _COMMON:
+        values = [getattr(target, key) for _, target in sorted(targets.items())]
+        counts = Counter(map(_text, values))
+        text, count = counts.most_common(1)[0]  # the first of several
+        if count > 1:
+            common[key] = next(value for value in values if _text(value) == text)
+    return common
+
+
+def _text(value: Any) -> str:
+    """What tells values apart in the file: an integer is another one than the fraction that equals it."""
+    return json.dumps(value)
+
+
+def _packed(sketch: Sequence[float]) -> str | list[float]:
+    """A sketch in base64, of which each number has six digits; as it is where one has more."""
+    try:
+        raw = struct.pack(f"<{len(sketch)}f", *sketch)
+    except OverflowError:  # beyond binary32
+        return list(sketch)
+    return base64.b64encode(raw).decode("ascii") if _six_digits(raw) == tuple(sketch) else list(sketch)
+
+
+def _six_digits(raw: bytes) -> tuple[float, ...]:
+    return tuple(float(f"{value:.6g}") for value in struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+def _unpacked(sketch: str | list[float], name: str, where: str) -> tuple[float, ...]:
+    if isinstance(sketch, list):
+        return tuple(sketch)
+    try:
+        raw = base64.b64decode(sketch, validate=True)
+        if not raw or len(raw) % 4:
+            raise ValueError(len(raw))
+    except ValueError as error:
+        raise FormatError(f"target {name!r} has a sketch that is no base64 of binary32", where=where) from error
+    return _six_digits(raw)
 
 
 def _whole_entry(whole: WholeTensor) -> dict[str, Any]:
@@ -161,9 +216,9 @@ def read_document(document: Any, *, where: str) -> NativeMetadata:
         FormatError, AdapterError, UnknownNameError: as `read_metadata`.
     """
     version = document.get("format_version") if isinstance(document, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise FormatError(
-            f"format version {version!r}, this loraio reads version {FORMAT_VERSION}",
+            f"format version {version!r}, this loraio reads versions up to {FORMAT_VERSION}",
             where=where,
             hint="a newer loraio" if isinstance(version, int) and version > FORMAT_VERSION else None,
         )
@@ -171,12 +226,18 @@ def read_document(document: Any, *, where: str) -> NativeMetadata:
     _check_keys(document["base"], _BASE_KEYS, "'base'", where, _BASE_OPTIONS)
     targets: dict[str, Target] = {}
     whole: dict[str, WholeTensor] = {}
+    common = document.get("common", {})
+    unknown = sorted(common.keys() - set(_COMMON))
+    if unknown:
+        raise FormatError(f"'common' has {', '.join(map(repr, unknown))}, which targets do not share", where=where)
     try:
         for name, entry in sorted(document["targets"].items()):
+            entry = common | entry if isinstance(entry, dict) else entry
             _check_keys(entry, _TARGET_KEYS, f"target {name!r}", where, _TARGET_OPTIONS)
             known = {key: entry[key] for key in _TARGET_KEYS} | {"shape": tuple(entry["shape"])}
             extra = _others(entry, _TARGET_KEYS | _TARGET_OPTIONS)
-            targets[name] = Target(**known, sketch=tuple(entry.get("sketch", ())), extra=extra)
+            sketch = _unpacked(entry["sketch"], name, where) if "sketch" in entry else ()
+            targets[name] = Target(**known, sketch=sketch, extra=extra)
         for name, entry in sorted(document.get("whole", {}).items()):
             _check_keys(entry, _WHOLE_KEYS, f"whole tensor {name!r}", where, _WHOLE_OPTIONS)
             shapes = {"shape": tuple(entry["shape"]), "base_shape": tuple(entry.get("base_shape", entry["shape"]))}

@@ -10,26 +10,26 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from loraio import container
-from loraio.container import METADATA_KEY, Header
+from loraio import container, integrity
+from loraio.container import Header
 from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
+from loraio.firstbytes import open_file
 from loraio.formats.native import read_metadata
-from loraio.outputs import staged
+from loraio.names import name_clashes, name_key, name_problem, normal_form, refuse_link
+from loraio.outputs import check_output, make_folder, staged
 from loraio.registry import lookup
+from loraio.temporaries import remove_stale
 
-PACK_VERSION = 1
+PACK_VERSION = 2
+"""Of packs that are written; those of version 1, which have no digest of the index, are read too."""
 
 SUFFIX = ".safetensors"
 """The ending of adapter files; what stands before it is the adapter's name."""
-
-MAX_NAME_BYTES = 200
-"""The longest name in UTF-8: with the ending, and what a temporary file adds, it must make a file name."""
 
 _CHUNK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -64,43 +64,6 @@ class Pack:
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
     """What tells that a file was written to or replaced: device, inode, size and the time of the last write."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def name_problem(name: str) -> str | None:
-    """What is wrong with a name, if anything: every name must make the same file name on every system.
-
-    >>> name_problem("digit-7"), name_problem("a/b")
-    (None, "it holds '/'")
-    """
-    if not name or name != name.strip() or name.startswith(".") or name.endswith("."):
-        return "it is empty, or begins or ends with a space or dot"
-    bad = next((c for c in name if c in '/\\:*?"<>|' or unicodedata.category(c) in ("Cc", "Cs")), None)
-    if bad is not None:
-        return f"it holds {bad!r}"
-    if len(name.encode()) > MAX_NAME_BYTES:
-        return f"it has {len(name.encode())} bytes, at most {MAX_NAME_BYTES} make a file name everywhere"
-    if unicodedata.normalize("NFC", name) != name:
-        return "it is not in Unicode normal form C"
-    return None
-
-
-def name_key(name: str) -> str:
-    """The same for names that differ in nothing but case and Unicode normal form, which are one on some systems.
-
-    >>> name_key("Digit-7") == name_key("digit-7")
-    True
-    """
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def name_clashes(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that share their `name_key` with others, and what is wrong with each."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name_key(name), []).append(name)
-    clashes = [group for group in groups.values() if len(group) > 1]
-    said = [f"{' and '.join(map(repr, sorted(group)))} are one name to some systems" for group in clashes]
-    return {name: text for group, text in zip(clashes, said, strict=True) for name in group}
 
 
 # Reading
@@ -142,8 +105,8 @@ def check_index(header: Header, *, stamp: tuple[int, ...]) -> Pack:
         what = "an adapter" if "targets" in document else "no file of loraio" if not document else "a base model"
         raise FormatError(f"not a pack of adapters but {what}", where=where)
     version = document.get("format_version")
-    if type(version) is not int or version != PACK_VERSION:
-        raise FormatError(f"pack version {version!r}, this loraio reads version {PACK_VERSION}", where=where)
+    if type(version) is not int or not 1 <= version <= PACK_VERSION:
+        raise FormatError(f"pack version {version!r}, this loraio reads versions up to {PACK_VERSION}", where=where)
     listed = document["pack"]
     if not isinstance(listed, dict):
         raise FormatError("'pack' is not a JSON object", where=where)
@@ -259,31 +222,65 @@ def unpack(
 
     Raises:
         UnknownNameError: no such member; nothing was written.
-        OutputExistsError: a file is there already; nothing was written.
+        OutputExistsError: a file is there already, or one whose name differs in nothing but case and the like, which
+            is never replaced; nothing was written.
         FormatError: a member is damaged; those before it are written.
-        OutputError: the system refused to write.
+        OutputError: a link stands in the place of a file, which would lead out of the folder, or the system refused to
+            write.
     """
     index = read_index(packed)
-    for name in names:
+    chosen = [normal_form(name) for name in names] or list(index.members)
+    for name in chosen:
         lookup(index.members, name, what="adapter in the pack")
     folder = Path(output)
-    targets = {name: folder / f"{name}{SUFFIX}" for name in dict.fromkeys(names or index.members)}
-    existing = [f"{str(path)!r}" for path in targets.values() if os.path.lexists(path)]
+    targets = _places(folder, dict.fromkeys(chosen), overwrite=overwrite)
+    make_folder(folder)
+    for path in targets.values():
+        check_output(path, overwrite=overwrite, inputs=[packed])
+    remove_stale(folder, [path.name for path in targets.values()])  # once, not for each of thousands
+    for name, path in targets.items():
+        data = read_member(index, name)
+        with staged(path, overwrite=overwrite, inputs=[packed], tidy=False) as temporary:
+            temporary.write_bytes(data)
+    return list(targets.values())
+
+
+def _places(folder: Path, names: Iterable[str], *, overwrite: bool) -> dict[str, Path]:
+    """The file of each member in the folder; where it is there in another normal form, that one.
+
+    Raises:
+        OutputExistsError: it is there, and ``overwrite`` is false; or a file that is the same one to some systems is.
+        OutputError: a link is in its place, or the folder cannot be read.
+    """
+    there: dict[str, list[str]] = {}
+    try:
+        for file in sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else ():
+            there.setdefault(name_key(file), []).append(file)
+    except OSError as error:
+        raise OutputError(f"the folder {str(folder)!r} cannot be read: {error.strerror or error}") from error
+    places, existing, clashes = {}, [], []
+    for name in names:
+        file = f"{name}{SUFFIX}"
+        found = there.get(name_key(file), [])
+        if len(found) == 1 and normal_form(found[0]) == file:
+            file = found[0]
+            existing.append(f"{str(folder / file)!r}")
+        elif found:
+            clashes.append(f"{file!r} and {' and '.join(map(repr, found))} are one name to some systems")
+        places[name] = folder / file
     if existing and not overwrite:
         raise OutputExistsError(
-            f"{len(existing)} of {len(targets)} files exist",
+            f"{len(existing)} of {len(places)} files exist",
             problems=existing[:20],
             hint="pass --force to replace them",
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
-    for name, path in targets.items():
-        data = read_member(index, name)
-        with staged(path, overwrite=overwrite, inputs=[packed]) as temporary:
-            temporary.write_bytes(data)
-    return list(targets.values())
+    if clashes:
+        raise OutputExistsError(
+            f"{str(folder)!r} has files of nearly the same names", problems=clashes[:20], hint="another folder"
+        )
+    for path in places.values():
+        refuse_link(path)
+    return places
 
 
 def listed_files(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -312,7 +309,7 @@ def _adapter_files(files: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
             "there is nothing to pack",
             hint="name a folder that holds adapters, or adapter files; other tools' after `loraio convert`",
         )
-    stems = [unicodedata.normalize("NFC", path.name.removesuffix(SUFFIX)) for path in paths]
+    stems = [normal_form(path.name.removesuffix(SUFFIX)) for path in paths]
     problems = [f"{stem!r}: {problem}" for stem in stems if (problem := name_problem(stem))]
     problems += dict.fromkeys(name_clashes(stems).values())
     if problems:
@@ -336,7 +333,7 @@ def _examined(path: Path) -> tuple[int, str]:
 def _copied(path: Path, output: BinaryIO | None) -> tuple[int, str]:
     size, digest = 0, hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
@@ -350,15 +347,15 @@ def _copied(path: Path, output: BinaryIO | None) -> tuple[int, str]:
 def _header(members: Mapping[str, tuple[int, str]]) -> bytes:
     """The pack's header, laid out as the safetensors library lays one out."""
     index = {name: sha256 for name, (_, sha256) in members.items()}
-    document = container.canonical_json({"format_version": PACK_VERSION, "pack": index})
-    header: dict[str, object] = {"__metadata__": {METADATA_KEY: document}}
+    document = {"format_version": PACK_VERSION, "pack": index}
+    header: dict[str, object] = {"__metadata__": container.metadata_of(document, {}, None, where="the pack")}
     position = 0
     for name, (size, _) in members.items():
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return integrity.seal(len(text).to_bytes(8, "little") + text, where="the pack")
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, ...]:

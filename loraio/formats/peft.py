@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter, Target
-from loraio.errors import AdapterError
+from loraio.errors import AdapterError, FormatError, shown
 from loraio.formats.foreign import (
     ORIGIN,
     Encoded,
@@ -22,11 +22,12 @@ from loraio.formats.foreign import (
     ForeignLayer,
     Options,
     carried_lines,
-    exported_metadata,
+    exported_document,
     misuse,
     origin_of,
     passed_over,
 )
+from loraio.formats.patterns import Budget, Pattern, PatternTable
 from loraio.formats.report import Line, Report, settings, tensors
 from loraio.formats.sources import Source
 from loraio.layers import TargetModule, target_modules
@@ -109,6 +110,8 @@ _RECORD = (
 )
 """Settings that say how the adapter was made; they change nothing of what it does."""
 
+_MOST_SAVED = 100
+
 _QUANTISED = (".absmax", ".quant_map", ".nested_absmax", ".SCB", ".qweight", ".qzeros")
 
 
@@ -157,18 +160,21 @@ class Peft:
             else:
                 slots.setdefault(one.path, {})[one.slot] = key
         layers, lost = [], {}
+        tables, problems = tables_of(config)
+        refusals += problems
         for path, found in slots.items():
             if "bias" in found and config is not None and not config.get("lora_bias"):
                 lost[found.pop("bias")] = "lora_bias is not set: PEFT would pass over it"
-            layer, problems = layer_of(path, found, source, config)
+            layer, problems = layer_of(path, found, source, config, tables)
             refusals += problems
             if layer is not None:
                 layers.append(layer)
         refusals += unmatched(config or {}, [layer.name for layer in layers])
+        excluded = set(_names((config or {}).get("exclude_modules")))
         refusals += [
             f"{layer.name!r} is in exclude_modules: PEFT would pass over it"
             for layer in layers
-            if any(_ends_with(layer.name, entry) for entry in _names((config or {}).get("exclude_modules")))
+            if not excluded.isdisjoint(_ends_of(layer.name))
         ]
         if not layers and not refusals:
             refusals.append("it holds no layer's factors")
@@ -184,7 +190,7 @@ class Peft:
             lost=lost,
             settings=dict(config or {}),
             lines=tuple(lines),
-            refusals=tuple(refusals),
+            refusals=tuple(dict.fromkeys(refusals)),
         )
 
     def spell(self, place: TargetModule) -> Sequence[str]:
@@ -287,6 +293,9 @@ def refused_settings(config: Mapping[str, Any]) -> list[str]:
         names = config.get(key) or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             reasons.append(f"{key} is {names!r}, not a list of names")
+    saved = len(_names(config.get("modules_to_save")))
+    if saved > _MOST_SAVED:
+        reasons.append(f"modules_to_save has {saved:,} names, at most {_MOST_SAVED} are read")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, Mapping):
             reasons.append(f"{key} is {config[key]!r}, not an object")
@@ -294,9 +303,13 @@ def refused_settings(config: Mapping[str, Any]) -> list[str]:
 
 
 def layer_of(
-    path: str, slots: Mapping[str, str], source: Source, config: Mapping[str, Any] | None
+    path: str,
+    slots: Mapping[str, str],
+    source: Source,
+    config: Mapping[str, Any] | None,
+    tables: Mapping[str, PatternTable],
 ) -> tuple[ForeignLayer | None, list[str]]:
-    """One layer, or why not."""
+    """One layer, or why not; the tables are from `tables_of`."""
     missing = [f"{path!r}: lora_{slot} is missing" for slot in ("A", "B") if slot not in slots]
     shapes = [source.tensors[slots[slot]].shape for slot in ("A", "B") if slot in slots]
     if missing or any(len(shape) < 2 for shape in shapes):
@@ -307,10 +320,13 @@ def layer_of(
     if config is None:
         return ForeignLayer(name=path, slots=slots, rank=rank, alpha=None, kind=_kind(slots)), []
     problems = []
-    stated = _pattern_value(config.get("rank_pattern"), path, config.get("r", rank))
+    try:
+        stated = tables["rank_pattern"].value(path, config.get("r", rank))
+        alpha = tables["alpha_pattern"].value(path, config.get("lora_alpha"))
+    except FormatError as error:
+        return None, [error.message]
     if stated != rank:
         problems.append(f"{path!r}: the configuration says rank {stated!r}, the tensors have {rank}")
-    alpha = _pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha"))
     if alpha is not None and (not isinstance(alpha, int | float) or isinstance(alpha, bool)):
         problems.append(f"{path!r}: alpha is {alpha!r}, not a number")
         alpha = None
@@ -336,51 +352,60 @@ def _there(slots: Mapping[str, str]) -> str:
     return "there" if "magnitude" in slots else "not there"
 
 
-def _pattern_value(patterns: Any, path: str, otherwise: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT looks it up."""
-    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+def tables_of(config: Mapping[str, Any] | None) -> tuple[dict[str, PatternTable], list[str]]:
+    """The configuration's settings that have a value for each pattern, by name, and what is wrong with them."""
+    budget, problems = Budget(), []
+    tables = {name: PatternTable({}, budget) for name in ("rank_pattern", "alpha_pattern")}
+    for name in tables:
         try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error:
-            continue
-    return otherwise
+            tables[name] = PatternTable((config or {}).get(name), budget)
+        except FormatError as error:
+            problems.append(f"{name}: {error.message}")
+    return tables, problems
 
 
 def unmatched(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """A line for each layer that PEFT would pass over, and for each entry of the list that no layer answers to."""
     wanted = config.get("target_modules")
+    there = set(names)
     if isinstance(wanted, str):
         try:
+            pattern = None if wanted == "all-linear" else Pattern(wanted, Budget())
             return [
                 f"{name!r} is not in target_modules: PEFT would pass over it"
                 for name in names
-                if wanted != "all-linear" and not _attention_of(name, names) and not re.fullmatch(wanted, name)
+                if pattern is not None and not _attention_of(name, there) and not pattern.matches(name)
             ]
-        except re.error as error:
-            return [f"target_modules is {wanted!r}, no regular expression: {error}"]
+        except FormatError as error:
+            return [f"target_modules: {error.message}"]
     if not isinstance(wanted, list) or not all(isinstance(entry, str) for entry in wanted):
-        return [] if wanted is None else [f"target_modules is {wanted!r}"]
+        return [] if wanted is None else [f"target_modules is {shown(wanted)}"]
+    entries = set(wanted)
     lines = [
         f"{name!r} is not in target_modules: PEFT would pass over it"
         for name in names
-        if not _attention_of(name, names) and not any(_ends_with(name, entry) for entry in wanted)
+        if not _attention_of(name, there) and entries.isdisjoint(_ends_of(name))
     ]
+    answered = {end for name in names for end in _ends_of(name) if end in entries}
     return lines + [
         f"target_modules names {entry!r}, of which the file has no factors"
         for entry in sorted(wanted)
-        if not any(_ends_with(name, entry) for name in names)
+        if entry not in answered
     ]
 
 
-def _attention_of(name: str, names: Sequence[str]) -> bool:
+def _attention_of(name: str, names: set[str]) -> bool:
     """Whether it is the output projection of an attention layer that is adapted, which comes with it."""
     path, _, last = name.rpartition(".")
     return last == "out_proj" and path in names
 
 
-def _ends_with(name: str, entry: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
+def _ends_of(name: str) -> Iterator[str]:
+    """What a list of modules may call it by: its name, and what is left of it after each dot."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def _in_modules(name: str, modules: Iterable[str]) -> bool:
@@ -438,7 +463,8 @@ class _Export:
         return Encoded(
             tensors=dict(sorted(self.tensors.items())),
             report=Report.of(self.lines),
-            metadata={"format": "pt", **exported_metadata(adapter)},
+            document=exported_document(adapter),
+            metadata={"format": "pt"},
             config=config,
         )
 
@@ -600,7 +626,7 @@ class _Export:
     def _target_modules(self, paths: list[str]) -> list[str] | str:
         """The names themselves, or an expression where a name is the end of another module's too."""
         others = [path for path, _ in self.network.named_modules() if path not in paths]
-        if not any(_ends_with(path, one) for path in others for one in paths):
+        if not any(path == one or path.endswith(f".{one}") for path in others for one in paths):
             return paths
         return "|".join(re.escape(path) for path in paths)
 

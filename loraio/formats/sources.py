@@ -102,6 +102,12 @@ def is_adapter_folder(path: str | os.PathLike[str]) -> bool:
     return any((Path(path) / name).is_file() for name in (CONFIG, *WEIGHTS))
 
 
+def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The file of an adapter, or those that a folder of one may have."""
+    path = Path(path)
+    return tuple(path / name for name in (CONFIG, *WEIGHTS)) if path.is_dir() else (path,)
+
+
 def open_source(path: str | os.PathLike[str]) -> Source:
     """A file of tensors, or a folder that holds one under a usual name.
 

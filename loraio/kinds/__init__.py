@@ -66,6 +66,19 @@ class Kind(Protocol):
         """
         ...
 
+    def stays_finite(
+        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
+    ) -> bool:
+        """Whether `fold`, in float64, surely gives numbers that round to finite ones, for whatever finite weight.
+
+        Args:
+            peaks: the largest magnitude in each factor, or more.
+            rank: of the factors.
+            scale, strength: as `fold` takes them.
+            room: what can be added to the largest number of the weight's dtype.
+        """
+        ...
+
     def reference(
         self,
         weight: Any,

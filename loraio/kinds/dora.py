@@ -93,6 +93,13 @@ class Dora:
         update = product_in_order(factors).mul_(scale).mul_(moved[:, None])
         return (folded - update).div_(((1 - strength) + moved)[:, None])
 
+    def stays_finite(
+        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
+    ) -> bool:
+        """No entry is larger than its row is long; between base and adapted weight are no larger ones than they are."""
+        changes = self._lora.stays_finite(peaks, rank=rank, scale=scale, strength=1.0, room=room)
+        return changes and 0 <= strength <= 1 and peaks["magnitude"] < min(room, 1e140)  # it is divided by a length
+
     def reference(
         self,
         weight: Any,

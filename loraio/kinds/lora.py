@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,13 @@ class Lora:
     ) -> Tensor:
         """``W' - (strength * scale) * (B @ A)``, its terms added from the first rank to the last."""
         return folded - product_in_order(factors).mul_(strength * scale)
+
+    def stays_finite(
+        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
+    ) -> bool:
+        """An entry moves by at most ``|strength * scale| * r * max|B| * max|A|``."""
+        product = rank * peaks["lora_A"] * peaks["lora_B"]
+        return math.isfinite(product) and abs(strength * scale) * product < room
 
     def reference(
         self,

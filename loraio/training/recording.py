@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from loraio.errors import ConfigError, MissingFileError, OutputError
-from loraio.outputs import check_output
+from loraio.outputs import check_output, staged
 from loraio.training.config import check_at_least
 from loraio.training.optimizing import Moment, Optimization
 from loraio.training.validation import Validation
@@ -62,11 +62,13 @@ class RunFiles:
         Raises:
             OutputExistsError, OutputError: as `loraio.outputs.check_output`.
             MissingFileError: the side file to resume from is not there.
-            ConfigError: TensorBoard is not installed.
+            ConfigError: TensorBoard is not installed, or two of the files are one.
         """
-        for path in (self.log, self.checkpoint):
-            if path is not None:
-                check_output(path, overwrite=self.overwrite or self.resume, inputs=inputs)
+        paths = [path for path in (self.log, self.checkpoint) if path is not None]
+        if len({os.path.realpath(path) for path in paths}) < len(paths):
+            raise ConfigError(f"the log and the side file are one file, {str(self.log)!r}")
+        for path in paths:
+            check_output(path, overwrite=self.overwrite or self.resume, inputs=inputs)
         if self.resume and not Path(self.checkpoint or "").is_file():
             raise MissingFileError(
                 f"{str(self.checkpoint)!r} does not exist", hint="without --resume the run starts anew"
@@ -106,12 +108,11 @@ class MetricsLog:
         self._path = path
         self._validation = validation
         kept = _lines_until(path, done) if done else []
+        start = ",".join(COLUMNS) + "\n" if self._as_csv else ""
+        with staged(path, overwrite=True) as temporary:  # the lines that are kept are not lost in between
+            temporary.write_text(start + "".join(kept), encoding="utf-8", newline="")
         with _writing(path):
-            self._file: TextIO = path.open("w", encoding="utf-8", newline="")
-            if self._as_csv:
-                csv.writer(self._file, lineterminator="\n").writerow(COLUMNS)
-            self._file.writelines(kept)
-            self._file.flush()
+            self._file: TextIO = path.open("a", encoding="utf-8", newline="")
 
     @property
     def _as_csv(self) -> bool:

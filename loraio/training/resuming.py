@@ -6,6 +6,7 @@ alone. It is of use until the run has ended, and may then be removed.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
+from loraio.container import tensor_sha256
 from loraio.errors import BaseMismatchError, ConfigError, DataError, FormatError, LoraioError, MissingFileError
-from loraio.identity import tensor_sha256
 from loraio.outputs import staged
+from loraio.pickles import load_weights_only
 from loraio.training.config import TrainConfig
 from loraio.training.data import Dataset
 from loraio.training.optimizing import Moment, Optimization
@@ -75,8 +77,10 @@ class SideFile:
             state: dict[str, Any] = {"loraio_run": VERSION, "identity": self._identity, "run": run.state_dict()}
             if self._validation is not None:
                 state["validation"] = self._validation.state_dict()
+            buffer = io.BytesIO()  # of a file that cannot be written torch says so in many ways
+            torch.save(state, buffer)
             with staged(self.path, overwrite=True) as temporary:
-                torch.save(state, temporary)
+                temporary.write_bytes(buffer.getbuffer())
         return False
 
     def load(self, run: Optimization) -> None:
@@ -127,13 +131,9 @@ class SideFile:
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     where = f"{os.fspath(path)!r}"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise MissingFileError(f"{where} does not exist", hint="without --resume the run starts anew") from None
-    except Exception as error:  # torch raises pickle, zip, runtime and OS errors here
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FormatError(f"not a side file of a training: {line}", where=where) from error
+    if not Path(path).exists():
+        raise MissingFileError(f"{where} does not exist", hint="without --resume the run starts anew")
+    state = load_weights_only(Path(path), what="not a side file of a training")
     if not isinstance(state, dict) or "loraio_run" not in state:
         raise FormatError("not a side file of a training", where=where, hint="--checkpoint FILE writes one")
     if state["loraio_run"] != VERSION or not {"identity", "run"} <= state.keys():

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Adapter, Target, WholeTensor
-from loraio.attachment import base_state_dict, refuse_attached
-from loraio.container import dtype_code
+from loraio.basestate import base_state_dict, refuse_attached
+from loraio.container import dtype_code, tensor_sha256
 from loraio.errors import ConfigError, UnknownNameError
-from loraio.identity import base_reference, sketch, tensor_sha256
+from loraio.identity import base_reference, sketch
 from loraio.kinds import KINDS
 from loraio.layers import TargetModule, find_head, matches, normalisation_tensors, refuse_shared, select_targets
 from loraio.networks import fresh_head, heads_of, network_args_of, network_of

@@ -51,7 +51,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraio
-from loraio.attachment import base_state_dict
+from loraio.basestate import base_state_dict
 from loraio.identity import digests
 
 ROW = "loading"

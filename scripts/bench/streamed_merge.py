@@ -46,7 +46,8 @@ from _paired import (
 import loraio
 from loraio import container
 from loraio.adapter import Adapter, BaseReference, Target
-from loraio.identity import state_sha256, tensor_sha256
+from loraio.container import tensor_sha256
+from loraio.identity import state_sha256
 
 ROW = "streamed_merge"
 RANK = 16

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 import loraio
-from loraio.container import dtype_code, tensor_bytes
+from loraio.container import dtype_code, tensor_bytes, tensor_sha256
 from loraio.errors import LoraioError
-from loraio.identity import state_sha256, tensor_sha256
+from loraio.identity import state_sha256
 from loraio.kinds import KINDS
 from loraio.layers import TargetModule, target_modules
 from loraio.networks import find_network, network_of

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import loraio
@@ -164,6 +165,57 @@ def test_every_command_takes_it(run_json: RunJson, files: Path, exported: Path, 
     assert set(both["adapters"]) == {"three"}
 
 
+@pytest.fixture
+def other(files: Path, tmp_path: Path) -> Path:
+    """Another base of the same shapes: one weight that the adapter three changes is another."""
+    network = loraio.load_base(files / "base.safetensors")
+    with torch.no_grad():
+        network.get_parameter("conv2.weight").mul_(1.25)
+    loraio.save_base(network, tmp_path / "other.safetensors")
+    return tmp_path / "other.safetensors"
+
+
+@pytest.mark.parametrize("dialect", ["peft", "kohya", "lycoris", "diffusers"])
+def test_what_we_exported_is_refused_on_another_base(
+    dialect: str,
+    run: Run,
+    run_json: RunJson,
+    files: Path,
+    other: Path,
+    digits_test: loraio.Dataset,
+    tmp_path: Path,
+) -> None:
+    theirs, merged, back = tmp_path / "theirs", tmp_path / "merged.safetensors", tmp_path / "back"
+    run("convert", files / "three.safetensors", "-o", theirs, "--to", dialect)
+    image = tmp_path / "image.png"
+    Image.fromarray((digits_test.images[0, 0] * 255).byte().numpy()).save(image)
+    commands: list[tuple[object, ...]] = [
+        ("merge", other, theirs, "-o", merged),
+        ("verify", other, theirs, files / "merged.safetensors"),
+        ("evaluate", other, "--adapter", theirs, "--dataset", "digits"),
+        ("predict", other, image, "--adapter", theirs),
+        ("convert", theirs, "-o", back, "--to", "native", "--base", other),
+        ("convert", files / "three.safetensors", "-o", back, "--to", "peft", "--base", other),
+    ]
+    for words in commands:
+        failed = run_json(*words, code=1)
+        assert failed["error"] == "BaseMismatchError"
+        assert "'conv2.weight': changed weights" in failed["message"]
+        assert "'conv1.weight'" not in failed["message"]
+    assert not merged.exists()
+    assert not back.exists()
+    allowed = "--allow-base-mismatch"
+    (line,) = run_json(*commands[0], allowed)["base_mismatch"]
+    assert line.startswith("'conv2.weight': changed weights")
+    assert run_json("inspect", merged)["merged"][0]["base_mismatch"] == [line]
+    assert run_json("verify", other, theirs, merged, allowed)["ok"]
+    for words in commands[2:4]:
+        assert f"another base: {line}" in run(*words, allowed).stderr
+    assert run_json(*commands[4], allowed, "--dry-run")["base_mismatch"] == [line]
+    assert f"note: another base: {line}" in run(*commands[4], allowed).stderr
+    assert back.read_bytes() == (files / "three.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("dialect", ["loralib", "minlora"])
 def test_what_has_no_alpha_needs_lossy_to_be_written_and_alpha_to_be_read(
     dialect: str, run: Run, run_json: RunJson, files: Path, tmp_path: Path, three: loraio.Adapter
@@ -175,6 +227,8 @@ def test_what_has_no_alpha_needs_lossy_to_be_written_and_alpha_to_be_read(
     assert set(lost) == {"alpha", "base", "training"}
     assert lost["alpha"].endswith(": 6")
     assert not out.exists()
+    unread = run("convert", files / "three.safetensors", "-o", tmp_path / "o.safetensors", "--to", dialect, code=1)
+    assert "a name that ends in .pt" in unread.stderr
     assert run_json(*words, "--lossy")["done"]
     assert run_json("inspect", out)["dialect"] == dialect
     assert "lora_alpha is 1 unless" in run("merge", base, out, "-o", tmp_path / "m", code=1).stderr

@@ -28,7 +28,7 @@ def test_an_adapter_as_json_has_the_documented_keys(run_json: RunJson, files: Pa
         "bytes": path.stat().st_size,
         "type": "adapter",
         "dialect": "native",
-        "format_version": 1,
+        "format_version": 2,
         "rank": 4,
         "alpha": 6,
     }
@@ -87,7 +87,7 @@ def test_an_adapter_as_text_names_base_targets_and_training(run: Run, files: Pat
     result = run("inspect", files / "three.safetensors")
     text = result.stdout
     assert result.stderr == ""
-    for word in ("adapter, native format version 1", "base: digit-cnn", "64x32x3x3", "digit: 3", "before: accuracy"):
+    for word in ("adapter, native format version 2", "base: digit-cnn", "64x32x3x3", "digit: 3", "before: accuracy"):
         assert word in text
 
 
@@ -124,10 +124,10 @@ def test_a_residue_says_of_which_merge_it_is(run: Run, run_json: RunJson, files:
     (receipt,) = run_json("inspect", path)["merged"]
     found = run_json("inspect", f"{path}.residue")
     digests = {key: receipt[key] for key in ("adapter_sha256", "base_sha256", "strength")}
-    assert found.items() >= {"type": "residue", "format_version": 1, "merged_sha256": done.sha256, **digests}.items()
+    assert found.items() >= {"type": "residue", "format_version": 2, "merged_sha256": done.sha256, **digests}.items()
     assert found["tensors"].keys() == receipt["changed"].keys()
     text = run("inspect", f"{path}.residue").stdout
-    assert text.startswith(f"{path}.residue: residue of a merge, format version 1, 3 tensors")
+    assert text.startswith(f"{path}.residue: residue of a merge, format version 2, 3 tensors")
     assert receipt["residue_sha256"] in run("inspect", path).stdout
     assert f"merged_sha256: {done.sha256}" in text
 
@@ -153,7 +153,7 @@ def test_a_file_from_elsewhere_is_a_base_without_a_name(run: Run, run_json: RunJ
 )
 def test_odd_metadata_is_shown_not_stumbled_over(run: Run, tmp_path: Path, entries: dict[str, Any]) -> None:
     path = tmp_path / "odd.safetensors"
-    container.write({"a": torch.zeros(2)}, path, document={"format_version": 1, **entries})
+    container.write({"a": torch.zeros(2)}, path, document={"format_version": 2, **entries})
     assert "base model" in run("inspect", path).stdout
 
 

@@ -27,7 +27,7 @@ def test_pack_inspect_and_unpack_agree_as_json(run_json: RunJson, files: Path, t
         "adapters": ["seven", "three"],
     }
     seen = run_json("inspect", output)
-    assert (seen["type"], seen["format_version"], seen["bytes"]) == ("pack", 1, output.stat().st_size)
+    assert (seen["type"], seen["format_version"], seen["bytes"]) == ("pack", 2, output.stat().st_size)
     three = seen["adapters"]["three"]
     data = (files / "three.safetensors").read_bytes()
     assert output.read_bytes()[three["begin"] :][: three["bytes"]] == data
@@ -40,7 +40,7 @@ def test_the_same_as_text(run: Run, files: Path, tmp_path: Path) -> None:
     output = tmp_path / "all.pack"
     assert run("pack", files, "-o", output).stdout.startswith(f"{output}: 2 adapters, ")
     text = run("inspect", output).stdout
-    assert "pack of 2 adapters, format version 1" in text
+    assert "pack of 2 adapters, format version 2" in text
     assert "seven" in text
     assert run("unpack", output, "-o", tmp_path / "out").stdout == f"{tmp_path / 'out'}: 2 adapters\n"
 

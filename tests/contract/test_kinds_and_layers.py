@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from loraio import folding
 from loraio.adapter import SCALE_RULES, Target
-from loraio.container import dtype_code
-from loraio.identity import tensor_sha256
+from loraio.container import dtype_code, tensor_sha256
 from loraio.kinds import KINDS, Kind
 from loraio.kinds.lora import INITS
 from loraio.layers import LAYER_TYPES, LayerType, target_modules

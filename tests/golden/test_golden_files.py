@@ -1,21 +1,25 @@
 """Committed files: today's writer must give their bytes, today's reader their values.
 
-A change here is a change of the file format. The files were made by ``loraio.save`` from the literals below.
+A change here is a change of the file format. The files were made by ``loraio.save`` from the literals below, each by a
+loraio that wrote its version.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import struct
 from pathlib import Path
 
+import pytest
 import torch
 
 import loraio
 from loraio.adapter import Adapter, BaseReference, Target
 
-FILE = Path(__file__).parent / "adapter-v1.safetensors"
+FILE = Path(__file__).parent / "adapter-v2.safetensors"
+FIRST = Path(__file__).parent / "adapter-v1.safetensors"
 
 A1 = [[0.5, -0.25, 1.0, 0.0]]
 B1 = [[1.0], [-2.0]]
@@ -24,7 +28,7 @@ B2 = [[1.0, 0.5], [-1.0, 2.0], [0.0, 0.25], [-0.5, 4.0]]
 
 
 def golden() -> Adapter:
-    """Two targets of other layers, ranks, rules and dtypes, with a key at each level that version 1 does not know."""
+    """Two targets of other layers, ranks, rules and dtypes, with a key at each level that no version knows."""
     return Adapter(
         targets={
             "conv1.weight": Target(
@@ -58,19 +62,24 @@ def test_the_writer_gives_the_bytes_of_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "new").read_bytes() == FILE.read_bytes()
 
 
-def test_the_reader_gives_the_values_of_the_file() -> None:
-    read = loraio.load(FILE)
+@pytest.mark.parametrize("file", [FIRST, FILE])
+def test_the_reader_gives_the_values_of_the_file(file: Path) -> None:
+    read = loraio.load(file)
     assert read == golden()
     assert type(read.targets["conv1.weight"].alpha) is int
     assert read.factors["conv1.weight.lora_A"].tolist() == A1
     assert read.factors["é.fc.weight.lora_B"].tolist() == B2
 
 
-def test_the_file_is_the_one_that_was_committed() -> None:
-    assert (
-        hashlib.sha256(FILE.read_bytes()).hexdigest()
-        == "8e6e6f0f770f7842381c826885981f49ffbaf0072da30af92985bc018cc793c9"
-    )
+@pytest.mark.parametrize(
+    ("file", "sha256"),
+    [
+        (FIRST, "8e6e6f0f770f7842381c826885981f49ffbaf0072da30af92985bc018cc793c9"),
+        (FILE, "0bafaf800d9a5e8922ad2ea32edae74f31e0d727aed0f63b527a4c41c05a2977"),
+    ],
+)
+def test_the_file_is_the_one_that_was_committed(file: Path, sha256: str) -> None:
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == sha256
 
 
 def test_a_second_reader_written_from_the_specification_finds_the_same() -> None:
@@ -92,6 +101,12 @@ def test_a_second_reader_written_from_the_specification_finds_the_same() -> None
     bfloats = [struct.unpack("<f", struct.pack("<I", bits << 16))[0] for bits in values("é.fc.weight.lora_A", "H")]
     assert bfloats == list(flat(A2))
     document = json.loads(header.pop("__metadata__")["loraio"])
-    assert document["format_version"] == 1
+    assert document["format_version"] == 2
     assert document["targets"]["é.fc.weight"]["alpha"] == 1.5
+    own = document["integrity"]["file"].encode()
+    assert hashlib.sha256(content[: 8 + length].replace(own, b"0" * 64)).hexdigest() == own.decode()
+    digests = base64.b64decode(document["integrity"]["tensors"])
+    for place, name in enumerate(sorted(header, key=lambda name: header[name]["data_offsets"])):
+        begin, end = header[name]["data_offsets"]
+        assert hashlib.sha256(data[begin:end]).digest() == digests[32 * place : 32 * place + 32]
     assert set(header) == {f"{name}.{short}" for name in document["targets"] for short in ("lora_A", "lora_B")}

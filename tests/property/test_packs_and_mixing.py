@@ -17,7 +17,8 @@ from torch import nn
 import loraio
 from loraio import bank as bank_module
 from loraio.errors import LoraioError
-from loraio.formats.pack import name_key, name_problem, read_index, read_member
+from loraio.formats.pack import read_index, read_member
+from loraio.names import name_key, name_problem
 
 HOSTILE = settings(max_examples=250, deadline=None)
 

@@ -193,6 +193,7 @@ def factors_with(**changes: Tensor | None) -> dict[str, Tensor]:
         (factors_with(lora_C=torch.ones(2)), "'conv.weight.lora_C' belongs to no target"),
         (factors_with(lora_A=torch.full((2, 6), math.nan)), "'conv.weight.lora_A' holds 12 values that are NaN"),
         (factors_with(lora_B=torch.tensor([[1, math.inf]] * 4)), "'conv.weight.lora_B' holds 4 values .* of 8"),
+        (factors_with(lora_B=torch.tensor([[-math.inf, math.inf]] * 4)), "'conv.weight.lora_B' holds 8 values .* of 8"),
         (factors_with(lora_A=torch.ones(2, 6).int()), "'conv.weight.lora_A' has dtype torch.int32"),
         (factors_with(lora_A=torch.ones(2, 6, dtype=torch.complex64)), "dtype torch.complex64"),
         (factors_with(lora_A=torch.ones(2, 6).to(torch.float8_e5m2)), "dtype torch.float8_e5m2"),
@@ -202,6 +203,12 @@ def factors_with(**changes: Tensor | None) -> dict[str, Tensor]:
 def test_factors_that_cannot_be_used_are_refused(factors: dict[str, Tensor], match: str) -> None:
     with pytest.raises(AdapterError, match=match):
         adapter(factors=factors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_factors_whose_sum_is_not_are_fine(dtype: torch.dtype) -> None:
+    largest = torch.full((2, 6), torch.finfo(dtype).max, dtype=dtype, requires_grad=True)
+    assert adapter(factors=factors_with(lora_A=largest)).factors["conv.weight.lora_A"] is largest
 
 
 @pytest.mark.parametrize("shape", [(6, 2), (1, 6), (2, 5), (2, 3, 2, 1), (12,)])

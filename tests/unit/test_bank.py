@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import nn
 
 import loraio
 from loraio import bank as bank_module
+from loraio import container
 from loraio.errors import (
     AdapterError,
     BaseMismatchError,
@@ -24,6 +26,7 @@ from loraio.errors import (
     StateError,
     UnknownNameError,
 )
+from loraio.formats.native import to_document
 
 
 @pytest.fixture
@@ -143,7 +146,9 @@ def test_a_file_that_became_a_link_or_a_pipe_is_not_read(folder: Path, files: Pa
         bank["three"]
 
 
-def test_names_that_differ_in_case_or_normal_form_are_refused_by_name(folder: Path, files: Path) -> None:
+def test_names_that_differ_in_case_or_normal_form_are_refused_by_name(
+    folder: Path, files: Path, base: nn.Module
+) -> None:
     data = (files / "three.safetensors").read_bytes()
     for name in ("Seven", "caf\u00e9", "nai\u0308ve"):
         (folder / f"{name}.safetensors").write_bytes(data)
@@ -152,6 +157,13 @@ def test_names_that_differ_in_case_or_normal_form_are_refused_by_name(folder: Pa
     bank = loraio.Bank(folder)
     assert bank.names == ("caf\u00e9", "na\u00efve", "three")  # all in normal form C
     assert bank["na\u00efve"] == bank["three"]
+    assert "nai\u0308ve" in bank  # found in either form, wherever it is asked for
+    assert bank["nai\u0308ve"] == bank["na\u00efve"]
+    given = loraio.Bank({"nai\u0308ve": bank["three"]})
+    assert given.names == ("na\u00efve",)
+    image = torch.rand(2, 1, 28, 28)
+    outputs = given.forward(base, image, ["nai\u0308ve", "na\u00efve"])
+    assert outputs.equal(bank.forward(base, image, ["three", "three"]))
     for name in ("seven", "Seven"):
         assert name not in bank
         with pytest.raises(ConfigError, match=f"adapter '{name}' cannot be used: 'Seven' and 'seven' are one name"):
@@ -210,8 +222,10 @@ def test_a_bad_file_leaves_the_old_adapter_working(
     loraio.save(foreign, folder / "foreign.safetensors")
     loraio.save_base(base, folder / "base.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "three.safetensors").read_bytes()[:-1])
-    nan = (folder / "three.safetensors").read_bytes()[:-4] + b"\xff\xff\xff\x7f"
-    (folder / "nan.safetensors").write_bytes(nan)
+    damaged = (folder / "three.safetensors").read_bytes()[:-4] + b"\xff\xff\xff\x7f"
+    (folder / "damaged.safetensors").write_bytes(damaged)
+    factors = {name: factor * math.nan for name, factor in three.factors.items()}
+    container.write(factors, folder / "nan.safetensors", document=to_document(three))
     bank = loraio.Bank(folder)
     live = bank.swap(base, "three")
     before = outputs(base, images)
@@ -219,6 +233,7 @@ def test_a_bad_file_leaves_the_old_adapter_working(
         ("foreign", BaseMismatchError),
         ("base", FormatError),
         ("cut", FormatError),
+        ("damaged", FormatError),
         ("nan", AdapterError),
         ("none", UnknownNameError),
     ):

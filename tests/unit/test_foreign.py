@@ -17,7 +17,15 @@ from torch import Tensor, nn
 import loraio
 from loraio import formats
 from loraio.adapter import Adapter
-from loraio.errors import AdapterError, BaseMismatchError, FormatError, LoraioError, MissingFileError, StateError
+from loraio.errors import (
+    AdapterError,
+    BaseMismatchError,
+    FormatError,
+    LoraioError,
+    MissingFileError,
+    OutputError,
+    StateError,
+)
 from loraio.formats.foreign import ORIGIN, Options
 from loraio.formats.peft import Peft
 from loraio.formats.report import Report
@@ -401,7 +409,7 @@ def test_an_adapter_of_another_network_is_not_written(base: nn.Module) -> None:
 )
 @pytest.mark.parametrize("form", ["safetensors", "pickle", "memory"])
 def test_one_number_is_read_from_any_container(value: Tensor, expected: float, form: str, tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / ("file.pt" if form == "pickle" else "file")
     tensors = {"first": torch.ones(3), "x.alpha": value}
     torch.save(tensors, path) if form == "pickle" else save_file(tensors, path)
     source = open_source(path)
@@ -464,3 +472,104 @@ def test_written_files_are_not_replaced_without_being_asked(base: nn.Module, tmp
     with pytest.raises(LoraioError, match="folder"):
         formats.write(Peft(), encoded, tmp_path / "no/such")
     assert sorted(load_file(tmp_path / "out/adapter_model.safetensors")) == sorted(encoded.tensors)
+
+
+# The base of an export
+
+
+@pytest.fixture
+def export(base: nn.Module, tmp_path: Path) -> Callable[[], Path]:
+    """An adapter on fc, as loraio writes it for PEFT."""
+
+    def made() -> Path:
+        encoded = encode(on(base, "fc"), base)
+        formats.write(Peft(), encoded, tmp_path / "exported")
+        return tmp_path / "exported"
+
+    return made
+
+
+def changed(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Path:
+    """The folder after somebody changed it and gave it fitting digests."""
+    file, config_file = path / "adapter_model.safetensors", path / "adapter_config.json"
+    document = loraio.container.read_header(file).document()
+    tensors, config = load_file(file), json.loads(config_file.read_text())
+    change(tensors, config)
+    loraio.container.write(tensors, file, document=document, metadata={"format": "pt"}, overwrite=True)
+    config_file.write_text(json.dumps(config))
+    return path
+
+
+def other_of(base: nn.Module, name: str) -> nn.Module:
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.get_parameter(name).mul_(1.25)
+    return other
+
+
+def double_alpha(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    config["lora_alpha"] *= 2
+
+
+def nothing(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    pass
+
+
+@pytest.mark.parametrize("change", [nothing, double_alpha])
+@pytest.mark.parametrize(
+    ("name", "says"), [("fc.weight", "'fc.weight': changed weights"), ("bare.weight", "other tensors of the network")]
+)
+def test_an_export_knows_its_base_whatever_became_of_the_file(
+    change: Any, name: str, says: str, export: Callable[[], Path], base: nn.Module
+) -> None:
+    path, other = changed(export(), change), other_of(base, name)
+    text = refusal(path, other, BaseMismatchError)
+    assert says in text
+    assert str(path) in text
+    adapter = loraio.load(path, base=other, allow_base_mismatch=True)
+    assert adapter.base.sha256 == loraio.load(path, base=base).base.sha256
+    with pytest.raises(BaseMismatchError, match=says):
+        loraio.merge(other.state_dict(), adapter)
+    loraio.merge(base.state_dict(), adapter)
+
+
+def test_an_export_for_a_base_of_another_dtype_is_refused_too(export: Callable[[], Path], base: nn.Module) -> None:
+    path, half = export(), copy.deepcopy(base).half()
+    assert "same weights cast to float16" in refusal(path, half, BaseMismatchError)
+    adapter = loraio.load(path, base=half, allow_base_mismatch=True)
+    assert adapter.targets["fc.weight"].dtype == "F32"
+    assert adapter == loraio.load(path, base=base)
+
+
+def test_an_export_without_our_metadata_cannot_know_its_base(export: Callable[[], Path], base: nn.Module) -> None:
+    path, other = export(), other_of(base, "fc.weight")
+    save_file(load_file(path / "adapter_model.safetensors"), path / "adapter_model.safetensors", {"format": "pt"})
+    assert loraio.merge(other.state_dict(), loraio.load(path, base=other)).keys() == other.state_dict().keys()
+
+
+def test_replaced_tensors_belong_to_the_base_of_the_export_too(write: Write, base: nn.Module, tmp_path: Path) -> None:
+    head = {"inner.fc.weight": torch.ones(6, 4), "inner.fc.bias": torch.zeros(6)}
+    adapter = loraio.load(write(fc_tensors(**head), modules_to_save=["inner.fc"]), base=base)
+    path = tmp_path / "exported"
+    formats.write(Peft(), encode(adapter, base), path)
+    other = other_of(base, "inner.fc.weight")
+    assert "'inner.fc.weight': other values" in refusal(path, other, BaseMismatchError)
+    assert loraio.load(path, base=other, allow_base_mismatch=True) == loraio.load(path, base=base)
+    with torch.no_grad():
+        other.get_parameter("inner.fc.weight").fill_(1)  # as in the file, which then has nothing to replace there
+    assert "other tensors of the network differ" in refusal(path, other, BaseMismatchError)
+
+
+def test_a_link_in_the_folder_is_not_written_through(base: nn.Module, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "out", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("mine")
+    encoded = encode(on(base, "fc"), base)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / name).symlink_to(outside)
+        with pytest.raises(OutputError, match="is a link"):
+            formats.write(Peft(), encoded, folder, overwrite=True)
+        (folder / name).unlink()
+    assert outside.read_text() == "mine"
+    assert not list(folder.iterdir())
+    formats.write(Peft(), encoded, folder)

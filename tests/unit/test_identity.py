@@ -15,8 +15,9 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 import loraio
 from loraio import identity
+from loraio.container import tensor_sha256
 from loraio.errors import BaseMismatchError, StateError
-from loraio.identity import BaseIdentity, digests, identity_of, state_sha256, tensor_sha256
+from loraio.identity import BaseIdentity, digests, identity_of, state_sha256
 from loraio.watching import SAMPLED
 
 

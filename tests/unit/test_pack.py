@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from sealing import resealed
 
 import loraio
 from loraio import container
@@ -22,7 +23,8 @@ from loraio.errors import (
     OutputExistsError,
     UnknownNameError,
 )
-from loraio.formats.pack import name_problem, read_index, read_member
+from loraio.formats.pack import read_index, read_member
+from loraio.names import name_problem
 
 Rewrite = Callable[[dict[str, Any], dict[str, Any]], None]
 
@@ -43,8 +45,12 @@ def rewritten(path: Path, change: Rewrite) -> Path:
     change(header, document)
     header["__metadata__"]["loraio"] = json.dumps(document)
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    path.write_bytes(resealed(len(text).to_bytes(8, "little") + text) + data[8 + length :])
     return path
+
+
+def names_in(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
 
 
 def test_unpacked_files_are_the_packed_ones_byte_for_byte(packed: Path, files: Path, tmp_path: Path) -> None:
@@ -159,8 +165,13 @@ def test_names_that_some_systems_take_for_one_are_refused_together(files: Path, 
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../x", "a/b", "a\\b", "C:x", "a\0", "a\n", " a", "a.", ".a", "a" * 201, "e\u0301", "a*"]
-)
+    "name",
+    [
+        "", ".", "..", "../x", "/x", "a/b", "a\\b", "..\\x", "C:x", "a\0", "a\n", " a", "a ", "a.", ".a", "-a",
+        "a" * 201, "e\u0301", "a*", "con", "NUL", "Aux.v2", "com1", "LPT\u00b2", "a\u202eb", "a\u200bb",
+        "\ufeffa", "a\u2028b", "a\x1b[2J",
+    ],
+)  # fmt: skip
 def test_a_name_that_is_no_file_name_everywhere_is_refused(packed: Path, name: str) -> None:
     assert name_problem(name)
 
@@ -172,6 +183,78 @@ def test_a_name_that_is_no_file_name_everywhere_is_refused(packed: Path, name: s
         read_index(rewritten(packed, rename))
 
 
+@pytest.mark.parametrize(
+    "name", ["a-b", "console", "null", "com", "com12", "a b", "größe", "\u0645\u06cc\u200c\u062e", "👩\u200d🔬"]
+)
+def test_other_names_are_fine(name: str, packed: Path, files: Path, tmp_path: Path) -> None:
+    def rename(header: dict[str, Any], document: dict[str, Any]) -> None:
+        header[name] = header.pop("three")
+        document["pack"][name] = document["pack"].pop("three")
+
+    (file,) = loraio.unpack(rewritten(packed, rename), tmp_path / "out", names=[name])
+    assert file.read_bytes() == (files / "three.safetensors").read_bytes()
+    assert names_in(tmp_path / "out") == [f"{name}.safetensors"]
+
+
+def test_links_in_the_folder_are_not_written_through(packed: Path, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "out", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("mine")
+    for target in (outside, tmp_path / "not there"):
+        (folder / "three.safetensors").symlink_to(target)
+        for overwrite, error in ((False, OutputExistsError), (True, OutputError)):
+            with pytest.raises(error):
+                loraio.unpack(packed, folder, overwrite=overwrite)
+        assert names_in(folder) == ["three.safetensors"]
+        (folder / "three.safetensors").unlink()
+    assert outside.read_text() == "mine"
+    assert not (tmp_path / "not there").exists()
+    (folder / "three.safetensors").hardlink_to(outside)
+    loraio.unpack(packed, folder, overwrite=True)
+    assert outside.read_text() == "mine"
+    loraio.unpack(packed, tmp_path / "again", names=["three"])
+    (tmp_path / "named").symlink_to(tmp_path / "again", target_is_directory=True)  # the folder itself the user names
+    loraio.unpack(packed, tmp_path / "named", names=["seven"])
+    assert len(names_in(tmp_path / "again")) == 2
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/three.safetensors").mkdir(parents=True)
+    with pytest.raises(OutputError, match="is a folder"):
+        loraio.unpack(packed, tmp_path / "out", overwrite=True)
+    assert names_in(tmp_path / "out") == ["three.safetensors"]
+
+
+@pytest.mark.parametrize("there", ["Three", "THREE", "th\u200dree", "thr\u0435e"])
+def test_a_file_of_nearly_the_same_name_is_never_replaced(there: str, packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"{there}.safetensors"
+    path.write_text("mine")
+    if there == "thr\u0435e":  # a Cyrillic letter is another one to every system
+        loraio.unpack(packed, tmp_path)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    else:
+        with pytest.raises(OutputExistsError, match="nearly the same names"):
+            loraio.unpack(packed, tmp_path)
+        with pytest.raises(OutputExistsError, match="are one name to some systems"):
+            loraio.unpack(packed, tmp_path, overwrite=True)
+        assert [file.name for file in tmp_path.glob("*.safetensors")] == [path.name]
+    assert path.read_text() == "mine"
+
+
+def test_a_file_in_the_other_normal_form_is_the_same_file(files: Path, tmp_path: Path) -> None:
+    source = tmp_path / "caf\u00e9.safetensors"
+    source.write_bytes((files / "three.safetensors").read_bytes())
+    loraio.pack([source], tmp_path / "all.pack")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "cafe\u0301.safetensors").write_text("old")
+    with pytest.raises(OutputExistsError, match="1 of 1 files exist"):
+        loraio.unpack(tmp_path / "all.pack", folder)
+    loraio.unpack(tmp_path / "all.pack", folder, names=["cafe\u0301"], overwrite=True)
+    (file,) = folder.iterdir()
+    assert file.read_bytes() == source.read_bytes()
+
+
 def swap_offsets(header: dict[str, Any], _: dict[str, Any]) -> None:
     header["three"]["data_offsets"] = header["seven"]["data_offsets"]
     header["three"]["shape"] = header["seven"]["shape"]
@@ -181,14 +264,14 @@ def swap_offsets(header: dict[str, Any], _: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (swap_offsets, "overlaps the one before"),
-        (lambda h, d: h.pop("three"), "bytes, the file has"),
+        (lambda h, d: h.pop("three"), "bytes follow the last tensor"),
         (lambda h, d: d["pack"].pop("three"), "'three' is there and not listed"),
         (lambda h, d: d["pack"].update(four="0" * 64), "'four' is listed and not there"),
         (lambda h, d: d["pack"].update(three="0" * 63), "not 64 hexadecimal digits"),
         (lambda h, d: d["pack"].update(three=None), "not 64 hexadecimal digits"),
         (lambda h, d: h["three"].update(dtype="I8"), "I8 of shape .* not a list of bytes"),
         (lambda h, d: h["three"].update(shape=[1, *h["three"]["shape"]]), "not a list of bytes"),
-        (lambda h, d: d.update(format_version=2), "pack version 2, this loraio reads version 1"),
+        (lambda h, d: d.update(format_version=3), "pack version 3, this loraio reads versions up to 2"),
         (lambda h, d: d.update(format_version=True), "pack version True"),
         (lambda h, d: d.update(pack=["three", "seven"]), "'pack' is not a JSON object"),
         (lambda h, d: d.pop("pack"), "not a pack of adapters"),

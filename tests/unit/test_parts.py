@@ -54,7 +54,8 @@ def test_other_names_are_no_parted_checkpoints(tmp_path: Path) -> None:
     "file",
     [
         "../a.safetensors", "..", "sub/a.safetensors", "sub\\a.safetensors", "/etc/a.safetensors", "C:a.safetensors",
-        "a.bin", "", ".", None, 3, ["a.safetensors"], "a\0.safetensors",
+        "a.bin", "", ".", None, 3, ["a.safetensors"], "a\0.safetensors", "NUL.safetensors", "com1.a.safetensors",
+        "a\x1b.safetensors", "a\u202e.safetensors",
     ],
 )  # fmt: skip
 def test_a_part_outside_of_the_folder_is_refused(
@@ -65,6 +66,22 @@ def test_a_part_outside_of_the_folder_is_refused(
         read(index)
     assert caught.value.problems == (f"'fc.bias' is in {file!r}",)
     assert str(index) in str(caught.value)
+
+
+def test_parts_that_are_one_file_to_some_systems_are_refused(
+    read: Read, write_parts: WriteParts, base: nn.Module, tmp_path: Path
+) -> None:
+    index = write_parts(base.state_dict(), tmp_path / "parts", **{"fc.bias": "A-1-OF-2.safetensors"})
+    with pytest.raises(FormatError, match=r"'A-1-OF-2.*' and 'a-1-of-2.*' are one name"):
+        read(index)
+
+
+def test_parts_may_be_links_as_in_the_caches_of_hubs(write_parts: WriteParts, base: nn.Module, tmp_path: Path) -> None:
+    index = write_parts(base.state_dict(), tmp_path / "parts")
+    part = tmp_path / "parts/a-1-of-2.safetensors"
+    part.rename(tmp_path / "blob")
+    part.symlink_to(tmp_path / "blob")
+    assert read_parted_header(index).tensors.keys() == base.state_dict().keys()
 
 
 def test_index_and_parts_that_contradict_each_other_are_refused_with_every_line(

@@ -386,7 +386,7 @@ def test_a_tensor_of_another_shape_takes_the_place_of_the_base_s(tmp_path: Path)
 def test_the_layout_is_that_of_the_safetensors_library() -> None:
     tensors = {}
     for number, name in enumerate(TORCH_DTYPES.values()):
-        for text in (f"b{number}", f'é\n\x01"\\\x7f/{number}', f"字{number}", f"😀{number}"):
+        for text in (f"b{number}", f'é"\\/{number}', f"字{number}", f"😀{number}"):
             tensors[text] = torch.zeros(number % 3, 2, dtype=getattr(torch, name))
     metadata = {"loraio": '{"a":"é\\n"}'}
     facts = {name: (dtype_code(values.dtype), tuple(values.shape)) for name, values in tensors.items()}

@@ -1,0 +1,188 @@
+"""What lets a file tell that one of its bits is no longer what was written; read and written without torch.
+
+The text of a file, which is the header of a safetensors file or an index, holds the SHA-256 of every tensor, and one
+of itself, taken while 64 zeros stand in its place. Together they cover every bit of the file. They notice damage; who
+wrote the file they do not tell.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from loraio.errors import FormatError
+
+KEY = "integrity"
+"""The key of a document that holds its digests."""
+
+SEALED = 2
+"""The format version of which every document has them; version 1 had none, and later ones are for others to refuse."""
+
+PENDING = "0" * 64
+"""What stands in the place of a digest that is not known yet."""
+
+_DIGEST_BYTES = 32
+_NAME = b'"integrity'  # where a quote is escaped, the backslash stands before it
+_ENTRY = re.compile(rb'"integrity\\?":\s*\{\s*\\?"file\\?":\s*\\?"([0-9a-f]{64})\\?"')
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HINT = "get it again from where it came; a program that changes it on purpose must leave out the metadata key 'loraio'"
+
+
+class Integrity(NamedTuple):
+    """The digests that a text holds, all of them lower-case hexadecimal.
+
+    Attributes:
+        tensors: of each tensor's bytes, by name; None where the document itself has them elsewhere.
+        parts: of the headers of a checkpoint's parts, by file name; empty for a single file.
+    """
+
+    tensors: Mapping[str, str] | None
+    parts: Mapping[str, str]
+
+
+def with_integrity(
+    document: Mapping[str, Any], tensors: Iterable[str] | None, parts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The document with an entry for its digests, ready for `seal`.
+
+    Args:
+        document: JSON values.
+        tensors: SHA-256 of each tensor, in the order in which the text lists them; None where the document has them.
+        parts: as `Integrity.parts`.
+
+    Raises:
+        FormatError: the document has such an entry already.
+    """
+    if KEY in document:
+        raise FormatError(f"the metadata have a key {KEY!r}, which the file itself needs")
+    entry: dict[str, Any] = {"file": PENDING}
+    if tensors is not None:
+        entry["tensors"] = base64.b64encode(b"".join(bytes.fromhex(digest) for digest in tensors)).decode("ascii")
+    if parts:
+        entry["parts"] = dict(sorted(parts.items()))
+    return {**document, KEY: entry}
+
+
+def seal(text: bytes, *, where: str) -> bytes:
+    """The text with its digest in the place that `with_integrity` left for it; a text without such a place as it is.
+
+    Raises:
+        FormatError: something else in the text looks like that place.
+    """
+    found = _entries(text)
+    if not found:
+        return text
+    if len(found) > 1 or found[0][1] != PENDING.encode():
+        raise FormatError("the metadata hold the text of another file's digests", where=where)
+    start = found[0][0]
+    return text[:start] + hashlib.sha256(text).hexdigest().encode() + text[start + len(PENDING) :]
+
+
+def unsealed(text: str) -> str:
+    """A document's text with its digest taken out, as `with_integrity` left it: for a copy, which is sealed again."""
+    return _ENTRY.sub(lambda match: match[0].replace(match[1], PENDING.encode()), text.encode("utf-8")).decode("utf-8")
+
+
+def check(text: bytes, document: dict[str, Any] | None, names: Sequence[str], *, where: str) -> Integrity | None:
+    """Compare a text with its digest, and take the entry out of the document.
+
+    Args:
+        text: all of it, byte by byte as it is in the file.
+        document: of loraio, as parsed from the text; None where it has none.
+        names: of the tensors, in the order in which the text lists them.
+        where: the file, for errors.
+
+    Returns:
+        what the entry says; None where there is none, as in files of format version 1 and of other tools.
+
+    Raises:
+        FormatError: the text has another digest, or the entry is missing or malformed.
+    """
+    entry = document.pop(KEY, None) if document is not None else None
+    found = _entries(text)
+    if entry is None:
+        version = document.get("format_version") if document is not None else None
+        if found or version == SEALED:
+            raise _damaged("its metadata have lost their digests", where)
+        return None
+    if len(found) != 1 or not isinstance(entry, dict) or entry.get("file") != found[0][1].decode("ascii"):
+        raise _damaged("the entry with its digests is not what loraio writes", where)
+    start = found[0][0]
+    digest = hashlib.sha256(memoryview(text)[:start])
+    digest.update(PENDING.encode())
+    digest.update(memoryview(text)[start + len(PENDING) :])
+    if digest.hexdigest() != entry["file"]:
+        raise _damaged("its header is not what was written", where)
+    parts = entry.get("parts", {})
+    if not isinstance(parts, dict) or not all(isinstance(d, str) and _SHA256.fullmatch(d) for d in parts.values()):
+        raise _damaged("the digests of its parts are malformed", where)
+    return Integrity(tensors=_by_name(entry.get("tensors"), names, where), parts=parts)
+
+
+def damaged_tensors(names: Sequence[str], *, of: int, where: str) -> FormatError:
+    """The error for tensors whose bytes have other digests than the file says."""
+    return FormatError(
+        f"the file is damaged: {len(names)} of {of} tensors are not what was written",
+        problems=[f"{name!r} has another SHA-256" for name in names[:20]]
+        + ([f"and {len(names) - 20} more"] if len(names) > 20 else []),
+        where=where,
+        hint=_HINT,
+    )
+
+
+def damaged_parts(files: Sequence[str], *, where: str) -> FormatError:
+    """The error for parts whose headers have other digests than the index says."""
+    return FormatError(
+        "the checkpoint is damaged, or its parts are of several checkpoints",
+        problems=[f"the header of {file!r} is not what was written" for file in files],
+        where=where,
+        hint=_HINT,
+    )
+
+
+def state_digest(rows: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
+    """One digest for a whole state dict, whatever the order of its tensors.
+
+    SHA-256 over one line for each tensor, lines sorted by the name's code points: the JSON array
+    ``["name","F32",[32,1,3,3],"<SHA-256 of its bytes>"]`` without spaces, non-ASCII characters escaped, and a newline.
+
+    Args:
+        rows: name, dtype code, shape and digest of each tensor.
+    """
+    whole = hashlib.sha256()
+    for name, dtype, shape, digest in sorted(rows):
+        whole.update(json.dumps([name, dtype, list(shape), digest], separators=(",", ":")).encode("ascii") + b"\n")
+    return whole.hexdigest()
+
+
+def _entries(text: bytes) -> list[tuple[int, bytes]]:
+    """Where the digests of entries begin in the text, and the digests."""
+    found, place = [], text.find(_NAME)
+    while place >= 0:
+        match = _ENTRY.match(text, place)
+        if match:
+            found.append((match.start(1), match[1]))
+        place = text.find(_NAME, place + 1)
+    return found
+
+
+def _by_name(encoded: Any, names: Sequence[str], where: str) -> dict[str, str] | None:
+    if encoded is None:
+        return None
+    try:
+        raw = base64.b64decode(encoded, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        raw = b""
+    if not isinstance(encoded, str) or len(raw) != _DIGEST_BYTES * len(names):
+        raise _damaged(f"the digests of its {len(names)} tensors are malformed", where)
+    places = range(0, len(raw), _DIGEST_BYTES)
+    return {name: raw[at : at + _DIGEST_BYTES].hex() for name, at in zip(names, places, strict=True)}
+
+
+def _damaged(what: str, where: str) -> FormatError:
+    return FormatError(f"the file is damaged: {what}", where=where, hint=_HINT)

@@ -1,0 +1,371 @@
+"""Mutation testing: small faults are put into a module, one at a time, and its tests must notice each.
+
+The mutants are those of mutmut's operators, of functions, methods, properties and constants alike. Left alone are
+annotations, decorators, docstrings, arguments of ``len`` and ``isinstance``, and texts with a space, which are prose.
+
+The tests of a module run once without a mutant, under a trace that says which test calls which function. Then each
+mutant gets a forked copy of that process, with the fixtures of the session as they are; there the code of the module
+is exchanged, and the tests that call the function run, the fastest first, until one fails. A mutant that lets tests
+run for far too long is killed too.
+
+``tests/mutants.md`` argues why certain mutants need not be noticed. All others that survive are printed, in the form
+of that file, and so is what it argues in vain; then the exit code is 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import gc
+import importlib
+import os
+import re
+import resource
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import hypothesis
+import libcst as cst
+import pytest
+from libcst.metadata import MetadataWrapper, PositionProvider
+from mutmut.mutation.mutators import mutation_operators
+
+ROOT = Path(__file__).parent.parent
+ARGUED = ROOT / "tests/mutants.md"
+
+TESTS = {
+    "merging": (
+        "unit/test_merging.py",
+        "unit/test_landing.py",
+        "unit/test_whole.py::test_attached_computes_what_merged_computes_and_verify_says_so",
+    ),
+    "verification": (
+        "unit/test_verification.py",
+        "unit/test_merging.py::test_a_fast_merge_is_wrong_only_by_what_float32_sums_are_unsure_of",
+        "unit/test_landing.py::test_a_mismatch_that_is_allowed_is_merged_verified_and_recorded",
+        "unit/test_streaming.py::test_the_first_look_in_float32_changes_no_result",
+        "unit/test_whole.py::test_attached_computes_what_merged_computes_and_verify_says_so",
+        "unit/test_whole.py::test_a_merge_that_lost_a_whole_tensor_is_caught",
+        "property/test_merge.py::test_a_merge_of_any_kind_is_verified_and_an_unmerged_state_is_not",
+    ),
+    "container": ("unit/test_container.py", "unit/test_formats.py", "property/test_hostile_files.py"),
+}
+"""The tests of each module, under ``tests/``: those that notice most, in little time."""
+
+SURVIVING = ("survived", "no test calls it", "not exchangeable")
+
+MEMORY_BYTES = 2**34
+"""Address space that the tests of a mutant may ask for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One fault.
+
+    Attributes:
+        place: the function it is in, by its qualified name; empty for a constant or a class attribute.
+        lines: first and last line of that function; None without one.
+        source: the whole module, with the fault.
+        change: the lines that differ, without their indent, after ``-`` and ``+``.
+    """
+
+    place: str
+    lines: tuple[int, int] | None
+    source: str
+    change: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join((f"@@ {self.place or 'module'} @@", *self.change))
+
+
+class _Visitor(cst.CSTVisitor):
+    """Collects what the operators make of each node."""
+
+    METADATA_DEPENDENCIES = (PositionProvider,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[int, int] | None, int, cst.CSTNode, cst.CSTNode]] = []
+        self._statements: list[cst.CSTNode] = []
+        self._at = -1
+        self._classes: list[str] = []
+        self._functions: list[cst.FunctionDef] = []
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, cst.Module):
+            self._statements = list(node.body)
+        elif self._at + 1 < len(self._statements) and node is self._statements[self._at + 1]:
+            self._at += 1
+        if isinstance(node, cst.Annotation | cst.Decorator | cst.ImportFrom | cst.Import):
+            return False
+        if isinstance(node, cst.If) and isinstance(node.test, cst.Name) and node.test.value == "TYPE_CHECKING":
+            return False
+        if isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value in ("len", "isinstance"):
+            return False
+        if isinstance(node, cst.SimpleString) and " " in node.value:
+            return False
+        if isinstance(node, cst.FunctionDef):
+            self._functions.append(node)
+        elif isinstance(node, cst.ClassDef):
+            self._classes.append(node.name.value)
+        for type_, operator in mutation_operators:
+            if isinstance(node, type_):
+                self.found += [(self._place(), self._lines(), self._at, node, changed) for changed in operator(node)]
+        return True
+
+    def on_leave(self, original_node: cst.CSTNode) -> None:
+        if isinstance(original_node, cst.FunctionDef):
+            self._functions.pop()
+        elif isinstance(original_node, cst.ClassDef):
+            self._classes.pop()
+
+    def _place(self) -> str:
+        return ".".join((*self._classes, *(function.name.value for function in self._functions[:1])))
+
+    def _lines(self) -> tuple[int, int] | None:
+        if not self._functions:
+            return None
+        outer = self._functions[0]
+        places = [self.get_metadata(PositionProvider, node) for node in (outer, *outer.decorators)]
+        return min(place.start.line for place in places), max(place.end.line for place in places)
+
+
+def mutants(source: str) -> list[Mutant]:
+    """All mutants of a module."""
+    wrapper = MetadataWrapper(cst.parse_module(source))
+    visitor = _Visitor()
+    wrapper.visit(visitor)
+    module = wrapper.module
+    texts = [module.code_for_node(node) for node in (*module.header, *module.body)]
+    found = []
+    for place, lines, at, node, changed in visitor.found:
+        text = module.code_for_node(module.body[at].deep_replace(node, changed))  # type: ignore[arg-type]
+        at += len(module.header)
+        mutated = "".join((*texts[:at], text, *texts[at + 1 :]))
+        delta = difflib.unified_diff(source.splitlines(), mutated.splitlines(), n=0, lineterm="")
+        change = tuple(line[0] + line[1:].strip() for line in list(delta)[2:] if line[0] in "-+")
+        if change and not _means_the_same(source, mutated):
+            found.append(Mutant(place=place, lines=lines, source=mutated, change=change))
+    return found
+
+
+def _means_the_same(a: str, b: str) -> bool:
+    try:
+        return ast.dump(ast.parse(a)) == ast.dump(ast.parse(b))
+    except SyntaxError:
+        return True  # no mutant at all
+
+
+def argued() -> dict[str, set[str]]:
+    """The mutants of `ARGUED`, as printed, by module."""
+    found: dict[str, set[str]] = {}
+    for section in re.split(r"^## ", ARGUED.read_text("utf-8"), flags=re.MULTILINE)[1:]:
+        name, _, rest = section.partition("\n")
+        blocks = re.findall(r"^```diff\n(.*?)^```$", rest, flags=re.MULTILINE | re.DOTALL)
+        found[name.strip()] = {
+            hunk.strip() for block in blocks for hunk in re.split(r"^(?=@@ )", block, flags=re.MULTILINE) if hunk
+        }
+    return found
+
+
+# Exchanging code
+
+
+def load(source: str, like: ModuleType) -> ModuleType:
+    """A module of its own that holds what a source says."""
+    fresh = ModuleType(like.__name__)
+    fresh.__dict__.update(__file__=like.__file__, __package__=like.__package__, __spec__=like.__spec__)
+    exec(compile(source, str(like.__file__), "exec"), fresh.__dict__)
+    return fresh
+
+
+def exchange(module: ModuleType, fresh: ModuleType) -> None:
+    """Make a module, and all that has imported from it, what another is: functions keep their identity."""
+    for name, new in vars(fresh).items():
+        old = vars(module).get(name)
+        if callable(new):
+            if new.__module__ == module.__name__:
+                for inner, value in vars(new).items() if isinstance(new, type) else ():
+                    _exchange_code(vars(old).get(inner), value)
+                _exchange_code(old, new)
+        elif not name.startswith("__") and not isinstance(new, ModuleType) and repr(new) != repr(old):
+            for other in list(sys.modules.values()):
+                if getattr(other, "__dict__", {}).get(name) is old:
+                    setattr(other, name, new)
+
+
+def _exchange_code(old: Any, new: Any) -> None:
+    for part in ("fget", "__func__", "__wrapped__"):
+        if hasattr(new, part):
+            _exchange_code(getattr(old, part), getattr(new, part))
+    if isinstance(old, FunctionType) and isinstance(new, FunctionType):
+        old.__code__, old.__defaults__, old.__kwdefaults__ = new.__code__, new.__defaults__, new.__kwdefaults__
+
+
+# Running
+
+
+class Runner:
+    """A plugin of pytest that runs the collected tests, then once more for each mutant."""
+
+    def __init__(self, name: str, only: str | None, report: Callable[[str], None]) -> None:
+        self.module = importlib.import_module(f"loraio.{name}")
+        self.file = str(self.module.__file__)
+        source = Path(self.file).read_text("utf-8")
+        self.mutants = [mutant for mutant in mutants(source) if only in (None, mutant.place or "module")]
+        self.report = report
+        self.survivors: list[Mutant] = []
+        self.endings: Counter[str] = Counter()
+        self._failed = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._failed |= report.failed
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+        session.config.pluginmanager.unregister(terminal)
+        calls, seconds = self._first_run(session)
+        self.report(f"{len(seconds)} tests in {sum(seconds.values()):.1f} s; {len(self.mutants)} mutants")
+        gc.freeze()  # a collection in a fork would copy all memory
+        for number, mutant in enumerate(self.mutants):
+            if number % 50 == 49:
+                self.report(f"{number + 1} of {len(self.mutants)}")
+            first, last = mutant.lines or (0, sys.maxsize)
+            chosen = [item for item in seconds if any(first <= line <= last for line in calls[item])]
+            chosen.sort(key=seconds.__getitem__)
+            limit = 10 + 5 * sum(seconds[item] for item in chosen)
+            ending = self._run(session, mutant, chosen, limit) if chosen else "no test calls it"
+            self.endings[ending] += 1
+            if ending in SURVIVING:
+                self.survivors.append(mutant)
+                self.report(f"{ending}:\n{mutant}")
+        return True
+
+    def _first_run(self, session: pytest.Session) -> tuple[dict[pytest.Item, set[int]], dict[pytest.Item, float]]:
+        """Which functions of the module each test calls, by first line, and how long it takes after the first time."""
+        calls: dict[pytest.Item, set[int]] = {}
+        lines: set[int] = set()
+
+        def trace(frame: FrameType, event: str, argument: Any) -> None:
+            code: CodeType = frame.f_code
+            if code.co_filename == self.file:
+                lines.add(code.co_firstlineno)
+
+        for item, following in _in_circle(session.items):
+            lines.clear()
+            sys.settrace(trace)
+            threading.settrace(trace)
+            self._run_one(item, following)
+            sys.settrace(None)
+            threading.settrace(None)  # type: ignore[arg-type]  # as its documentation says
+            calls[item] = set(lines)
+            if self._failed:
+                raise pytest.UsageError(f"{item.nodeid} fails without a mutant")
+        seconds = {}
+        for item, following in _in_circle([item for item in session.items if calls[item]]):
+            start = time.perf_counter()
+            self._run_one(item, following)
+            seconds[item] = time.perf_counter() - start
+        return calls, seconds
+
+    def _run_one(self, item: pytest.Item, following: pytest.Item | None) -> None:
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+    def _run(self, session: pytest.Session, mutant: Mutant, chosen: list[pytest.Item], limit: float) -> str:
+        child = os.fork()
+        if child == 0:
+            code = 2
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, limit)
+                resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+                fresh = load(mutant.source, self.module)
+                code = 3
+                exchange(self.module, fresh)
+                code = 1
+                for item in chosen:
+                    others = [other for other in session.items if other is not item]
+                    self._run_one(item, others[0] if others else None)
+                    if self._failed:
+                        break
+                else:
+                    code = 0
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            return "stopped" if os.WTERMSIG(status) == signal.SIGALRM else "crashed"
+        return ("survived", "noticed", "not importable", "not exchangeable")[os.WEXITSTATUS(status)]
+
+
+def _in_circle(items: list[pytest.Item]) -> Iterator[tuple[pytest.Item, pytest.Item | None]]:
+    """Each with the one that follows it, so that the fixtures of the session stay."""
+    for at, item in enumerate(items):
+        yield item, items[(at + 1) % len(items)] if len(items) > 1 else None
+
+
+def test_module(name: str, only: str | None, tests: list[str]) -> bool:
+    """Whether each mutant of a module is noticed or argued, and each argument needed."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)  # pytest takes the streams
+    start = time.perf_counter()
+    runner = Runner(name, only, lambda text: print(text, file=out))
+    options = ["-q", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none", "-o", "addopts="]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of hypothesis, imported before pytest starts
+    options += ["--import-mode=importlib", "--rootdir", str(ROOT), "--tb=native", "--assert=plain"]
+    code = pytest.main([*options, *tests], plugins=[runner])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or not runner.endings:
+        print(f"loraio/{name}.py: the tests did not run", file=out)
+        return False
+    known = argued().get(f"loraio/{name}.py", set())
+    survivors = {str(mutant) for mutant in runner.survivors}
+    idle = known - survivors if only is None else set()
+    total, killed = len(runner.mutants), len(runner.mutants) - len(runner.survivors)
+    print(f"\nloraio/{name}.py: {killed} of {total} mutants killed, {killed / total:.1%}", file=out)
+    print(f"  {dict(runner.endings)}, {time.perf_counter() - start:.0f} s", file=out)
+    print(f"  {len(survivors & known)} survivors argued in {ARGUED.relative_to(ROOT)}", file=out)
+    for title, group in (("new", survivors - known), ("argued, and yet killed or gone", idle)):
+        print(f"  {len(group)} {title}", file=out)
+        print(*sorted(group), sep="\n", end="\n" if group else "", file=out)
+    return not (survivors - known or idle)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("module", nargs="*", default=list(TESTS), help=f"of {', '.join(TESTS)}; default all")
+    parser.add_argument(
+        "--only", metavar="FUNCTION", help="mutants of this function alone; Class.method; module for constants"
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.module) - set(TESTS):
+        parser.error(f"no tests are named for {', '.join(sorted(unknown))}")
+    os.chdir(ROOT)
+    hypothesis.settings.register_profile(
+        "mutation",
+        derandomize=True,  # the same score each time
+        database=None,
+        deadline=None,
+        phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+    )
+    hypothesis.settings.load_profile("mutation")
+    codes = []
+    for name in arguments.module:
+        child = os.fork()  # of its own, as pytest runs once in a process
+        if child == 0:
+            good = test_module(name, arguments.only, [f"tests/{file}" for file in TESTS[name]])
+            sys.stdout.flush()
+            os._exit(0 if good else 3)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    sys.exit(max(codes, key=abs))
+
+
+if __name__ == "__main__":
+    main()
