@@ -16,6 +16,8 @@ from loraio.integrity import damaged_tensors, state_digest
 from loraio.parts import INDEX_SUFFIX, PartedHeader, read_parted_header
 
 _CHUNK = 1 << 20
+_OTHERS = {"exported": "export", "residue": "residue"}
+"""What a document that is neither an adapter's nor a pack's is of, by a key that it has; else it is a base's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +26,8 @@ class Checked:
 
     Attributes:
         path: the file; of a parted checkpoint the index.
-        kind: "adapter", "pack", "base", "export" (a file of another tool's layout that loraio wrote) or "other";
-            "unreadable" where the header is refused.
+        kind: "adapter", "pack", "base", "residue", "export" (a file of another tool's layout that loraio wrote) or
+            "other"; "unreadable" where the header is refused.
         bytes: of the file, and of all parts.
         tensors: how many were compared with a digest.
         complete: whether every bit is under a digest; files of format version 1 and of other tools have none, or few.
@@ -117,7 +119,7 @@ def _file(header: Header) -> Checked:
         kind = "adapter"
         native.read_metadata(header)
     else:
-        kind = "export" if "exported" in document else "base"
+        kind = next((key for word, key in _OTHERS.items() if word in document), "base")
     found = _digests(header) if header.digests or kind == "base" else {}
     problems += _compared(found, header.digests or {}, header)
     if kind == "base" and document is not None and "sha256" in document:

@@ -37,7 +37,7 @@ from loraio.merging import Landing
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
 from loraio.parts import INDEX_SUFFIX, checkpoint_files, is_parted, read_parted_header
 from loraio.receipts import Receipt, check_receipts, check_state, made_receipt
-from loraio.residuefile import Residue, ResidueWriter, residue_beside
+from loraio.residuefile import Residue, ResidueWriter, index_text, residue_beside
 from loraio.streaming import (
     Fold,
     Folding,
@@ -151,7 +151,13 @@ def merge_file(
         check_output(output, overwrite=overwrite, inputs=(*checkpoint_files(base), *adapter_files(adapter)))
     checkpoint, headers = (read_base(base), ()) if is_pickle(base) else scan_base(base)
     loaded = load_for(
-        adapter, base, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=allow_base_mismatch
+        adapter,
+        base,
+        model=model,
+        model_args=model_args,
+        alpha=alpha,
+        allow_base_mismatch=allow_base_mismatch
+        or bool(checkpoint.receipts),  # which explain it, or it is refused below
     )
     checkpoint = fitted(checkpoint, loaded.targets)
     forced = check_receipts(
@@ -160,7 +166,7 @@ def merge_file(
         sha256=checkpoint.document.get("sha256"),
         force=force,
         allow_base_mismatch=allow_base_mismatch,
-        names_base=formats.identify(adapter).dialect is None,
+        names_base=_names_base(adapter),
     )
     job = _Merge(
         checkpoint=checkpoint,
@@ -193,6 +199,13 @@ def _is_parted_output(output: str | os.PathLike[str], base: str | os.PathLike[st
     if os.fspath(output).endswith(INDEX_SUFFIX):
         raise OutputError(f"{name} is an index, and the base is one file", hint="name a file, *.safetensors")
     return False
+
+
+def _names_base(adapter: str | os.PathLike[str]) -> bool:
+    """Whether the adapter's file says which base it is for: ours do, and those that loraio wrote for other tools."""
+    found = formats.identify(adapter)
+    document = found.source.header.document() if found.source.header is not None else None
+    return found.dialect is None or "exported" in (document or {})
 
 
 def _groups(
@@ -332,7 +345,8 @@ class _Merge:
         """From here on the files must not change; say so if they have since their headers were read."""
         for header in headers:
             self.inputs.signature(header.path)
-            if container.read_header(header.path) != header:
+            now = container.read_header(header.path)
+            if (now.sha256, now.file_bytes) != (header.sha256, header.file_bytes):
                 raise changed(header.path)
 
     def hashed(self, allow_mismatch: bool) -> _Merge:
@@ -400,7 +414,7 @@ class _Merge:
                     finished = FinishedParts(work, self._identity())
                     written = self._parts(work, finished, output, kept)
                     if kept is not None:
-                        kept.finish(self, written, {"index": container.read_json(self.checkpoint.path)})
+                        kept.finish(self, written, {"index": index_text(self.checkpoint.path)})
                     merged = self._conclude(written, index, kept)
                     with staged(work / index.name, overwrite=True) as temporary:
                         temporary.write_bytes(self._index(written, work, kept))

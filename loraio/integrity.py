@@ -83,6 +83,11 @@ def seal(text: bytes, *, where: str) -> bytes:
     return text[:start] + hashlib.sha256(text).hexdigest().encode() + text[start + len(PENDING) :]
 
 
+def unsealed(text: str) -> str:
+    """A document's text with its digest taken out, as `with_integrity` left it: for a copy, which is sealed again."""
+    return _ENTRY.sub(lambda match: match[0].replace(match[1], PENDING.encode()), text.encode("utf-8")).decode("utf-8")
+
+
 def check(text: bytes, document: dict[str, Any] | None, names: Sequence[str], *, where: str) -> Integrity | None:
     """Compare a text with its digest, and take the entry out of the document.
 

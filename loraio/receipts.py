@@ -296,7 +296,7 @@ def check_receipts(
         line = f"{named} was merged into this file already (receipt {repeats[-1]} of {count})"
     elif names_base and adapter.base.sha256 == sha256:
         return ()
-    elif names_base and before:
+    elif before:
         line = f"{named} was made for what this file was before receipt {before[-1]} of {count}"
     elif allow_base_mismatch or not names_base:
         line = f"this file is not a base as it was trained: it has {count} receipt{'s' if count > 1 else ''} of merges"

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from loraio import container
 from loraio.adapter import Adapter, check_strength
-from loraio.container import Header, TensorInfo, tensor_bytes
-from loraio.errors import ConfigError, FormatError, VerificationError
+from loraio.container import Header, tensor_bytes
+from loraio.errors import ConfigError, FormatError, MissingFileError, VerificationError
 from loraio.identity import state_sha256
 from loraio.integrity import PENDING
 from loraio.outputs import write_all
@@ -135,24 +136,20 @@ class ResidueWriter:
         facts: dict[str, tuple[str, tuple[int, ...]]] = {name: ("U8", (size,)) for name, size in sizes.items()}
         facts |= {name: (plan.dtype, plan.shape) for name, plan in originals.items()}
         whole = {"format_version": FORMAT_VERSION, KEY: dict(document)}
-
-        def layout(digests: Mapping[str, str]) -> tuple[bytes, dict[str, TensorInfo]]:
-            metadata = container.metadata_of(whole, facts, digests.__getitem__, where=where)
-            return container.layout(facts, metadata, where=where)
-
-        start, placed = layout(dict.fromkeys(facts, PENDING))
-        found = {}
+        metadata = partial(container.metadata_of, whole, facts, where=where)
+        start, placed = container.layout(facts, metadata(lambda _: PENDING), where=where)
+        found: dict[str, str] = {}
         with FileIO(path, "r+") as file:
             file.truncate(0)
-            write_all(file, memoryview(start))
             for name, info in placed.items():
                 if name in originals:
                     found[name] = copy_tensor(originals[name], file, len(start) + info.begin, inputs)
                 else:
                     found[name] = self._put(name, file, len(start) + info.begin)
             self.file_bytes = file.seek(0, os.SEEK_END)
+            start, _ = container.layout(facts, metadata(found.__getitem__), where=where)
             file.seek(0)
-            write_all(file, memoryview(layout(found)[0]))
+            write_all(file, memoryview(start))
         if container.read_header(path).tensors != placed:
             raise VerificationError("the header that was written is another one; nothing was written", where=where)
         return digest_of(facts, found)
@@ -193,7 +190,7 @@ class ResidueFile:
         tensors: digest of each tensor of the base, by name.
         stripped: what stood before every name in the base's file.
         metadata: the strings in the header of the base's file; None where it was none.
-        index: the index of a parted base; None for others.
+        index: the text of the index of a parted base; None for others.
     """
 
     header: Header
@@ -204,13 +201,25 @@ class ResidueFile:
     tensors: Mapping[str, str]
     stripped: str = ""
     metadata: Mapping[str, str] | None = None
-    index: Mapping[str, Any] | None = field(default=None, repr=False)
+    index: str | None = field(default=None, repr=False)
 
     def place(self, name: str) -> Stored:
         """Where the bytes of a tensor are."""
         info = self.header.tensors[name]
         start = 8 + self.header.header_bytes
         return Stored(path=self.header.path, begin=start + info.begin, size=info.end - info.begin)
+
+
+def index_text(path: Path) -> str:
+    """The text of an index, which was read before.
+
+    Raises:
+        MissingFileError: it is gone.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MissingFileError(f"{str(path)!r} cannot be read any more: {error}") from error
 
 
 def is_residue(document: Mapping[str, Any]) -> bool:
@@ -254,8 +263,8 @@ def read_residue(path: str | os.PathLike[str]) -> ResidueFile:
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         problems.append("metadata is no object of texts")
-    if index is not None and not isinstance(index, dict):
-        problems.append("index is no object")
+    if index is not None and not isinstance(index, str):
+        problems.append("index is no text")
     try:
         strength = check_strength(said.get("strength"))  # type: ignore[arg-type]  # which it checks
     except ConfigError as error:

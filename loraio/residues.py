@@ -94,7 +94,7 @@ def encode(base: Tensor, guess: Tensor, side: Tensor | None = None) -> bytes:
     it that do not, and the difference itself, with its sign in the lowest bit. Both go through Huffman codes (RFC
     1951); the lower bits of large differences are as good as random, and stand as they are.
     """
-    steps = _steps(tensor_bytes(base), tensor_bytes(guess), base.dtype.itemsize)
+    steps = steps_between(base, guess)
     at = np.flatnonzero(steps)
     values = steps[at]
     bits = _bit_lengths(values)
@@ -175,15 +175,16 @@ def _ordered(raw: Tensor, width: int) -> Words:
     return made
 
 
-def _steps(base: Tensor, guess: Tensor, width: int) -> Words:
-    """Steps from float to float, modulo their number, with the sign in the lowest bit."""
-    apart = _ordered(base, width) - _ordered(guess, width)
+def steps_between(base: Tensor, guess: Tensor) -> Words:
+    """How many floats ``base`` is above ``guess``, flat, modulo their number, with the sign in the lowest bit."""
+    width = base.dtype.itemsize
+    apart = _ordered(tensor_bytes(base), width) - _ordered(tensor_bytes(guess), width)
     negative = apart >> (8 * width - 1)
     return (apart << 1) ^ (0 - negative)
 
 
 def _stepped(guess: Tensor, steps: Words) -> Words:
-    """The inverse of `_steps`."""
+    """The inverse of `steps_between`."""
     width = steps.itemsize
     apart = (steps >> 1) ^ (0 - (steps & 1))
     ordered = _ordered(guess, width) + apart

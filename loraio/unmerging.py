@@ -6,7 +6,6 @@ the merged checkpoint, the adapter and the residue. Both ways the merged checkpo
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,11 +30,11 @@ from loraio.errors import (
     VerificationError,
 )
 from loraio.identity import state_sha256
-from loraio.integrity import PENDING, seal, with_integrity
+from loraio.integrity import PENDING, unsealed
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
 from loraio.parts import INDEX_SUFFIX
 from loraio.receipts import Receipt
-from loraio.residuefile import ResidueFile, Unfolding, digest_of, read_residue, residue_beside
+from loraio.residuefile import ResidueFile, Unfolding, digest_of, index_text, read_residue, residue_beside
 from loraio.streaming import (
     Inputs,
     Progress,
@@ -140,8 +139,13 @@ def unmerge_file(
         if base is not None:
             job = _from_base(now, base)
         else:
-            loaded = load_for(  # the receipt says which adapter it must be; that this is not its base is the point
-                adapter or "", merged, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=True
+            loaded = load_for(
+                adapter or "",
+                merged,
+                model=model,
+                model_args=model_args,
+                alpha=alpha,
+                allow_base_mismatch=True,  # it is made for what comes out
             )
             job = _from_residue(now, loaded, merged, residue, inputs, count)
         files = [file for file in (merged, base, adapter, checkpoint.path, *checkpoint.parts) if file is not None]
@@ -222,12 +226,17 @@ class _Job:
     checkpoint: BaseCheckpoint
     groups: Groups
     metadata: Mapping[str, Mapping[str, str]]
-    index: Mapping[str, Any] | None
+    index: str | None
     wrong: Callable[[str], Exception]
     change: Unfolding | None = None
     originals: frozenset[str] = frozenset()
     known: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str | os.PathLike[str], ...] = ()
+
+
+def _copied(metadata: Mapping[str, str], _: object = None) -> dict[str, str]:
+    """The strings of a header for a copy of its file."""
+    return {key: unsealed(text) for key, text in metadata.items()}
 
 
 def _joined(groups: Groups) -> dict[str, TensorPlan]:
@@ -273,7 +282,7 @@ def _from_base(merged: _Merged, path: str | os.PathLike[str]) -> _Job:
         checkpoint=checkpoint,
         groups=groups,
         metadata={header.path.name: header.metadata for header in headers},
-        index=container.read_json(checkpoint.path) if checkpoint.parts else None,
+        index=index_text(checkpoint.path) if checkpoint.parts else None,
         wrong=wrong,
         files=(checkpoint.path, *checkpoint.parts),
     )
@@ -408,6 +417,8 @@ def _check_residue(residue: ResidueFile, merged: _Merged, adapter: Adapter, inpu
     for name, target in adapter.targets.items():
         if name in merged.plans and merged.plans[name].shape != target.shape:
             problems.append(f"{name!r} is {merged.plans[name].shape} in the checkpoint, the adapter has {target.shape}")
+    if merged.checkpoint.parts and residue.index is None:
+        problems.append("it is of a merge into one file, and the checkpoint is in parts")
     if problems:
         raise FormatError("the residue does not belong to this checkpoint", problems=problems, where=where)
 
@@ -438,11 +449,11 @@ class _Writing:
         plans = _joined(self.job.groups)
         (file, *more) = self.job.groups
         kept = None if more else self.job.metadata.get(file)
-        facts = {name: plan.made for name, plan in plans.items()}
 
         def metadata(written: Mapping[str, Written]) -> Mapping[str, str]:
             if kept is not None:
-                return kept
+                return _copied(kept)
+            facts = {name: plan.made for name, plan in plans.items()}
             digests = {name: tensor.sha256 for name, tensor in written.items()} or dict.fromkeys(plans, PENDING)
             return container.metadata_of(self._document(), facts, digests.__getitem__, where=f"{str(output)!r}")
 
@@ -467,11 +478,11 @@ class _Writing:
                 everything: dict[str, Written] = {}
                 for file, plans in self.job.groups.items():
                     with staged(work / file) as temporary:
-                        prefix, own = self.job.checkpoint.stripped, partial(self._metadata_of, file)
-                        everything |= self._write(plans, temporary, own, progress, output, prefix)
+                        prefix, metadata = self.job.checkpoint.stripped, partial(_copied, self.job.metadata[file])
+                        everything |= self._write(plans, temporary, metadata, progress, output, prefix)
                 done = self._conclude(everything, index)
                 with staged(work / index.name) as temporary:
-                    temporary.write_bytes(self._index(everything, work))
+                    temporary.write_bytes((self.job.index or "").encode("utf-8"))
             except BaseException:
                 remove_folder(work)
                 raise
@@ -481,29 +492,6 @@ class _Writing:
             else:
                 name_folder(work, into)
         return replace(done, parts=tuple(into / file for file in self.job.groups))
-
-    def _metadata_of(self, file: str, _: Mapping[str, Written]) -> Mapping[str, str]:
-        """The metadata of a part."""
-        return self.job.metadata[file]
-
-    def _index(self, written: Mapping[str, Written], work: Path) -> bytes:
-        """The base's own index; where it is not known, one with our document and the digests of the parts there."""
-        index = self.job.index if self.job.index is not None else self._made_index(written, work)
-        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-        return seal(text.encode("utf-8"), where=f"{str(work)!r}")
-
-    def _made_index(self, written: Mapping[str, Written], work: Path) -> Mapping[str, Any]:
-        document = with_integrity(
-            self._document(),
-            (written[name].sha256 for name in sorted(written)),
-            parts={file: container.read_header(work / file).sha256 for file in self.job.groups},
-        )
-        size = sum(plan.size for plan in _joined(self.job.groups).values())
-        places = {name: file for file, group in self.job.groups.items() for name in group}
-        return {
-            "metadata": {"total_size": size, container.METADATA_KEY: document},
-            "weight_map": dict(sorted(places.items())),
-        }
 
     def _write(
         self,

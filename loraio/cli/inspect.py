@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("file", type=click.Path())
 @_options.json_option
 def inspect(file: str, as_json: bool) -> None:
-    """Say what FILE is: an adapter, a pack of them, or a base. Reads headers only, in a tenth of a second.
+    """Say what FILE is: an adapter, a pack, a base or a residue. Reads headers only, in a tenth of a second.
 
     Of a base that is parted into several files FILE is the index, or its folder.
     """
@@ -42,6 +42,8 @@ def inspect(file: str, as_json: bool) -> None:
         _print_adapter(facts)
     elif facts["type"] == "pack":
         _print_pack(facts)
+    elif facts["type"] == "residue":
+        _print_residue(facts)
     else:
         _print_base(facts)
 
@@ -60,6 +62,8 @@ def _facts(file: str) -> dict[str, Any]:
         facts = _adapter_facts(header)
     elif header is not None and is_pack(header):
         facts = _pack_facts(header)
+    elif header is not None and isinstance((header.document() or {}).get("residue"), dict):
+        facts = _residue_facts(header)
     else:
         facts = _base_facts(source.tensors, (header and header.document()) or {})
     reason = {} if found is None else {"reason": found.reason}
@@ -173,6 +177,17 @@ def _pack_facts(header: Header) -> dict[str, Any]:
     return {"type": "pack", "format_version": PACK_VERSION, "adapters": rows}
 
 
+def _residue_facts(header: Header) -> dict[str, Any]:
+    document = header.document() or {}
+    said = document["residue"]
+    return {
+        "type": "residue",
+        "format_version": document.get("format_version"),
+        **{key: said.get(key) for key in ("adapter_sha256", "base_sha256", "merged_sha256", "strength")},
+        "tensors": {name: info.end - info.begin for name, info in sorted(header.tensors.items())},
+    }
+
+
 def _base_facts(
     tensors: Mapping[str, TensorInfo], document: dict[str, Any], *, parts: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -233,6 +248,15 @@ def _print_pack(facts: dict[str, Any]) -> None:
     for name, one in adapters.items():
         table.add_row(name, f"{one['bytes']:,}", f"{one['sha256'][:12]}..")
     _output.console().print(table)
+
+
+def _print_residue(facts: dict[str, Any]) -> None:
+    version, size = facts["format_version"], _output.size(facts["bytes"])
+    _output.line(
+        f"{facts['file']}: residue of a merge, format version {version}, {len(facts['tensors'])} tensors, {size}"
+    )
+    for key in ("adapter_sha256", "base_sha256", "merged_sha256", "strength"):
+        _output.line(f"{key}: {_words(facts[key])}")
 
 
 def _print_base(facts: dict[str, Any]) -> None:

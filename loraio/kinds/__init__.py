@@ -49,19 +49,6 @@ class Kind(Protocol):
         """`fold` in place: the weight matrix, any strides, becomes the new one. Without gradients."""
         ...
 
-    def stays_finite(
-        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
-    ) -> bool:
-        """Whether `fold`, in float64, surely gives numbers that round to finite ones, for whatever finite weight.
-
-        Args:
-            peaks: the largest magnitude in each factor, or more.
-            rank: of the factors.
-            scale, strength: as `fold` takes them.
-            room: what can be added to the largest number of the weight's dtype.
-        """
-        ...
-
     def side_numbers(self, out: int) -> int:
         """How many numbers `side` gives for a weight matrix of so many rows."""
         ...
@@ -76,6 +63,19 @@ class Kind(Protocol):
         """The old weight matrix again, nearly, from the one that `fold` gave; all in float64.
 
         Made of single IEEE operations in an order that is part of the format of residues: the same bits everywhere.
+        """
+        ...
+
+    def stays_finite(
+        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
+    ) -> bool:
+        """Whether `fold`, in float64, surely gives numbers that round to finite ones, for whatever finite weight.
+
+        Args:
+            peaks: the largest magnitude in each factor, or more.
+            rank: of the factors.
+            scale, strength: as `fold` takes them.
+            room: what can be added to the largest number of the weight's dtype.
         """
         ...
 

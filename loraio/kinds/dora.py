@@ -75,13 +75,6 @@ class Dora:
         length = weight.norm(dim=1, keepdim=True)
         weight.mul_(factors["magnitude"][:, None] / length.masked_fill_(length == 0, 1))
 
-    def stays_finite(
-        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
-    ) -> bool:
-        """No entry is larger than its row is long; between base and adapted weight are no larger ones than they are."""
-        changes = self._lora.stays_finite(peaks, rank=rank, scale=scale, strength=1.0, room=room)
-        return changes and 0 <= strength <= 1 and peaks["magnitude"] < min(room, 1e140)  # it is divided by a length
-
     def side_numbers(self, out: int) -> int:
         """One for each row."""
         return out
@@ -99,6 +92,13 @@ class Dora:
         moved = strength * (factors["magnitude"] / side.masked_fill(side == 0, 1))
         update = product_in_order(factors).mul_(scale).mul_(moved[:, None])
         return (folded - update).div_(((1 - strength) + moved)[:, None])
+
+    def stays_finite(
+        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
+    ) -> bool:
+        """No entry is larger than its row is long; between base and adapted weight are no larger ones than they are."""
+        changes = self._lora.stays_finite(peaks, rank=rank, scale=scale, strength=1.0, room=room)
+        return changes and 0 <= strength <= 1 and peaks["magnitude"] < min(room, 1e140)  # it is divided by a length
 
     def reference(
         self,

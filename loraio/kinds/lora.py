@@ -66,13 +66,6 @@ class Lora:
         """The same in place."""
         weight.addmm_(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
 
-    def stays_finite(
-        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
-    ) -> bool:
-        """An entry moves by at most ``|strength * scale| * r * max|B| * max|A|``."""
-        product = rank * peaks["lora_A"] * peaks["lora_B"]
-        return math.isfinite(product) and abs(strength * scale) * product < room
-
     def side_numbers(self, out: int) -> int:
         """None."""
         return 0
@@ -86,6 +79,13 @@ class Lora:
     ) -> Tensor:
         """``W' - (strength * scale) * (B @ A)``, its terms added from the first rank to the last."""
         return folded - product_in_order(factors).mul_(strength * scale)
+
+    def stays_finite(
+        self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
+    ) -> bool:
+        """An entry moves by at most ``|strength * scale| * r * max|B| * max|A|``."""
+        product = rank * peaks["lora_A"] * peaks["lora_B"]
+        return math.isfinite(product) and abs(strength * scale) * product < room
 
     def reference(
         self,

@@ -47,6 +47,7 @@ ROWS = {
     "train_together": Row(networks=False),
     "bank": Row(networks=False),
     "file_size": Row(),
+    "residues": Row(),
     "cold_start": Row(networks=False),
     "compiled_swap": Row(asked_for=True),  # minutes of compiling, with a C++ compiler
     "streamed_merge": Row(networks=False, asked_for=True),  # 18 GB of disk

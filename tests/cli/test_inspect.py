@@ -118,6 +118,20 @@ def test_a_lineage_is_shown_in_order(run: Run, run_json: RunJson, files: Path, t
     assert text.index("receipt 2 of 2:") < text.index("digit 7") < text.index(f"forced: {second['forced'][0]}")
 
 
+def test_a_residue_says_of_which_merge_it_is(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+    base, path = files / "base.safetensors", tmp_path / "m"
+    done = loraio.merge_file(base, files / "three.safetensors", path, reversible=True)
+    (receipt,) = run_json("inspect", path)["merged"]
+    found = run_json("inspect", f"{path}.residue")
+    digests = {key: receipt[key] for key in ("adapter_sha256", "base_sha256", "strength")}
+    assert found.items() >= {"type": "residue", "format_version": 2, "merged_sha256": done.sha256, **digests}.items()
+    assert found["tensors"].keys() == receipt["changed"].keys()
+    text = run("inspect", f"{path}.residue").stdout
+    assert text.startswith(f"{path}.residue: residue of a merge, format version 2, 3 tensors")
+    assert receipt["residue_sha256"] in run("inspect", path).stdout
+    assert f"merged_sha256: {done.sha256}" in text
+
+
 def test_a_file_from_elsewhere_is_a_base_without_a_name(run: Run, run_json: RunJson, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

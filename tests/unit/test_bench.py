@@ -24,7 +24,8 @@ import loraio
 FOLDER = Path(__file__).parents[2] / "scripts/bench"
 ROWS = (
     "merge", "loading", "swap", "serving", "training_step", "mixed_batches", "train_together", "bank", "file_size",
-    "cold_start", "streamed_merge", *(["compiled_swap"] if any(map(shutil.which, ("g++", "clang++", "c++"))) else []),
+    "residues", "cold_start", "streamed_merge",
+    *(["compiled_swap"] if any(map(shutil.which, ("g++", "clang++", "c++"))) else []),
 )  # fmt: skip
 WITHOUT_NETWORKS = ("bank", "train_together", "cold_start", "streamed_merge")
 

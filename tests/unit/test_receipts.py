@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraio
@@ -106,9 +107,14 @@ def test_an_adapter_of_another_tool_is_not_taken_for_one_that_was_made_for_the_m
     for name in ("three", "seven"):
         loraio.convert(files / f"{name}.safetensors", tmp_path / name, to="peft")
     words = (files / "merged.safetensors", tmp_path / "seven", tmp_path / "both.safetensors")
+    with pytest.raises(AlreadyMergedError, match="was made for what this file was before receipt 1 of 1"):
+        loraio.merge_file(*words)  # it says so in a place that PEFT passes over
+    assert loraio.merge_file(*words, force=True).receipt.base_mismatch == ()
+    tensors = tmp_path / "seven" / "adapter_model.safetensors"
+    save_file(load_file(tensors), tensors, metadata={"format": "pt"})  # as PEFT itself would have written it
     with pytest.raises(AlreadyMergedError, match="it has 1 receipt of merges"):
-        loraio.merge_file(*words)
-    assert loraio.merge_file(*words, force=True).receipt.forced
+        loraio.merge_file(*words, overwrite=True)
+    assert loraio.merge_file(*words, force=True, overwrite=True).receipt.forced
     with pytest.raises(AlreadyMergedError, match="was merged into this file already"):
         loraio.merge_file(words[0], tmp_path / "three", words[2], overwrite=True)
 
