@@ -73,6 +73,10 @@ class LoraioError(Exception):
         self.text = "\n".join(lines)
         super().__init__(self.text)
 
+    def at(self, where: str) -> LoraioError:
+        """The same error, in that place if it has none yet."""
+        return type(self)(self.message, problems=self.problems, where=self.where or where, hint=self.hint)
+
     def __str__(self) -> str:
         return self.text
 

@@ -62,6 +62,15 @@ def table(title: str, columns: Sequence[str]) -> Table:
     return made
 
 
+def printable(text: str) -> str:
+    """A text from a file, with what a terminal would obey as escapes.
+
+    >>> printable("a\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def note(text: str) -> None:
     """A line on stderr."""
     click.echo(text, err=True)

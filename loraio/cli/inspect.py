@@ -200,7 +200,7 @@ def _print_adapter(facts: dict[str, Any]) -> None:
         f"{facts['parameters']:,} parameters, {_output.size(facts['bytes'])}"
     )
     if facts["dialect"] == "native":
-        click.echo(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
+        click.echo(f"base: {_output.printable(base['network'] or 'network not named')}, sha256 {base['sha256']}")
     else:
         click.echo(f"by {facts['reason']}")
     table = _output.table("Targets", ["weight", "layer", "shape", "kind", "rank", "alpha", "scale", "parameters"])
@@ -235,16 +235,16 @@ def _print_pack(facts: dict[str, Any]) -> None:
 
 
 def _print_base(facts: dict[str, Any]) -> None:
-    network = facts["network"] or "network not named"
+    network = _words(facts["network"] or "network not named")
     size = _output.size(facts["bytes"])
     parts = f" in {len(facts['parts'])} parts" if facts["parts"] else ""
     click.echo(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")
     if facts["sha256"]:
-        click.echo(f"sha256 {facts['sha256']}")
+        click.echo(f"sha256 {_words(facts['sha256'])}")
     for receipt in facts["merged"]:
         click.echo("merged:")
         for key, value in receipt.items() if isinstance(receipt, dict) else [("receipt", receipt)]:
-            click.echo(f"  {key}: {_words(value)}")
+            click.echo(f"  {_output.printable(key)}: {_words(value)}")
     table = _output.table("Tensors", ["name", "dtype", "shape"])
     for name, tensor in facts["tensors"].items():
         table.add_row(name, tensor["dtype"], "x".join(map(str, tensor["shape"])) or "scalar")
@@ -256,7 +256,7 @@ def _print_training(training: dict[str, Any]) -> None:
     results = training.get("results")
     for key, value in training.items():
         if key != "results" or not isinstance(value, dict):
-            click.echo(f"{key}: {_words(value)}")
+            click.echo(f"{_output.printable(key)}: {_words(value)}")
     if isinstance(results, dict):
         click.echo(f"results: {_words({key: part for key, part in results.items() if not isinstance(part, dict)})}")
         for when in ("before", "after"):
@@ -267,7 +267,7 @@ def _print_training(training: dict[str, Any]) -> None:
 def _words(value: Any) -> str:
     """A JSON value on one line; the metadata of other people's files may hold anything."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
+        return ", ".join(f"{_output.printable(key)} {_words(part)}" for key, part in value.items())
     if isinstance(value, list):
         return " ".join(map(_words, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _output.printable(str(value))
