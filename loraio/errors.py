@@ -25,8 +25,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-LONGEST_LINE = 2_000
-"""Characters of a line of an error; what a file says may be longer."""
+LONGEST_LINE, MOST_LINES = 2_000, 1_000
+"""Characters of a line of an error, and its lines; what a file says may be more."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
@@ -62,7 +62,8 @@ class LoraioError(Exception):
         self, message: str, *, problems: Sequence[str] = (), where: str | None = None, hint: str | None = None
     ) -> None:
         self.message = _cut(message)
-        self.problems = tuple(map(_cut, problems))
+        more = [f"and {len(problems) - MOST_LINES:,} more"] if len(problems) > MOST_LINES else []
+        self.problems = (*map(_cut, problems[:MOST_LINES]), *more)
         self.where = where
         self.hint = hint
         lines = [self.message, *(f"  {problem}" for problem in self.problems)]
