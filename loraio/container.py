@@ -300,8 +300,12 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _check_name(name: str, most: Limits, where: str) -> None:
-    """Refuse a name that in a file, a log or on a screen is not what it seems to be."""
+def check_name(name: str, most: Limits, where: str) -> None:
+    """Refuse a tensor's name that in a file, a log or on a screen is not what it seems to be.
+
+    Raises:
+        FormatError: it is empty, longer than the limits say, or not printable.
+    """
     if not name:
         raise FormatError("a tensor has an empty name", where=where)
     if name == "__metadata__":
@@ -319,7 +323,7 @@ def _check_name(name: str, most: Limits, where: str) -> None:
 
 
 def _check_entry(name: str, entry: Any, most: Limits, where: str) -> TensorInfo:
-    _check_name(name, most, where)
+    check_name(name, most, where)
     if not isinstance(entry, dict):
         raise FormatError(f"the entry of tensor {name!r} is not an object", where=where)
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -412,7 +416,7 @@ def layout(
     """
     most = limits()
     for name in tensors:
-        _check_name(name, most, where)
+        check_name(name, most, where)
     position = 0
     placed: dict[str, TensorInfo] = {}
     try:
