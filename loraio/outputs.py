@@ -323,12 +323,17 @@ def _set_aside(file: Path, aside: Path) -> None:
 
 def _move(file: Path, target: Path) -> None:
     """Move a file over another, which a link may have on another filesystem."""
-    if target.parent.stat().st_dev == file.stat().st_dev:
+    if _is_beside(file, target):
         file.replace(target)
         return
     with staged(target, overwrite=True) as temporary:
         shutil.copyfile(file, temporary)
     file.unlink()
+
+
+def _is_beside(file: Path, target: Path) -> bool:
+    """Whether both are on one filesystem."""
+    return target.parent.stat().st_dev == file.stat().st_dev
 
 
 _HINTS = {
