@@ -224,9 +224,8 @@ def working_folder(output: Path) -> Iterator[Path]:
     folder = output.parent / f".{short}.merging"
     name = f"{os.fspath(output)!r}"
     with _system_errors(name, output.parent):
-        folder.mkdir(exist_ok=True)
         try:
-            descriptor = lock(folder)
+            descriptor = _lock_folder(folder)
         except BlockingIOError:
             raise OutputError(f"{name} is being written by another process", where=f"{str(folder)!r}") from None
         try:
@@ -235,6 +234,18 @@ def working_folder(output: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):  # there is something in it
                 folder.rmdir()
+            os.close(descriptor)
+
+
+def _lock_folder(folder: Path) -> int:
+    """Make a folder and lock it; another process may be about to remove it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = lock(folder)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                    return descriptor
             os.close(descriptor)
 
 
