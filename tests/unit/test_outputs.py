@@ -466,6 +466,22 @@ def test_a_file_in_the_place_of_a_folder_is_refused(old: Path) -> None:
     assert value_in(old) == 1.0
 
 
+def test_a_folder_name_too_long_for_the_system_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long"):
+        write_folder(tmp_path / ("x" * 300), "1", "1")
+    only(tmp_path)
+
+
+def test_a_filesystem_whose_files_all_have_one_mode_will_do(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    write(old, 2.0, overwrite=True)
+    write(old.with_name("new"), 3.0)
+    assert (value_in(old), value_in(old.with_name("new"))) == (2.0, 3.0)
+
+
 def test_a_folder_that_appears_in_the_meantime_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     with (  # noqa: PT012
