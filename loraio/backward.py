@@ -245,7 +245,7 @@ class _Convolution(torch.autograd.Function):
         else:
             hidden = _hidden(pair, geometry, x)
             y = geometry.convolve(x, weight, bias)
-            y.add_((lora_B @ hidden.flatten(2)).view(y.shape), alpha=scale)
+            y.add_(_times(lora_B, hidden.flatten(2)).view(y.shape), alpha=scale)
         ctx.save_for_backward(x, weight, lora_A, lora_B, hidden)
         return y
 
@@ -287,11 +287,16 @@ def _down(pair: Pair, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     return down.repeat(geometry.groups, *(1,) * (down.dim() - 1)) if geometry.groups > 1 else down
 
 
+def _times(matrix: Tensor, batch: Tensor) -> Tensor:
+    """The product of a matrix with each of a batch: torch.matmul copies the batch where the matrix is learned."""
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
+
+
 def _hidden(pair: Pair, geometry: Geometry, x: Tensor) -> Tensor:
     """What lora_A makes of the input: (batch, groups * rank, ...), as the output."""
     met = geometry.met_by_a_point(x, pair.weight)
     if met is not None:
-        return (pair.lora_A.to(x.dtype) @ met).view(len(x), -1, *geometry.sizes(x, pair.weight))
+        return _times(pair.lora_A.to(x.dtype), met).view(len(x), -1, *geometry.sizes(x, pair.weight))
     return geometry.convolve(x, _down(pair, geometry, x.dtype))
 
 
@@ -302,7 +307,7 @@ def _across(pair: Pair, geometry: Geometry, grad: Tensor) -> Tensor:
         across = F.linear(grad.permute(0, 2, 3, 1), up.t().contiguous())
         return across.permute(0, 3, 1, 2)
     if groups == 1:
-        return (up.t() @ grad.flatten(2)).view(len(grad), -1, *grad.shape[2:])
+        return _times(up.t(), grad.flatten(2)).view(len(grad), -1, *grad.shape[2:])
     rows = grad.reshape(len(grad), groups, len(up) // groups, -1)
     across = up.view(groups, -1, up.shape[1]).transpose(1, 2) @ rows
     return across.view(len(grad), -1, *grad.shape[2:])
@@ -321,15 +326,17 @@ def _input_gradient(
             thin = geometry.input_gradient(across, x, _down(pair, geometry, x.dtype))
             return grad_x.add(thin, alpha=pair.scale), across
         down = pair.lora_A.t().expand(len(x), -1, -1)
-        gradient = (pair.weight.flatten(1).t() @ grad.flatten(2)).baddbmm(down, across.flatten(2), alpha=pair.scale)
+        gradient = _times(pair.weight.flatten(1).t(), grad.flatten(2)).baddbmm(
+            down, across.flatten(2), alpha=pair.scale
+        )
         return geometry.unmet(gradient, x, grad.shape[2:]), across
     folded = pair.fold(x.dtype)
     if met is None:
         return geometry.input_gradient(grad, x, folded), None
     folded, channels = folded.flatten(1), x.shape[1]
     if not addable or channels > positions:
-        return geometry.unmet(folded.t() @ grad.flatten(2), x, grad.shape[2:]), None
-    both = torch.cat([folded, pair.lora_B], 1).t() @ grad.flatten(2)  # reads the output's gradient once for the two
+        return geometry.unmet(_times(folded.t(), grad.flatten(2)), x, grad.shape[2:]), None
+    both = _times(torch.cat([folded, pair.lora_B], 1).t(), grad.flatten(2))  # reads the gradient once for the two
     return geometry.unmet(both[:, :channels], x, grad.shape[2:]), both[:, channels:].unflatten(2, grad.shape[2:])
 
 

@@ -160,6 +160,41 @@ def test_a_wide_layer_never_computes_its_whole_weight_gradient() -> None:
     assert shapes == [(2, 16, 3, 3)]
 
 
+def test_few_positions_add_thin_products_and_keep_the_hidden_channels() -> None:
+    """Four points are fewer than the channels: in neither pass a weight is folded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(256, 64, 3, padding=1), nn.Conv2d(64, 300, 1)).double().requires_grad_(False)
+    adapter = adapter_for(model)
+    x = torch.randn(1, 256, 2, 2).double().requires_grad_()
+    leaves = {name: factor.double().requires_grad_() for name, factor in adapter.factors.items()}
+    expected = plain(model, x, adapter, leaves)
+    others = torch.autograd.grad(expected.square().sum(), [x, *leaves.values()])
+    with loraio.attach(model, adapter, trainable=True) as live:
+        for part in (layer.parametrizations.weight[0] for layer in model):  # type: ignore[union-attr, index]
+            for name, factor in list(part.named_parameters()):
+                setattr(part, name, nn.Parameter(factor.detach().double()))
+        kept: list[Any] = []
+        with Ops() as ops:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+                found = model(x)
+            gradients = torch.autograd.grad(found.square().sum(), [x, *live.parameters()])
+    assert (1, 2, 2, 2) in kept
+    assert not [name for name, args in ops.calls if name == "addmm" and args[0].shape in ((64, 2304), (300, 64))]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, others)
+
+
+def test_one_point_kernels_of_images_whose_channels_come_last_are_one_product() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)).requires_grad_(False)
+    x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
+    with loraio.attach(model, adapter_for(model), trainable=True):
+        with Ops() as ops:
+            y = model(x)
+            y.sum().backward()
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert not [name for name, _ in ops.calls if "conv" in name]
+
+
 def test_nothing_is_computed_for_an_input_that_needs_no_gradient() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).requires_grad_(False)
     for names, inputs in (("all", 1), (("2",), 0)):
