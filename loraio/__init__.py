@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from loraio.training.optimizing import Progress
     from loraio.training.recording import RunFiles
     from loraio.training.starting import new_adapter, parameter_report, plan_targets, plan_whole
+    from loraio.unmerging import UnmergedFile, unmerge_file
     from loraio.verification import OutputReport, Report, WeightReport, verify, verify_weights
 
 _PLACES = {
@@ -62,6 +63,7 @@ _PLACES = {
     "training.optimizing": ("Progress",),
     "training.recording": ("RunFiles",),
     "training.starting": ("new_adapter", "parameter_report", "plan_targets", "plan_whole"),
+    "unmerging": ("UnmergedFile", "unmerge_file"),
     "verification": ("OutputReport", "Report", "WeightReport", "verify", "verify_weights"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
@@ -90,6 +92,7 @@ __all__ = [
     "RunFiles",
     "Target",
     "TrainConfig",
+    "UnmergedFile",
     "WeightReport",
     "WholeTensor",
     "__version__",
@@ -124,6 +127,7 @@ __all__ = [
     "save_base",
     "train",
     "train_each",
+    "unmerge_file",
     "unpack",
     "verify",
     "verify_weights",

@@ -139,6 +139,8 @@ def _described(path: Path) -> tuple[BaseCheckpoint, tuple[Header, ...]]:
         raise FormatError(
             f"{str(path)!r} is an adapter, not a base model", hint="the base comes first, then the adapter"
         )
+    if "residue" in document:
+        raise FormatError(f"{str(path)!r} is the residue of a merge, not a base model", hint="loraio unmerge uses it")
     if not header.tensors:
         raise FormatError(f"{str(path)!r} holds no tensors")
     stated = _stated(document, where=f"{str(path)!r}")

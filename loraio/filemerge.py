@@ -37,8 +37,10 @@ from loraio.merging import Landing
 from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
 from loraio.parts import INDEX_SUFFIX, checkpoint_files, is_parted, read_parted_header
 from loraio.receipts import Receipt, check_receipts, check_state, made_receipt
+from loraio.residuefile import Residue, ResidueWriter, residue_beside
 from loraio.streaming import (
     Fold,
+    Folding,
     Inputs,
     Progress,
     SourceDiffersError,
@@ -46,8 +48,11 @@ from loraio.streaming import (
     TensorPlan,
     Written,
     changed,
+    counting,
     digests_of,
+    one_thread_each,
     read_source,
+    worker_count,
     write_tensors,
 )
 from loraio.verification import FoldCheck, WeightReport
@@ -64,6 +69,7 @@ class MergedFile:
         weights: the evidence, taken from the file itself.
         landing: what the adapter did to the weights.
         receipt: what the checkpoint says of this merge.
+        residue: what was kept to take it back; None unless the merge is reversible.
         mismatch: how the base differs from the adapter's own, where that was allowed.
         parts: the files of a parted checkpoint; empty for others.
         reused: how many of them an earlier run had finished, which was killed.
@@ -74,6 +80,7 @@ class MergedFile:
     weights: WeightReport
     landing: Landing
     receipt: Receipt
+    residue: Residue | None = None
     mismatch: tuple[str, ...] = ()
     stripped: str = ""
     parts: tuple[Path, ...] = ()
@@ -91,6 +98,7 @@ def merge_file(
     allow_noop: bool = False,
     force: bool = False,
     exact: bool = True,
+    reversible: bool = False,
     workers: int | None = None,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -120,6 +128,9 @@ def merge_file(
         force: merge an adapter that was merged into the base already, or one into a base in which others are; recorded
             in the file. The base is then read twice. An adapter that was made for this very file needs none of it.
         exact: false sums in float32, see `Target.fold`; recorded in the file.
+        reversible: also write a residue, ``OUTPUT.residue``, from which `unmerge_file` with the adapter gives the base
+            back bit for bit; every slice is restored and compared before anything gets its name. Parts of an earlier
+            run are then not used.
         workers: threads, by default one for each processor, but at most four. The bytes do not depend on it.
         model, model_args: the base's network, where its file does not state it; adapters of other tools need it.
         alpha: of every layer, where an adapter of another tool does not say it.
@@ -134,9 +145,7 @@ def merge_file(
         VerificationError: the written weights are wrong; the file was removed.
     """
     strength = check_strength(strength)
-    count = min(os.cpu_count() or 1, 4) if workers is None else workers
-    if count < 1:
-        raise ConfigError(f"{count} workers do no work")
+    count = worker_count(workers)
     parted = _is_parted_output(output, base)
     if not parted:
         check_output(output, overwrite=overwrite, inputs=(*checkpoint_files(base), *adapter_files(adapter)))
@@ -160,15 +169,17 @@ def merge_file(
         overwrite=overwrite,
         allow_noop=allow_noop,
         exact=exact,
+        reversible=reversible,
         workers=count,
         inputs=Inputs(),
         files=(*adapter_files(adapter), checkpoint.path, *checkpoint.parts),
         groups=_groups(checkpoint, headers, loaded),
         metadata={header.path.name: header.metadata for header in headers},
+        documents={header.path.name: header.document() for header in headers},
         report=progress,
         forced=forced,
     )
-    with _one_thread_each():
+    with one_thread_each():
         job.check_headers(headers)
         if allow_base_mismatch or forced or not job.fits or not headers:
             job = job.hashed(allow_base_mismatch)
@@ -225,17 +236,6 @@ def _given(adapter: Adapter, name: str, dtype: str) -> Tensor | None:
     return adapter.replace(name, torch.empty(0, dtype=getattr(torch, TORCH_DTYPES[dtype])))
 
 
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """The workers share the processors; each operation keeps to the one of its worker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class _Values(Mapping[str, Tensor]):
     """A state dict with values only where a weight differs from the adapter's, to say how."""
 
@@ -258,6 +258,36 @@ class _Values(Mapping[str, Tensor]):
         return len(self._job.checkpoint.state)
 
 
+@dataclass(slots=True, kw_only=True)
+class _Kept:
+    """The residue of a merge that is going on; ``sha256`` is known when it is finished."""
+
+    path: Path
+    temporary: Path
+    writer: ResidueWriter
+    sha256: str = PENDING
+
+    def finish(self, merge: _Merge, written: Mapping[str, Written], base: Mapping[str, Any]) -> None:
+        """Write it; ``base`` is what of the base's file is not in its tensors."""
+        document = {
+            "adapter_sha256": state_sha256(merge.adapter.all_tensors),
+            "base_sha256": merge.base_sha256 or merge.adapter.base.sha256,
+            "merged_sha256": merge._sha256(written),
+            "strength": merge.strength,
+            "tensors": {name: tensor.source_sha256 for name, tensor in written.items()},
+            "stripped": merge.checkpoint.stripped,
+            **base,
+        }
+        originals = {name: merge.plans[name] for name in merge.adapter.whole}
+        where = f"{str(self.path)!r}"
+        self.sha256 = self.writer.write(self.temporary, originals, document, inputs=merge.inputs, where=where)
+
+    def size(self, weights: int, base_bytes: int) -> Residue:
+        """How large it is."""
+        size, coded = self.writer.file_bytes, self.writer.coded
+        return Residue(path=self.path, bytes=size, weights=weights, coded=coded, share=size / base_bytes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Merge:
     """One merge; ``mismatch`` and ``base_sha256`` are set where the base was hashed before."""
@@ -268,11 +298,13 @@ class _Merge:
     overwrite: bool
     allow_noop: bool
     exact: bool
+    reversible: bool
     workers: int
     inputs: Inputs
     files: tuple[str | os.PathLike[str], ...]
     groups: Mapping[str, Mapping[str, TensorPlan]]
     metadata: Mapping[str, Mapping[str, str]]
+    documents: Mapping[str, dict[str, Any] | None]
     report: Callable[[int, int], None] | None
     forced: tuple[str, ...] = ()
     mismatch: tuple[str, ...] = ()
@@ -333,13 +365,20 @@ class _Merge:
         plans, progress = self.plans, self._progress()
 
         def metadata(written: Mapping[str, Written]) -> dict[str, str]:
+            if kept is not None and written:
+                kept.finish(self, written, self._header_metadata())
             facts = {name: plan.made for name, plan in plans.items()}
             digests = {name: tensor.sha256 for name, tensor in written.items()} or dict.fromkeys(plans, PENDING)
-            return container.metadata_of(self._document(written), facts, digests.__getitem__, where=f"{str(output)!r}")
+            document = self._document(written, kept)
+            return container.metadata_of(document, facts, digests.__getitem__, where=f"{str(output)!r}")
 
-        with staged(output, overwrite=self.overwrite, inputs=self.files) as temporary, self._explained():
-            written = self._write(plans, temporary, metadata, progress, output)
-            merged = self._conclude(written, output)
+        with (
+            staged(output, overwrite=self.overwrite, inputs=self.files) as temporary,
+            self._kept(output) as kept,
+            self._explained(),
+        ):
+            written = self._write(plans, temporary, metadata, progress, output, kept)
+            merged = self._conclude(written, output, kept)
         return merged
 
     def write_parts(self, output: Path) -> MergedFile:
@@ -357,11 +396,14 @@ class _Merge:
             check_output(into)
         with working_folder(output) as work:
             try:
-                finished = FinishedParts(work, self._identity())
-                written = self._parts(work, finished, output)
-                merged = self._conclude(written, index)
-                with staged(work / index.name, overwrite=True) as temporary:
-                    temporary.write_bytes(self._index(written, work))
+                with self._kept(output) as kept:
+                    finished = FinishedParts(work, self._identity())
+                    written = self._parts(work, finished, output, kept)
+                    if kept is not None:
+                        kept.finish(self, written, {"index": container.read_json(self.checkpoint.path)})
+                    merged = self._conclude(written, index, kept)
+                    with staged(work / index.name, overwrite=True) as temporary:
+                        temporary.write_bytes(self._index(written, work, kept))
             except OutputError:  # such as a disk that is full: what is finished is of use
                 raise
             except LoraioError:
@@ -375,15 +417,33 @@ class _Merge:
                 name_folder(work, into)
         return replace(merged, parts=tuple(into / file for file in self.groups), reused=finished.reused)
 
-    def _parts(self, work: Path, finished: FinishedParts, output: Path) -> dict[str, Written]:
+    @contextlib.contextmanager
+    def _kept(self, output: Path) -> Iterator[_Kept | None]:
+        """Where the residue goes; it gets its name when the block ends well, before the checkpoint does."""
+        if not self.reversible:
+            yield None
+            return
+        path = residue_beside(output)
+        with (
+            staged(path, overwrite=self.overwrite, inputs=self.files) as temporary,
+            contextlib.closing(ResidueWriter(temporary.parent, self.strength)) as writer,
+        ):
+            yield _Kept(path=path, temporary=temporary, writer=writer)
+
+    def _header_metadata(self) -> dict[str, Any]:
+        """The strings in the header of a base that is one file."""
+        single = [] if self.checkpoint.parts else list(self.metadata.values())
+        return {"metadata": dict(single[0])} if single else {}
+
+    def _parts(self, work: Path, finished: FinishedParts, output: Path, kept: _Kept | None) -> dict[str, Written]:
         progress = self._progress()
         everything: dict[str, Written] = {}
         for file, plans in self.groups.items():
             source = self.inputs.signature(self.checkpoint.path.parent / file)
-            written = finished.get(file, source)
+            written = finished.get(file, source) if kept is None else None
             if written is None:
                 with staged(work / file, overwrite=True) as temporary, self._explained():
-                    written = self._write(plans, temporary, self._kept(file), progress, output)
+                    written = self._write(plans, temporary, self._metadata_of(file), progress, output, kept)
                 finished.add(file, source, written)
             else:
                 progress.add(sum(plan.made_size for plan in plans.values()))
@@ -392,9 +452,19 @@ class _Merge:
             self._compare(everything)
         return everything
 
-    def _kept(self, file: str) -> Callable[[Mapping[str, Written]], Mapping[str, str]]:
-        """The metadata of a part: what the base's part has."""
-        return lambda _: self.metadata[file]
+    def _metadata_of(self, file: str) -> Callable[[Mapping[str, Written]], Mapping[str, str]]:
+        """The metadata of a part: what the base's part has, with digests anew where it has a document of loraio."""
+        document, strings = self.documents[file], self.metadata[file]
+        if document is None:
+            return lambda _: strings
+        plans = self.groups[file]
+        facts = {name: plan.made for name, plan in plans.items()}
+
+        def metadata(written: Mapping[str, Written]) -> Mapping[str, str]:
+            digests = {name: tensor.sha256 for name, tensor in written.items()} or dict.fromkeys(plans, PENDING)
+            return {**strings, **container.metadata_of(document, facts, digests.__getitem__, where=f"{file!r}")}
+
+        return metadata
 
     def _write(
         self,
@@ -403,14 +473,14 @@ class _Merge:
         metadata: Callable[[Mapping[str, Written]], Mapping[str, str]],
         progress: Progress,
         output: Path,
+        kept: _Kept | None,
     ) -> dict[str, Written]:
+        keep = None if kept is None else kept.writer.keep
         return write_tensors(
             plans,
             path,
             metadata=metadata,
-            adapter=self.adapter,
-            strength=self.strength,
-            exact=self.exact,
+            change=Folding(adapter=self.adapter, strength=self.strength, exact=self.exact, keep=keep),
             inputs=self.inputs,
             workers=self.workers,
             progress=progress,
@@ -442,7 +512,7 @@ class _Merge:
             raise SourceDiffersError("")
         return found
 
-    def _conclude(self, written: Mapping[str, Written], path: Path) -> MergedFile:
+    def _conclude(self, written: Mapping[str, Written], path: Path, kept: _Kept | None) -> MergedFile:
         """The result, if everything that was written is right."""
         self._compare(written)
         folds = {name: written[name].fold or Fold() for name in self.adapter.targets}
@@ -480,7 +550,8 @@ class _Merge:
                 problems=(),
             ),
             landing=landed,
-            receipt=self._receipt(written),
+            receipt=self._receipt(written, kept),
+            residue=None if kept is None else kept.size(checks.values, sum(plan.size for plan in self.plans.values())),
             mismatch=self.mismatch,
             stripped=self.checkpoint.stripped,
         )
@@ -490,7 +561,7 @@ class _Merge:
         state = {**self.checkpoint.state, **given}
         return state_sha256(state, {name: tensor.sha256 for name, tensor in written.items()})
 
-    def _document(self, written: Mapping[str, Written]) -> dict[str, Any]:
+    def _document(self, written: Mapping[str, Written], kept: _Kept | None) -> dict[str, Any]:
         """The metadata of the merged checkpoint; without tensors a stand-in of the same length."""
         named = self.checkpoint if self.checkpoint.network else self.adapter.base
         return base_document(
@@ -498,10 +569,10 @@ class _Merge:
             network=named.network,
             network_args=named.network_args,
             heads={**named.heads, **self.adapter.heads},
-            merged=[*self.checkpoint.document.get("merged", []), self._receipt(written).document()],
+            merged=[*self.checkpoint.document.get("merged", []), self._receipt(written, kept).document()],
         )
 
-    def _receipt(self, written: Mapping[str, Written]) -> Receipt:
+    def _receipt(self, written: Mapping[str, Written], kept: _Kept | None) -> Receipt:
         """What is said of this merge; without tensors a stand-in of the same length."""
         return made_receipt(
             self.adapter,
@@ -511,9 +582,10 @@ class _Merge:
             exact=self.exact,
             base_mismatch=self.mismatch,
             forced=self.forced,
+            residue_sha256=None if kept is None else kept.sha256,
         )
 
-    def _index(self, written: Mapping[str, Written], work: Path) -> bytes:
+    def _index(self, written: Mapping[str, Written], work: Path, kept: _Kept | None) -> bytes:
         """The base's index, with what was merged into the parts in that folder, and the digests of all."""
         parted = read_parted_header(self.checkpoint.path)
         metadata = dict(parted.metadata)
@@ -523,7 +595,7 @@ class _Merge:
         }
         metadata |= {key: metadata[key] + more for key, more in grown.items() if isinstance(metadata.get(key), int)}
         document = with_integrity(
-            self._document(written),
+            self._document(written, kept),
             (written[name].sha256 for name in sorted(written)),
             parts={file: container.read_header(work / file).sha256 for file in self.groups},
         )
@@ -550,13 +622,4 @@ class _Merge:
         }
 
     def _progress(self) -> Progress:
-        if self.report is None:
-            return Progress()
-        report, total, done = self.report, sum(plan.made_size for plan in self.plans.values()), 0
-
-        def add(count: int) -> None:
-            nonlocal done
-            done += count
-            report(done, total)
-
-        return Progress(add)
+        return counting(self.report, sum(plan.made_size for plan in self.plans.values()))

@@ -1,9 +1,9 @@
-"""A merged checkpoint written tensor by tensor: what that takes of memory does not grow with the checkpoint.
+"""A checkpoint made of another one, tensor by tensor: what that takes of memory does not grow with the checkpoint.
 
-A tensor of the output is one of three things: bytes of the base, which the system copies from file to file; a folded
-weight, made from the base's in slices; or a tensor that the adapter gives. Everything that was written is read back:
-from that comes its digest, and a folded slice is compared with the reference while the slice of the base is still at
-hand.
+A tensor of the output is one of three things: bytes of the source, which the system copies from file to file; a weight
+that is changed, slice by slice, which for a merge is a fold; or a tensor that the adapter gives. Everything that was
+written is read back: from that comes its digest, and a changed slice is looked at while the slice of the source is
+still at hand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from loraio.adapter import Adapter, parts_of
 from loraio.container import TORCH_DTYPES, layout, read_header, tensor_bytes
-from loraio.errors import FormatError, MissingFileError, VerificationError
+from loraio.errors import ConfigError, FormatError, MissingFileError, VerificationError
 from loraio.outputs import copy_range, write_all
 from loraio.verification import FoldCheck, check_fold
 
@@ -54,7 +53,7 @@ class TensorPlan:
         dtype: safetensors code.
         shape: of the base's tensor.
         source: where its bytes are, or those of the base's tensor that is folded or replaced: in a file, or in memory.
-        folded: whether an adapter is folded in.
+        folded: whether it is changed slice by slice, as a weight that an adapter is folded into.
         given: what the base's tensor is replaced by, in its dtype; the shape may be another.
         expected: the digest that the source must have; None where it is looked at later.
     """
@@ -135,6 +134,57 @@ class Written:
     fold: Fold | None = None
 
 
+class Change(Protocol):
+    """What becomes of the weights that are changed; slices of one weight come in order, in one thread."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """Whose targets they are."""
+        ...
+
+    def make(self, name: str, part: Adapter, weight: Tensor) -> Tensor:
+        """The new slice of a weight.
+
+        Args:
+            name: of the weight.
+            part: the adapter's part for the slice, as `loraio.adapter.parts_of` gives it.
+            weight: the slice.
+        """
+        ...
+
+    def look(self, name: str, part: Adapter, weight: Tensor, found: Tensor, so_far: Fold) -> Fold:
+        """What became of the slice, given what was written; ``so_far`` is what became of those before it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folding:
+    """A merge: the adapter is folded in, and what was written is compared with the reference.
+
+    Attributes:
+        adapter: what is folded in.
+        strength: multiplies its scale.
+        exact: whether weights are folded in float64, or in float32.
+        keep: is given every slice, as it was and as it is now.
+    """
+
+    adapter: Adapter
+    strength: float
+    exact: bool
+    keep: Callable[[str, Adapter, Tensor, Tensor], None] | None = None
+
+    def make(self, name: str, part: Adapter, weight: Tensor) -> Tensor:
+        """The slice folded."""
+        return part.fold(name, weight, strength=self.strength, exact=self.exact)
+
+    def look(self, name: str, part: Adapter, weight: Tensor, found: Tensor, so_far: Fold) -> Fold:
+        """Evidence for the slice."""
+        check = check_fold(part, weight, found, self.strength, exact=self.exact, told=so_far.check.max_ulp)
+        if self.keep is not None:
+            self.keep(name, part, weight, found)
+        return Fold.of(check, weight, found)
+
+
 class SourceDiffersError(Exception):
     """The bytes of a tensor are not those that were expected."""
 
@@ -213,6 +263,43 @@ class Progress:
                 self._report(count)
 
 
+def counting(report: Callable[[int, int], None] | None, total: int) -> Progress:
+    """Progress that is reported as bytes done, of so many in all."""
+    if report is None:
+        return Progress()
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, total)
+
+    return Progress(add)
+
+
+def worker_count(workers: int | None) -> int:
+    """How many threads there are to be: one for each processor, but at most four, where nobody says.
+
+    Raises:
+        ConfigError: none.
+    """
+    count = min(os.cpu_count() or 1, 4) if workers is None else workers
+    if count < 1:
+        raise ConfigError(f"{count} workers do no work")
+    return count
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """The workers share the processors; each operation keeps to the one of its worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class StoppedError(Exception):
     """Another thread has failed."""
 
@@ -231,6 +318,21 @@ def digests_of(plans: Mapping[str, TensorPlan], inputs: Inputs, *, workers: int,
     return _each(plans, job, workers=workers, progress=progress)
 
 
+def copy_tensor(plan: TensorPlan, target: FileIO, place: int, inputs: Inputs) -> str:
+    """Copy the bytes of a tensor's source into a file; their digest, as they are there."""
+    with _opened(plan.source, inputs) as source:
+        return _copy(plan, source, target, place, progress=Progress()).sha256
+
+
+def read_bytes(file: FileIO, begin: int, count: int) -> Tensor:
+    """Bytes of a file, as a flat uint8 tensor.
+
+    Raises:
+        MissingFileError, FormatError: they cannot be read, or there are not so many.
+    """
+    return _read(file, begin, count, Path(os.fsdecode(file.name)))
+
+
 def read_source(plan: TensorPlan, inputs: Inputs) -> Tensor:
     """All bytes of a tensor's source, as a flat uint8 tensor."""
     with _opened(plan.source, inputs) as source:
@@ -242,13 +344,12 @@ def write_tensors(
     path: Path,
     *,
     metadata: Callable[[Mapping[str, Written]], Mapping[str, str]],
-    adapter: Adapter,
-    strength: float,
-    exact: bool,
     inputs: Inputs,
     workers: int,
     progress: Progress,
     where: str,
+    change: Change | None = None,
+    prefix: str = "",
 ) -> dict[str, Written]:
     """Write one safetensors file, tensor by tensor, and look at what was written.
 
@@ -257,13 +358,12 @@ def write_tensors(
         path: the file, which is there already and is written over.
         metadata: gives the file's metadata when everything else is written; called first with nothing, for its length,
             which must not depend on what it is called with.
-        adapter: what is folded in.
-        strength: multiplies its scale.
-        exact: whether weights are folded in float64, or in float32.
         inputs: the files that the plans name.
         workers: threads; the bytes do not depend on how many there are.
         progress: is told about the bytes of the output.
         where: the output's name, for errors.
+        change: what becomes of the weights that are to be folded; None where there are none.
+        prefix: stands before every name in the file.
 
     Raises:
         SourceDiffersError: a source has not the digest that its plan expects.
@@ -271,15 +371,14 @@ def write_tensors(
         AdapterError: a sum overflows.
         VerificationError: the header reads back wrong; what the weights are is for the caller to judge.
     """
-    facts = {name: plan.made for name, plan in plans.items()}
+    facts = {prefix + name: plan.made for name, plan in plans.items()}
     start, placed = layout(facts, metadata({}), where=where)
 
     def job(name: str) -> Written:
-        plan, place = plans[name], len(start) + placed[name].begin
+        plan, place = plans[name], len(start) + placed[prefix + name].begin
         with _opened(plan.source, inputs) as source, FileIO(path, "r+") as target:
-            if plan.folded:
-                fold = partial(_fold, adapter=adapter, strength=strength, exact=exact, progress=progress)
-                made = fold(name, plan, source, target, place)
+            if change is not None and plan.folded:
+                made = _change(name, plan, source, target, place, change=change, progress=progress)
             elif plan.given is not None:
                 made = _give(plan.given, plan, source, target, place, progress=progress)
             else:
@@ -290,7 +389,7 @@ def write_tensors(
 
     with FileIO(path, "r+") as file:
         file.truncate(len(start) + sum(plan.made_size for plan in plans.values()))
-    written = _each(placed, job, workers=workers, progress=progress)
+    written = _each((name[len(prefix) :] for name in placed), job, workers=workers, progress=progress)
     end, _ = layout(facts, metadata(written), where=where)
     with FileIO(path, "r+") as file:
         write_all(file, memoryview(end))
@@ -300,33 +399,22 @@ def write_tensors(
     return written
 
 
-def _fold(
-    name: str,
-    plan: TensorPlan,
-    source: _Source,
-    target: FileIO,
-    place: int,
-    *,
-    adapter: Adapter,
-    strength: float,
-    exact: bool,
-    progress: Progress,
+def _change(
+    name: str, plan: TensorPlan, source: _Source, target: FileIO, place: int, *, change: Change, progress: Progress
 ) -> Written:
     before, after, fold = hashlib.sha256(), hashlib.sha256(), Fold()
     dtype = getattr(torch, TORCH_DTYPES[plan.dtype])
     row = plan.size // plan.shape[0]
-    for at, part in parts_of(adapter, name):
+    for at, part in parts_of(change.adapter, name):
         start, shape = at.start * row, (at.stop - at.start, *plan.shape[1:])
         raw = source.read(start, shape[0] * row)
         before.update(raw.numpy().data)
-        base = raw.view(dtype).view(shape)
+        weight = raw.view(dtype).view(shape)
         target.seek(place + start)
-        write_all(target, tensor_bytes(part.fold(name, base, strength=strength, exact=exact)).numpy().data)
+        write_all(target, tensor_bytes(change.make(name, part, weight)).numpy().data)
         raw = _read(target, place + start, shape[0] * row, Path(os.fsdecode(target.name)))
         after.update(raw.numpy().data)
-        found = raw.view(dtype).view(shape)
-        check = check_fold(part, base, found, strength, exact=exact, told=fold.check.max_ulp)
-        fold += Fold.of(check, base, found)
+        fold += change.look(name, part, weight, raw.view(dtype).view(shape), fold)
         progress.add(len(raw))
     return Written(sha256=after.hexdigest(), source_sha256=before.hexdigest(), fold=fold)
 

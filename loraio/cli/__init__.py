@@ -27,6 +27,7 @@ from loraio.cli import (
     pretrain,
     targets,
     train,
+    unmerge,
     unpack,
     verify,
 )
@@ -148,6 +149,7 @@ for _command in (
     pack.pack,
     unpack.unpack,
     merge.merge,
+    unmerge.unmerge,
     verify.verify,
     export.export,
 ):

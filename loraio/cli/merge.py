@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from loraio.cli import _options, _output
+
+if TYPE_CHECKING:
+    from loraio.residuefile import Residue
 
 
 @click.command(epilog=_options.example("loraio merge base.safetensors three.safetensors -o merged.safetensors"))
@@ -28,6 +31,11 @@ from loraio.cli import _options, _output
     "--fast", is_flag=True, help="Sum in float32: no longer the nearest float, nor the bits of the attached adapter."
 )
 @click.option(
+    "--reversible",
+    is_flag=True,
+    help="Also write OUTPUT.residue, with which loraio unmerge gives BASE back without it.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=None,
@@ -46,6 +54,7 @@ def merge(
     strength: float,
     allow_base_mismatch: bool,
     fast: bool,
+    reversible: bool,
     alpha: float | None,
     model: str | None,
     model_args: dict[str, Any] | None,
@@ -72,6 +81,7 @@ def merge(
             allow_noop=force,
             force=force,
             exact=not fast,
+            reversible=reversible,
             workers=workers,
             model=model,
             model_args=model_args,
@@ -87,6 +97,7 @@ def merge(
         "parts": [str(part) for part in merged.parts],
         "reused": merged.reused,
     }
+    facts["residue"] = _residue_facts(merged.residue)
     _output.note_stripped(merged.stripped, as_json=as_json)
     if merged.reused and not as_json:
         _output.note(f"note: {merged.reused} of {len(merged.parts)} parts had been finished by an earlier run")
@@ -106,3 +117,16 @@ def merge(
     )
     _output.line(f"the worst weight is {weights.max_ulp:.3g} ulp from {reference}")
     _output.line(str(merged.landing))
+    if merged.residue is not None:
+        kept = merged.residue
+        _output.line(
+            f"{kept.path}: {_output.size(kept.bytes)}, {kept.bits_per_weight:.3g} bits for each folded weight, "
+            f"{kept.share:.2%} of the base"
+        )
+
+
+def _residue_facts(residue: Residue | None) -> dict[str, Any] | None:
+    if residue is None:
+        return None
+    sizes = {"bytes": residue.bytes, "bits_per_weight": residue.bits_per_weight, "share": residue.share}
+    return {"file": str(residue.path), **sizes}

@@ -62,6 +62,23 @@ class Kind(Protocol):
         """
         ...
 
+    def side_numbers(self, out: int) -> int:
+        """How many numbers `side` gives for a weight matrix of so many rows."""
+        ...
+
+    def side(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor | None:
+        """What `unfold` has to be told of the old weight matrix: `side_numbers` of float64, or None."""
+        ...
+
+    def unfold(
+        self, folded: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float, side: Tensor | None
+    ) -> Tensor:
+        """The old weight matrix again, nearly, from the one that `fold` gave; all in float64.
+
+        Made of single IEEE operations in an order that is part of the format of residues: the same bits everywhere.
+        """
+        ...
+
     def reference(
         self,
         weight: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from loraio.kinds.lora import Lora
+from loraio.kinds.lora import Lora, product_in_order
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,24 @@ class Dora:
         """No entry is larger than its row is long; between base and adapted weight are no larger ones than they are."""
         changes = self._lora.stays_finite(peaks, rank=rank, scale=scale, strength=1.0, room=room)
         return changes and 0 <= strength <= 1 and peaks["magnitude"] < min(room, 1e140)  # it is divided by a length
+
+    def side_numbers(self, out: int) -> int:
+        """One for each row."""
+        return out
+
+    def side(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor | None:
+        """The lengths |V|, which cannot be told from the new matrix."""
+        lengths: Tensor = self._lora.fold(weight, factors, scale=scale).norm(dim=1)
+        return lengths
+
+    def unfold(
+        self, folded: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float, side: Tensor | None
+    ) -> Tensor:
+        """``(W' - (t * q) * D) / ((1 - t) + t * q)``, with t the strength, q = m / |V| and D = scale * (B @ A)."""
+        assert side is not None
+        moved = strength * (factors["magnitude"] / side.masked_fill(side == 0, 1))
+        update = product_in_order(factors).mul_(scale).mul_(moved[:, None])
+        return (folded - update).div_(((1 - strength) + moved)[:, None])
 
     def reference(
         self,

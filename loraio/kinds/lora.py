@@ -73,6 +73,20 @@ class Lora:
         product = rank * peaks["lora_A"] * peaks["lora_B"]
         return math.isfinite(product) and abs(strength * scale) * product < room
 
+    def side_numbers(self, out: int) -> int:
+        """None."""
+        return 0
+
+    def side(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor | None:
+        """None: the product of the factors is all that was added."""
+        return None
+
+    def unfold(
+        self, folded: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float, side: Tensor | None
+    ) -> Tensor:
+        """``W' - (strength * scale) * (B @ A)``, its terms added from the first rank to the last."""
+        return folded - product_in_order(factors).mul_(strength * scale)
+
     def reference(
         self,
         weight: Any,
@@ -103,6 +117,18 @@ class Lora:
         magnitude *= (len(A) + 3) * np.finfo(A.dtype).eps  # eps is two roundings
         update += weight
         return update, magnitude
+
+
+def product_in_order(factors: Mapping[str, Tensor]) -> Tensor:
+    """B @ A as one column times one row at a time, first to last: no two machines differ in a bit of it."""
+    import torch
+
+    A, B = factors["lora_A"], factors["lora_B"]
+    total = B[:, :1] * A[:1]
+    term = torch.empty_like(total)
+    for rank in range(1, len(A)):
+        total += torch.mul(B[:, rank : rank + 1], A[rank : rank + 1], out=term)
+    return total
 
 
 def _kaiming(lora_A: Tensor, generator: torch.Generator) -> Tensor:

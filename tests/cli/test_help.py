@@ -38,6 +38,7 @@ COMMANDS = [
     "pretrain",
     "targets",
     "train",
+    "unmerge",
     "unpack",
     "verify",
 ]

@@ -41,7 +41,18 @@ def test_the_merged_checkpoint_is_the_library_s(run: Run, files: Path, tmp_path:
 def test_merge_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: Path) -> None:
     path = tmp_path / "merged.safetensors"
     found = run_json(*words("merge", files, "-o", path, "--strength", 0.5))
-    facts = {"folded", "replaced", "untouched", "max_ulp", "landing", "base_mismatch", "forced", "parts", "reused"}
+    facts = {
+        "folded",
+        "replaced",
+        "untouched",
+        "max_ulp",
+        "landing",
+        "base_mismatch",
+        "forced",
+        "parts",
+        "residue",
+        "reused",
+    }
     assert found.keys() == {"schema", "file", "sha256", "strength", "fast", "stripped", *facts}
     assert found["landing"].keys() == {"targets", "parameters", "replaced", "smallest", "median", "largest"}
     assert (found["file"], found["strength"], found["folded"], found["untouched"]) == (str(path), 0.5, 3, 5)
