@@ -55,6 +55,7 @@ from loraio.streaming import (
     worker_count,
     write_tensors,
 )
+from loraio.temporaries import owned_file
 from loraio.verification import FoldCheck, WeightReport
 
 
@@ -387,8 +388,8 @@ class _Merge:
             return container.metadata_of(document, facts, digests.__getitem__, where=f"{str(output)!r}")
 
         with (
-            staged(output, overwrite=self.overwrite, inputs=self.files) as temporary,
             self._kept(output) as kept,
+            staged(output, overwrite=self.overwrite, inputs=self.files) as temporary,
             self._explained(),
         ):
             written = self._write(plans, temporary, metadata, progress, output, kept)
@@ -408,16 +409,15 @@ class _Merge:
                 check_output(into / file, overwrite=self.overwrite, inputs=self.files)
         else:
             check_output(into)
-        with working_folder(output) as work:
+        with self._kept(output) as kept, working_folder(output) as work:
             try:
-                with self._kept(output) as kept:
-                    finished = FinishedParts(work, self._identity())
-                    written = self._parts(work, finished, output, kept)
-                    if kept is not None:
-                        kept.finish(self, written, {"index": index_text(self.checkpoint.path)})
-                    merged = self._conclude(written, index, kept)
-                    with staged(work / index.name, overwrite=True) as temporary:
-                        temporary.write_bytes(self._index(written, work, kept))
+                finished = FinishedParts(work, self._identity())
+                written = self._parts(work, finished, output, kept)
+                if kept is not None:
+                    kept.finish(self, written, {"index": index_text(self.checkpoint.path)})
+                merged = self._conclude(written, index, kept)
+                with staged(work / index.name, overwrite=True) as temporary:
+                    temporary.write_bytes(self._index(written, work, kept))
             except OutputError:  # such as a disk that is full: what is finished is of use
                 raise
             except LoraioError:
@@ -433,14 +433,19 @@ class _Merge:
 
     @contextlib.contextmanager
     def _kept(self, output: Path) -> Iterator[_Kept | None]:
-        """Where the residue goes; it gets its name when the block ends well, before the checkpoint does."""
+        """Where the residue goes; it gets its name when the block ends well.
+
+        That is after the checkpoint has its name: in between there may be a new checkpoint, whose base is at hand, but
+        never an old one that has lost its residue to the new one's.
+        """
         if not self.reversible:
             yield None
             return
         path = residue_beside(output)
         with (
             staged(path, overwrite=self.overwrite, inputs=self.files) as temporary,
-            contextlib.closing(ResidueWriter(temporary.parent, self.strength)) as writer,
+            owned_file(path) as spool,
+            contextlib.closing(ResidueWriter(spool, self.strength)) as writer,
         ):
             yield _Kept(path=path, temporary=temporary, writer=writer)
 

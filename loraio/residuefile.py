@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,16 +73,16 @@ def residue_beside(output: Path) -> Path:
 class ResidueWriter:
     """Takes the blocks of a merge, from several threads, and makes the file of them.
 
-    Blocks wait in a file without a name, which is gone with the process, until it is known how many there are.
+    Blocks wait in a file of their own until it is known how many there are.
 
     Args:
-        folder: where that file is.
+        spool: that file, which is there already.
         strength: of the merge.
     """
 
-    def __init__(self, folder: Path, strength: float) -> None:
+    def __init__(self, spool: Path, strength: float) -> None:
         self._strength = strength
-        self._spool = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # closed by `close`
+        self._spool = FileIO(spool, "r+")
         self._lock = threading.Lock()
         self._end = 0
         self._blocks: dict[str, list[tuple[int, int]]] = {}

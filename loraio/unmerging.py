@@ -31,7 +31,7 @@ from loraio.errors import (
 )
 from loraio.identity import state_sha256
 from loraio.integrity import PENDING, unsealed
-from loraio.outputs import check_output, move_files, name_folder, remove_folder, staged, working_folder
+from loraio.outputs import staged, staged_folder
 from loraio.parts import INDEX_SUFFIX
 from loraio.receipts import Receipt
 from loraio.residuefile import ResidueFile, Unfolding, digest_of, index_text, read_residue, residue_beside
@@ -463,34 +463,17 @@ class _Writing:
             return self._conclude(written, output)
 
     def _parts(self, output: Path) -> UnmergedFile:
-        named = output.name.endswith(INDEX_SUFFIX)
-        index = output if named else output / self.job.checkpoint.path.name
-        into, there = index.parent, named or output.is_dir()
-        for file in (*self.job.groups, index.name) if there else ():
-            check_output(into / file, overwrite=self.overwrite, inputs=self.files)
-        if not there:
-            check_output(into)
-        with working_folder(output) as work:
-            try:
-                for stale in work.iterdir():  # of a merge that was killed
-                    stale.unlink()
-                progress = self._progress()
-                everything: dict[str, Written] = {}
-                for file, plans in self.job.groups.items():
-                    with staged(work / file) as temporary:
-                        prefix, metadata = self.job.checkpoint.stripped, partial(_copied, self.job.metadata[file])
-                        everything |= self._write(plans, temporary, metadata, progress, output, prefix)
-                done = self._conclude(everything, index)
-                with staged(work / index.name) as temporary:
-                    temporary.write_bytes((self.job.index or "").encode("utf-8"))
-            except BaseException:
-                remove_folder(work)
-                raise
-            if there:
-                move_files(work, into, self.job.groups, last=index.name)
-                remove_folder(work)
-            else:
-                name_folder(work, into)
+        index = output if output.name.endswith(INDEX_SUFFIX) else output / self.job.checkpoint.path.name
+        into, names = index.parent, [*self.job.groups, index.name]
+        with staged_folder(into, names, last=index.name, overwrite=self.overwrite, inputs=self.files) as work:
+            progress, prefix = self._progress(), self.job.checkpoint.stripped
+            everything: dict[str, Written] = {}
+            for file, plans in self.job.groups.items():
+                (work / file).touch()
+                metadata = partial(_copied, self.job.metadata[file])
+                everything |= self._write(plans, work / file, metadata, progress, output, prefix)
+            done = self._conclude(everything, index)
+            (work / index.name).write_bytes((self.job.index or "").encode("utf-8"))
         return replace(done, parts=tuple(into / file for file in self.job.groups))
 
     def _write(

@@ -93,6 +93,9 @@ def merge(files: Path, folder: Path, parts: Path) -> None:
     loraio.merge_file(folder / "base.pt", adapter, folder / "pickle.safetensors", model="digit-cnn")
     (folder / "base.pt").unlink()
     loraio.merge_file(base, adapter, folder / "fast.safetensors", exact=False)
+    for workers in (1, 2):
+        loraio.merge_file(base, adapter, folder / f"kept-{workers}", reversible=True, workers=workers)
+    loraio.unmerge_file(folder / "kept-1", folder / "unmerged", adapter=adapter)
 
 
 def parted(files: Path, folder: Path) -> Path:

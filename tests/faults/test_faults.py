@@ -23,10 +23,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import loraio
-from loraio import container, exporting, streaming
+from loraio import container, exporting, residuefile, streaming
 from loraio.errors import LoraioError
 from loraio.formats import DIALECTS
 from loraio.training.resuming import SideFile
@@ -127,6 +128,7 @@ class Faults:
             patch.setattr(io, "open", opened)
             patch.setattr(builtins, "open", opened)
             patch.setattr(streaming, "FileIO", File)
+            patch.setattr(residuefile, "FileIO", File)
             yield
 
 
@@ -230,6 +232,15 @@ def case(request: pytest.FixtureRequest, things: Path) -> Case:
             output="out",
             kept=True,
         )
+    if name == "merge, reversible":
+        return Case(
+            lambda path, new: loraio.merge_file(
+                base, three, path, strength=strength[new], overwrite=path.exists(), workers=1, reversible=True
+            ),
+            apart=True,
+        )
+    if name.startswith("unmerge"):
+        return unmerge_case(things, parted=name != "unmerge")
     if name == "pack":
         folders = {True: things / "adapters", False: things / "one"}
         return Case(lambda path, new: loraio.pack([folders[new]], path, overwrite=path.exists()))
@@ -258,6 +269,30 @@ def case(request: pytest.FixtureRequest, things: Path) -> Case:
     )
 
 
+def unmerge_case(things: Path, *, parted: bool) -> Case:
+    """With the residue; the older output is what another merge gives back."""
+    bases = {
+        True: things / ("parts" if parted else "base.safetensors"),
+        False: things / ("older-parts", "older.st")[not parted],
+    }
+    three = things / "adapters/three.safetensors"
+    state = dict(loraio.read_base(bases[True]).state)
+    if not bases[False].exists():
+        if parted:
+            shutil.copytree(bases[True], bases[False])
+        name = min(bases[False].glob("*-1-of-2.safetensors")) if parted else bases[False]
+        inside = container.read_header(name).tensors if parted else state
+        save_file({key: state[key] + 1 if key == "conv1.bias" else state[key].clone() for key in inside}, name)
+    merged = {new: base.with_name(f"merged-{base.name}") for new, base in bases.items()}
+    for new, base in bases.items():
+        if not merged[new].exists():
+            loraio.merge_file(base, three, merged[new], reversible=True, allow_base_mismatch=True)
+    return Case(
+        lambda path, new: loraio.unmerge_file(merged[new], path, adapter=three, overwrite=path.exists(), workers=1),
+        output="out" if parted else "out.safetensors",
+    )
+
+
 def export_case(request: pytest.FixtureRequest, base: Path) -> Case:
     """Without tracing and running the network each time: what is written is real."""
     patch = request.getfixturevalue("monkeypatch")
@@ -280,6 +315,9 @@ NAMES = (
     "save_base",
     "merge",
     "merge, parted",
+    "merge, reversible",
+    "unmerge",
+    "unmerge, parted",
     "pack",
     "unpack",
     "side file",

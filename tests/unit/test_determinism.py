@@ -57,4 +57,7 @@ def test_ways_that_are_promised_to_agree_do_in_each_process(digests: dict[str, d
         for part in ("part-0.safetensors", "part-1.safetensors", "base.safetensors.index.json"):
             assert len({found[f"parted-{workers}/{part}"] for workers in (1, 2, 5)}) == 1
         assert {found[f"{dialect}-back"] for dialect in ("peft", "lycoris", "kohya", "diffusers")} == {three}
+        assert found["kept-1"] == found["kept-2"]
+        assert found["kept-1.residue"] == found["kept-2.residue"]
+        assert found["unmerged"] == hashlib.sha256((files / "base.safetensors").read_bytes()).hexdigest()
         assert found["all.pack"] == found["listed.pack"]
