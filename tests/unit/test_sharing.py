@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,14 @@ class Passes:
         assert not self.errors
 
 
+class Pause(nn.Module):
+    """Lets other threads go on between two layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0)
+        return x
+
+
 def answer(output: Tensor) -> tuple[float, ...]:
     return tuple(output.flatten().tolist())
 
@@ -83,7 +92,7 @@ def expected(model: nn.Module, *changes: Callable[[], Any]) -> set[tuple[float, 
 def test_eight_threads_see_one_adapter_or_the_other_in_ten_thousand_swaps() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model = nn.Sequential(nn.Linear(2, 2), Pause(), nn.Linear(2, 2))
     first, second = (small_adapter(model, seed, "all", rank=seed) for seed in (1, 2))
     x = torch.ones(1, 2)
     live = loraio.attach(model, second)
