@@ -81,11 +81,22 @@ def test_what_is_endless_and_has_no_other_form_is_refused(text: str) -> None:
         Pattern(text, Budget()).matches("a" * 50)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_looks_ahead_inside_of_each_other_are_answered_or_refused(depth: int) -> None:
+    text = "(a+)+b"
+    for _ in range(depth):
+        text = rf"(?:(?!.*{text}.*l).+)+.*"
+    try:
+        assert Pattern(text, Budget()).matches("aml" * 60)
+    except FormatError as error:
+        assert "take too long to match" in error.message
+
+
 def test_all_patterns_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAIO_MAX_PATTERN_STEPS", "10000")
+    monkeypatch.setenv("LORAIO_LIMITS", "pattern_steps=10000")
     budget = Budget()
     found = Pattern("(a+)+b", budget)
-    with pytest.raises(FormatError, match=r"take too long to match[\s\S]*LORAIO_MAX_PATTERN_STEPS"):
+    with pytest.raises(FormatError, match=r"take too long to match[\s\S]*LORAIO_LIMITS=pattern_steps"):
         any(found.matches("a" * 300) for _ in range(1000))
 
 
