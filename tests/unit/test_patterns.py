@@ -81,15 +81,12 @@ def test_what_is_endless_and_has_no_other_form_is_refused(text: str) -> None:
         Pattern(text, Budget()).matches("a" * 50)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_looks_ahead_inside_of_each_other_are_answered_or_refused(depth: int) -> None:
+def test_looks_ahead_inside_of_each_other_are_refused_before_they_take_long() -> None:
     text = "(a+)+b"
-    for _ in range(depth):
+    for _ in range(4):
         text = rf"(?:(?!.*{text}.*l).+)+.*"
-    try:
-        assert Pattern(text, Budget()).matches("aml" * 60)
-    except FormatError as error:
-        assert "take too long to match" in error.message
+    with pytest.raises(FormatError, match="take too long to match"):
+        Pattern(text, Budget()).matches("aml" * 60)
 
 
 def test_all_patterns_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
