@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from loraio.errors import ConfigError
 
-PREFIX = "LORAIO_MAX_"
-"""How the environment variables start that set a limit; the rest is its name in capitals."""
+VARIABLE = "LORAIO_LIMITS"
+"""The environment variable that sets limits, as NAME=NUMBER with commas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,26 +36,34 @@ class Limits:
     name_bytes: int = 512
     dimensions: int = 16
     pattern_bytes: int = 20_000
-    pattern_steps: int = 5_000_000
+    pattern_steps: int = 1_000_000
+
+
+_NAMES = tuple(field.name for field in fields(Limits))
 
 
 def limits() -> Limits:
-    """The limits that hold: an environment variable ``LORAIO_MAX_<NAME>`` sets one, ``LORAIO_MAX_HEADER_BYTES`` say.
+    """The limits that hold: the environment variable `VARIABLE` sets some, ``tensors=200000,name_bytes=900`` say.
 
     Raises:
-        ConfigError: one of the variables is not a number of at least 1.
+        ConfigError: it names no limit, or says no number of at least 1.
     """
+    return _parsed(os.environ.get(VARIABLE, ""))
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: str) -> Limits:
     given = {}
-    for field in fields(Limits):
-        text = os.environ.get(PREFIX + field.name.upper())
-        if text is None:
-            continue
-        if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text)):
-            raise ConfigError(f"{PREFIX}{field.name.upper()} is {text!r}, not a number of at least 1")
-        given[field.name] = int(text)
+    for setting in text.split(",") if text else ():
+        name, _, number = setting.partition("=")
+        if name not in _NAMES:
+            raise ConfigError(f"{VARIABLE} names the limit {name!r}", hint=f"one of {', '.join(_NAMES)}")
+        if not (number.isascii() and number.isdigit() and len(number) < 19 and int(number)):
+            raise ConfigError(f"{VARIABLE} says {setting!r}, which is not a number of at least 1")
+        given[name] = int(number)
     return Limits(**given)
 
 
 def raising(name: str) -> str:
     """The hint of an error about a limit."""
-    return f"{PREFIX}{name.upper()}=N in the environment raises the limit, for a file that you trust"
+    return f"{VARIABLE}={name}=N in the environment raises the limit, for a file that you trust"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from array import array
+from itertools import accumulate
 from typing import Any, NoReturn
 
 from loraio.errors import FormatError, shown
@@ -17,8 +19,11 @@ _LONE = re.compile(
 )
 """A half without its other one, in a text whose escaped backslashes are spaces."""
 
-_BRACKETS = re.compile(rb'"[^"]*"?|[\[\]{}]')
-_STRUCTURE = re.compile(rb'"[^"]*"?|[\[\]{},]')
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as signed bytes: one level down, one up
+
+_OTHERS = bytes(set(range(256)) - set(b"[]{},"))
+
+_CHUNK = 1 << 16
 
 
 def parse_json(text: str, *, where: str) -> Any:
@@ -69,22 +74,21 @@ def _check_size(text: str, most: Limits, where: str) -> None:
     """
     raw = text.encode("utf-8", "surrogatepass")
     opened = raw.count(b"[") + raw.count(b"{")
-    many = raw.count(b",") + opened > most.json_values
-    if opened <= most.json_depth and not many:
+    if opened <= most.json_depth and raw.count(b",") + opened <= most.json_values:
         return
-    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    bare = raw
+    for escape in (b"\\\\", b'\\"'):
+        bare = bare.replace(escape, b"") if escape in bare else bare
     del raw
-    depth = deepest = values = 0
-    for match in (_STRUCTURE if many else _BRACKETS).finditer(bare):
-        token = match.group()
-        if token in (b"[", b"{"):
-            depth += 1
-            values += 1
-            deepest = max(deepest, depth)
-        elif token in (b"]", b"}"):
-            depth -= 1
-        elif token == b",":
-            values += 1
+    depth = values = inside = 0  # inside of a text?
+    for start in range(0, len(bare), _CHUNK):
+        parts = bare[start : start + _CHUNK].split(b'"')
+        structure = b"".join(parts[inside::2]).translate(None, _OTHERS)
+        inside ^= (len(parts) - 1) & 1
+        values += structure.count(b",") + structure.count(b"[") + structure.count(b"{")
+        levels = array("b", structure.translate(_STEPS, b","))
+        deepest = max(accumulate(levels, initial=depth))
+        depth += sum(levels)
         if deepest > most.json_depth:
             raise FormatError(
                 f"the JSON is nested more than {most.json_depth} deep", where=where, hint=raising("json_depth")

@@ -109,7 +109,6 @@ class Pattern:
 
     def _is(self, name: str, start: int, starts: list[int]) -> bool:
         """Whether a plain text is what begins there: its dots stand for any character."""
-        self._budget.spend(1)
         if start not in starts:
             return False
         end = name[start:]
@@ -145,6 +144,7 @@ class PatternTable:
     """
 
     def __init__(self, patterns: Any, budget: Budget) -> None:
+        self._budget = budget
         given = patterns.items() if isinstance(patterns, Mapping) else ()
         self._values = [(Pattern(text, budget), value) for text, value in given]
 
@@ -154,6 +154,7 @@ class PatternTable:
         Raises:
             FormatError: as `Pattern.matches`.
         """
+        self._budget.spend(1 + len(self._values) // 8)
         starts = [0, *(place + 1 for place, char in enumerate(path) if char == ".")] if self._values else []
         return next((value for pattern, value in self._values if pattern.matches(path, starts)), otherwise)
 

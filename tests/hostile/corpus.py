@@ -247,14 +247,18 @@ def json_texts() -> Iterator[tuple[str, bytes | str, str]]:
     yield "a number beyond float64", '{"w": 1e999}', "1e999 is beyond the range"
     yield "an integer of 5,000 digits", '{"w": ' + "9" * 5000 + "}", "an integer of thousands of digits"
     yield "an integer of a million digits", '{"w": ' + "9" * 1_000_000 + "}", "an integer of thousands of digits"
-    yield "65 lists deep", '{"w": ' + "[" * 65 + "]" * 65 + "}", r"nested more than 64 deep[\s\S]*LORAIO_MAX_JSON_DEPTH"
+    yield (
+        "65 lists deep",
+        '{"w": ' + "[" * 65 + "]" * 65 + "}",
+        r"nested more than 64 deep[\s\S]*LORAIO_LIMITS=json_depth",
+    )
     yield "100,000 lists deep", '{"w": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested more than 64 deep"
     yield "100,000 objects deep", '{"w":' * 100_000, "nested more than 64 deep"
     yield "depth behind quotes", '{"\\"[[": "\\\\", "w": ' + "[" * 70 + "]" * 70 + "}", "nested more than 64 deep"
     yield (
         "a million lists",
         '{"w": [' + "[]," * 1_000_000 + "[]]}",
-        r"more than 300,000 entries[\s\S]*LORAIO_MAX_JSON_VALUES",
+        r"more than 300,000 entries[\s\S]*LORAIO_LIMITS=json_values",
     )
     yield "a million objects", '{"w": [' + "{}," * 1_000_000 + "{}]}", "more than 300,000 entries"
     yield "a million numbers", '{"w": [' + "0," * 1_000_000 + "0]}", "more than 300,000 entries"
@@ -322,7 +326,7 @@ def layouts() -> Iterator[tuple[str, list[tuple[int, int]], str]]:
 def names() -> Iterator[tuple[str, str, str]]:
     """What no tensor may be called."""
     yield "an empty name", "", "a tensor has an empty name"
-    yield "a name of 513 bytes", "n" * 513, r"longer than 512 bytes[\s\S]*LORAIO_MAX_NAME_BYTES"
+    yield "a name of 513 bytes", "n" * 513, r"longer than 512 bytes[\s\S]*LORAIO_LIMITS=name_bytes"
     yield "a name of 200 characters of three bytes", "字" * 200, "longer than 512 bytes"
     yield "a name of a megabyte", "n" * 1_000_000, "longer than 512 bytes"
     for what, char in {
@@ -693,7 +697,11 @@ def cases() -> list[Case]:
         one(f"name: {name}", raw({called: entry()}, bytes(8)), match)
     tensors = {f"t{number}": entry(shape=(0,), offsets=(0, 0)) for number in range(30_001)}
     one("30,001 tensors", raw(json.dumps(tensors, separators=(",", ":"))), "30,001 tensors, at most 30,000")
-    one("a header of 6 MB", raw(with_pad(b"{}", 6_000_000)), r"6,000,000 bytes, at most 5,000,000[\s\S]*HEADER_BYTES")
+    one(
+        "a header of 6 MB",
+        raw(with_pad(b"{}", 6_000_000)),
+        r"6,000,000 bytes, at most 5,000,000[\s\S]*LORAIO_LIMITS=header_bytes",
+    )
     for name, content, match in documents():
         one(f"document: {name}", content, match, "adapter")
     for name, content, match in packs():

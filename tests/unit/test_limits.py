@@ -10,7 +10,7 @@ import pytest
 
 from loraio.container import read_header, read_json
 from loraio.errors import ConfigError, FormatError
-from loraio.limits import PREFIX, Limits, limits, raising
+from loraio.limits import VARIABLE, Limits, limits, raising
 
 
 def test_without_variables_the_defaults_hold() -> None:
@@ -18,17 +18,32 @@ def test_without_variables_the_defaults_hold() -> None:
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Limits)])
-def test_each_limit_has_a_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PREFIX + name.upper(), "17")
+def test_each_limit_can_be_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f"{name}=17")
     assert limits() == Limits(**{name: 17})
-    assert f"LORAIO_MAX_{name.upper()}=N" in raising(name)
+    assert f"LORAIO_LIMITS={name}=N" in raising(name)
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1e6", " 5", "٣", "9" * 30, "many"])
+def test_several_limits_are_set_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "tensors=5,header_bytes=6")
+    assert limits() == Limits(tensors=5, header_bytes=6)
+    monkeypatch.delenv(VARIABLE)
+    assert limits() == Limits()
+
+
+@pytest.mark.parametrize("text", ["=", "0", "-1", "1e6", " 5", "٣", "9" * 30, "many"])
 def test_what_is_no_number_is_an_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAIO_MAX_TENSORS", text)
-    with pytest.raises(ConfigError, match=r"LORAIO_MAX_TENSORS is .* not a number of at least 1"):
+    monkeypatch.setenv(VARIABLE, f"tensors={text}")
+    with pytest.raises(ConfigError, match=r"LORAIO_LIMITS says .*not a number of at least 1"):
         limits()
+
+
+@pytest.mark.parametrize("text", ["tensor=5", "tensors=5,", "5", " tensors=5"])
+def test_what_is_no_limit_is_an_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(ConfigError, match=r"names the limit .*|says .*one of") as caught:
+        limits()
+    assert caught.value.hint is None or "tensors" in caught.value.hint
 
 
 def entries(count: int) -> dict[str, object]:
@@ -38,12 +53,12 @@ def entries(count: int) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("variable", "match"),
     [
-        ("HEADER_BYTES", "the header has [0-9,]+ bytes, at most 10 are read"),
-        ("JSON_DEPTH", "nested more than 2 deep"),
-        ("JSON_VALUES", "more than 10 entries"),
-        ("TENSORS", "20 tensors, at most 10"),
-        ("NAME_BYTES", "longer than 2 bytes"),
-        ("DIMENSIONS", "has 3 dimensions, at most 2"),
+        ("header_bytes", "the header has [0-9,]+ bytes, at most 10 are read"),
+        ("json_depth", "nested more than 2 deep"),
+        ("json_values", "more than 10 entries"),
+        ("tensors", "20 tensors, at most 10"),
+        ("name_bytes", "longer than 2 bytes"),
+        ("dimensions", "has 3 dimensions, at most 2"),
     ],
 )
 def test_a_limit_is_where_it_says_and_no_further(
@@ -55,24 +70,24 @@ def test_a_limit_is_where_it_says_and_no_further(
     path = tmp_path / "some.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     values = text.count(b",") + text.count(b"{") + text.count(b"[")
-    exact = {"HEADER_BYTES": len(text), "JSON_DEPTH": 3, "JSON_VALUES": values, "TENSORS": 20, "NAME_BYTES": 3}
-    monkeypatch.setenv(PREFIX + variable, str(exact.get(variable, 3)))
+    exact = {"header_bytes": len(text), "json_depth": 3, "json_values": values, "tensors": 20, "name_bytes": 3}
+    monkeypatch.setenv(VARIABLE, f"{variable}={exact.get(variable, 3)}")
     assert len(read_header(path).tensors) == 20
-    monkeypatch.setenv(PREFIX + variable, str(exact.get(variable, 3) - 1))
+    monkeypatch.setenv(VARIABLE, f"{variable}={exact.get(variable, 3) - 1}")
     with pytest.raises(FormatError):
         read_header(path)
-    monkeypatch.setenv(PREFIX + variable, "2" if variable in ("JSON_DEPTH", "NAME_BYTES", "DIMENSIONS") else "10")
+    monkeypatch.setenv(VARIABLE, f"{variable}={2 if variable in ('json_depth', 'name_bytes', 'dimensions') else 10}")
     with pytest.raises(FormatError, match=match) as caught:
         read_header(path)
     assert caught.value.hint is not None
-    assert PREFIX + variable in caught.value.hint
+    assert f"{VARIABLE}={variable}=N" in caught.value.hint
 
 
 def test_a_json_file_has_the_limit_of_a_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "some.json"
     path.write_text('{"a": [1]}')
-    monkeypatch.setenv("LORAIO_MAX_HEADER_BYTES", "10")
+    monkeypatch.setenv(VARIABLE, "header_bytes=10")
     assert read_json(path) == {"a": [1]}
     path.write_text('{"a": [12]}')
-    with pytest.raises(FormatError, match=r"longer than 10 bytes[\s\S]*LORAIO_MAX_HEADER_BYTES"):
+    with pytest.raises(FormatError, match=r"longer than 10 bytes[\s\S]*LORAIO_LIMITS=header_bytes"):
         read_json(path)

@@ -81,11 +81,19 @@ def test_what_is_endless_and_has_no_other_form_is_refused(text: str) -> None:
         Pattern(text, Budget()).matches("a" * 50)
 
 
+def test_looks_ahead_inside_of_each_other_are_refused_before_they_take_long() -> None:
+    text = "(a+)+b"
+    for _ in range(4):
+        text = rf"(?:(?!.*{text}.*l).+)+.*"
+    with pytest.raises(FormatError, match="take too long to match"):
+        Pattern(text, Budget()).matches("aml" * 60)
+
+
 def test_all_patterns_share_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAIO_MAX_PATTERN_STEPS", "10000")
+    monkeypatch.setenv("LORAIO_LIMITS", "pattern_steps=10000")
     budget = Budget()
     found = Pattern("(a+)+b", budget)
-    with pytest.raises(FormatError, match=r"take too long to match[\s\S]*LORAIO_MAX_PATTERN_STEPS"):
+    with pytest.raises(FormatError, match=r"take too long to match[\s\S]*LORAIO_LIMITS=pattern_steps"):
         any(found.matches("a" * 300) for _ in range(1000))
 
 

@@ -35,7 +35,7 @@ def test_what_json_reads_is_read(tree: Any, ascii_only: bool) -> None:
 def test_depth_is_counted_outside_of_texts_only(tree: Any, most: int) -> None:
     text = json.dumps(tree)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAIO_MAX_JSON_DEPTH", str(most))
+        patch.setenv("LORAIO_LIMITS", f"json_depth={most}")
         if depth_of(tree) <= most:
             assert parse_json(text, where="here") == tree
         else:
@@ -51,9 +51,9 @@ def test_entries_are_counted_outside_of_texts_only(tree: list[Any]) -> None:
 
     count = entries(tree)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAIO_MAX_JSON_VALUES", str(count))
+        patch.setenv("LORAIO_LIMITS", f"json_values={count}")
         assert parse_json(json.dumps(tree), where="here") == tree
-        patch.setenv("LORAIO_MAX_JSON_VALUES", str(count - 1))
+        patch.setenv("LORAIO_LIMITS", f"json_values={count - 1}")
         with pytest.raises(FormatError, match=f"more than {count - 1:,} entries"):
             parse_json(json.dumps(tree), where="here")
 
