@@ -54,7 +54,8 @@ class Bank:
     Opening lists the names and reads no adapter. An adapter is read and checked, bytes and contents, when it is first
     used, and again only after its file was changed or it was evicted; that it belongs to a model is checked against
     the model's own digests, which are computed once, see `loraio.identity.BaseIdentity`. No work on an adapter grows
-    with the number of names. Methods may be called from several threads; each model belongs to one thread at a time.
+    with the number of names. Methods may be called from several threads. While one thread swaps a model's adapter,
+    others may run the model; otherwise each model belongs to one thread at a time.
 
     A folder's adapters are its ``*.safetensors``, named without that ending, in Unicode normal form C; either form is
     found. Links, hidden files and deeper folders are not looked at, and a name is only looked up in the list, never
