@@ -45,7 +45,7 @@ from loraio.parametrization import (
 )
 from loraio.recent import Fitting, Recent
 from loraio.registry import lookup
-from loraio.sharing import share, unshare
+from loraio.sharing import beside_changes, share, unshare
 from loraio.slots import Slot
 from loraio.undoing import Undo
 from loraio.watching import writes_to
@@ -232,8 +232,7 @@ class Attachment:
                     place.part.refresh()
             self._recent.forget()
 
-        self._require_attached()
-        self._sharing.change(self._require_attached, apply)
+        self._change(apply)
 
     def swap(self, adapter: Adapter) -> None:
         """Put another adapter in the place of this one; strength and on/off stay as they are.
@@ -301,18 +300,16 @@ class Attachment:
             occupied_only: never mind the places from which someone else has taken the parametrization off.
         """
 
-        def check_all() -> None:
+        def checked(undo: Undo) -> None:
             self._require_attached()
             self._check_untouched(occupied_only)
             if check is not None:
                 check()
-
-        def noted(undo: Undo) -> None:
             undo.note(vars(self), self._places, self._frozen)
             apply(undo)
 
         self._require_attached()
-        self._sharing.change(check_all, noted)
+        self._sharing.change(checked)
 
     def _now(self) -> tuple[dict[str, Tensor], list[str]]:
         """Copies of the adapter's tensors as they are, not checked; and which tensors of the base changed meanwhile."""
@@ -641,7 +638,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     Raises:
         StateError: it carries no adapter, or several parts of it carry one each.
     """
-    found: list[Attachment] = attachments(model)
+    found: list[Attachment] = beside_changes(model, attachments)
     if len(found) != 1:
         raise StateError(
             f"{len(found)} parts of the model carry an adapter each" if found else "the model carries no adapter",

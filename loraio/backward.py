@@ -1,12 +1,18 @@
 """The training step of an adapted layer: gradients of the factors without the gradient of the whole weight.
 
 For ``y = conv(x, W + s * B @ A)`` with a frozen W autograd would compute the weight gradient, out * fan_in numbers, and
-multiply it by A and by B. But only those products are asked for, and they come from convolutions with as many channels
-as the rank: ``dB = s * dy . conv(x, A)``, and ``dA`` is s times the weight gradient of ``conv(x, A)`` for the output
-gradient ``B^T dy`` (Hu et al. 2021, arXiv:2106.09685, section 4.1, where the two are layers of their own). The forward
-pass stays one convolution with the folded weight, which is not kept: the backward pass folds it once more where the
-input needs a gradient. So neither pass keeps more than full fine-tuning does. Where the whole weight gradient is less
-work, as for depthwise convolutions, it is computed and multiplied: `thin_is_cheaper` says where.
+multiply it by A and by B. But only those products are asked for, and they come from tensors with as many channels as
+the rank: from the hidden ones ``h = conv(x, A)`` comes ``dB = s * dy . h``, and from ``B^T dy`` comes dA, s times the
+weight gradient of ``conv(x, A)`` (Hu et al. 2021, arXiv:2106.09685, section 4.1, where both are layers of their own).
+Where the whole weight gradient is less work, as for depthwise convolutions, it is computed and multiplied:
+`thin_is_cheaper` says where.
+
+A pass over many positions folds the weight, once and for that pass only; one over few adds ``s * B @ h``, or what A
+makes of ``B^T dy``, which it has at hand, to what W gives: `folding_is_cheaper`. The folded weight is never kept for
+the backward pass, and h only where it is small. So a step keeps hardly more than full fine-tuning does.
+
+Kernels of one point are matrix products, and their gradients too: of ``(channels, points)`` for each image, or of one
+``(points, channels)`` where the channels come last.
 
 Batch normalisation that is frozen multiplies each channel by a number; nothing but that number is kept for it.
 
@@ -16,6 +22,7 @@ parametrized weight, whenever anything is out of the ordinary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +40,13 @@ COLUMNS = 3
 """Width of kernel for which weight gradients of depthwise convolutions are fast on a CPU."""
 
 
+SMALL = 32
+"""How many times as many numbers the input must have as the hidden channels that are kept with it."""
+
+_EXACT = (torch.float32, torch.float64)
+"""Dtypes in which a sum of products is not rounded to less than factors have."""
+
+
 class Pair(NamedTuple):
     """One weight and what is added to it: ``weight + scale * (B @ A)``."""
 
@@ -43,22 +57,35 @@ class Pair(NamedTuple):
 
     def fold(self, dtype: torch.dtype) -> Tensor:
         """The folded weight, rounded to the weight's dtype and then to the one that the layer computes in."""
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
-        matrix = self.weight.to(exact).reshape(len(self.weight), -1)
-        folded = matrix.addmm(self.lora_B.to(exact), self.lora_A.to(exact), alpha=self.scale)
-        return folded.view(self.weight.shape).to(self.weight.dtype).to(dtype)
+        weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
+        if weight.dtype == lora_A.dtype == lora_B.dtype == dtype and dtype in _EXACT:
+            return weight.reshape(len(weight), -1).addmm(lora_B, lora_A, alpha=self.scale).view(weight.shape)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        matrix = weight.to(exact).reshape(len(weight), -1)
+        folded = matrix.addmm(lora_B.to(exact), lora_A.to(exact), alpha=self.scale)
+        return folded.view(weight.shape).to(weight.dtype).to(dtype)
+
+    def in_one_dtype(self, x: Tensor) -> bool:
+        """Whether all is in the input's dtype, and sums of products in it are no sums of roundings."""
+        return x.dtype == self.weight.dtype == self.lora_A.dtype == self.lora_B.dtype and x.dtype in _EXACT
 
     def from_full(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of A and B from that of the folded weight."""
         matrix = gradient.reshape(len(gradient), -1).to(torch.promote_types(gradient.dtype, torch.float32))
-        grad_A = self.scale * (self.lora_B.to(matrix.dtype).t() @ matrix)
-        grad_B = self.scale * (matrix @ self.lora_A.to(matrix.dtype).t())
+        lora_A, lora_B = self.lora_A.to(matrix.dtype), self.lora_B.to(matrix.dtype)
+        grad_A = torch.addmm(lora_A, lora_B.t(), matrix, beta=0, alpha=self.scale)
+        grad_B = torch.addmm(lora_B, matrix, lora_A.t(), beta=0, alpha=self.scale)
         return grad_A.to(self.lora_A.dtype), grad_B.to(self.lora_B.dtype)
 
 
 def _pair(tensors: Sequence[Tensor], scale: float) -> Pair:
     weight, lora_A, lora_B = tensors
     return Pair(weight, lora_A, lora_B, scale)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of these images come last in memory, and would not in another order too."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Geometry(NamedTuple):
@@ -69,27 +96,54 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
+    def sizes(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        """Of the output, without batch and channels.
+
+        >>> Geometry((2, 2), (1, 1), (1, 1), 1).sizes(torch.empty(1, 3, 28, 28), torch.empty(4, 3, 3, 3))
+        (14, 14)
+        """
+        axes = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        return tuple((size + 2 * pad - gap * (wide - 1) - 1) // step + 1 for size, wide, step, pad, gap in axes)
+
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The convolution."""
         none = (0,) * len(self.stride)
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups)
 
-    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the input; of the input only shape and layout count.
+    def met_by_a_point(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """What a kernel of one point is multiplied with, as (batch, channels, points); of the weight only shape counts.
 
-        A kernel of one point needs no convolution on a CPU: a matrix product gives the gradients of the points that it
-        meets, and those that its strides skip have none. oneDNN takes longer on one core (seen in v3.12).
+        None where something else is to be done: more than a point, groups, padding; memory in which the channels come
+        last; other devices than a CPU, where oneDNN takes longer on one core than matrix products (seen in v3.12).
         """
         plain = self.groups == 1 and not any(self.padding) and weight.numel() == weight.shape[0] * weight.shape[1]
         if not plain or x.device.type != "cpu" or not x.is_contiguous():
-            return self._gradients(grad, x, weight, (True, False, False))[0]
-        met = (weight.flatten(1).t() @ grad.flatten(2)).view(-1, x.shape[1], *grad.shape[2:])
-        if met.shape == x.shape:
-            return met
-        gradient = torch.zeros_like(x)
-        met_points = (slice(None), slice(None), *(slice(None, None, stride) for stride in self.stride))
-        gradient[met_points] = met
-        return gradient
+            return None
+        if max(self.stride) > 1:
+            x = x[self._met_points()]
+        return x.flatten(2)
+
+    def unmet(self, gradient: Tensor, x: Tensor, spatial: Sequence[int]) -> Tensor:
+        """The gradient of the input of a kernel of one point, from that of what it met: none where strides skip.
+
+        Args:
+            gradient: as `met_by_a_point`.
+            x: the input, for its shape.
+            spatial: sizes of the output.
+        """
+        gradient = gradient.unflatten(2, tuple(spatial))
+        if gradient.shape == x.shape:
+            return gradient
+        whole = torch.zeros_like(x)
+        whole[self._met_points()] = gradient
+        return whole
+
+    def _met_points(self) -> tuple[slice, ...]:
+        return (slice(None), slice(None), *(slice(None, None, stride) for stride in self.stride))
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of the input; of the input only shape and layout count."""
+        return self._gradients(grad, x, weight, (True, False, False))[0]
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the weight; of the weight only shape and layout count.
@@ -150,8 +204,24 @@ def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any
         return function(*arguments)
 
 
+def folding_is_cheaper(*, positions: int, width: int) -> bool:
+    """Whether a pass folds the weight first, rather than adds a product of two thin matrices to what it gives.
+
+    A fold goes through ``out * fan_in`` numbers, whatever the positions; such a product, one factor of which is there
+    anyhow, through ``out`` numbers for each position in the forward pass, and ``fan_in`` in the backward pass.
+
+    Args:
+        positions: of the output, over the whole batch.
+        width: fan_in in the forward pass, out in the backward pass.
+
+    >>> folding_is_cheaper(positions=196, width=2048), folding_is_cheaper(positions=12544, width=64)
+    (False, True)
+    """
+    return positions > width
+
+
 class _Convolution(torch.autograd.Function):
-    """A convolution with a folded weight. Its backward pass is made of differentiable operations only."""
+    """A convolution with an adapted weight. Its backward pass is made of differentiable operations only."""
 
     @staticmethod
     def forward(
@@ -164,9 +234,20 @@ class _Convolution(torch.autograd.Function):
         scale: float,
         geometry: Geometry,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.scale, ctx.geometry = scale, geometry
-        return geometry.convolve(x, Pair(weight, lora_A, lora_B, scale).fold(x.dtype), bias)
+        pair = Pair(weight, lora_A, lora_B, scale)
+        ctx.thin, positions = _thin_convolution(pair, geometry, x)
+        ctx.addable = ctx.thin and geometry.groups == 1 and pair.in_one_dtype(x)
+        hidden = None
+        is_small = SMALL * len(lora_A) * positions <= x.numel()
+        if not ctx.addable or not is_small or folding_is_cheaper(positions=positions, width=lora_A.shape[1]):
+            y = geometry.convolve(x, pair.fold(x.dtype), bias)
+        else:
+            hidden = _hidden(pair, geometry, x)
+            y = geometry.convolve(x, weight, bias)
+            y.add_(_times(lora_B, hidden.flatten(2)).view(y.shape), alpha=scale)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, hidden)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -175,75 +256,119 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> Any:
         """One for each argument of `forward`."""
-        x, *tensors = ctx.saved_tensors
-        pair = _pair(tensors, ctx.scale)
+        x, *tensors, hidden = ctx.saved_tensors
+        pair, geometry = _pair(tensors, ctx.scale), ctx.geometry
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
-        folded = pair.fold(x.dtype) if needs_x else None
-        found = convolution_gradients(pair, ctx.geometry, grad, x, folded, needs_A=needs_A, needs_B=needs_B)
-        grad_x, grad_A, grad_B = found
+        grad_x = grad_A = grad_B = across = None
+        if needs_x:
+            grad_x, across = _input_gradient(pair, geometry, grad, x, addable=ctx.addable)
+        if not ctx.thin and (needs_A or needs_B):
+            grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
+        else:
+            if needs_A:
+                grad_A = _down_gradient(pair, geometry, grad, x, across)
+            if needs_B:
+                grad_B = _up_gradient(pair, geometry, grad, x, hidden)
         grad_bias = grad.transpose(0, 1).reshape(len(pair.lora_B), -1).sum(1) if needs_bias else None
         return grad_x, None, grad_A, grad_B, grad_bias, None, None
 
 
-def convolution_gradients(
-    pair: Pair,
-    geometry: Geometry,
-    grad: Tensor,
-    x: Tensor,
-    folded: Tensor | None,
-    *,
-    needs_A: bool = True,
-    needs_B: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the input and of both factors of a convolution.
-
-    Args:
-        pair: what its weight is folded from.
-        geometry: how it moves over the input.
-        grad: of its output.
-        x: the input.
-        folded: the folded weight; None where the input needs no gradient.
-        needs_A: whether lora_A does.
-        needs_B: whether lora_B does.
-    """
-    out, rank = pair.lora_B.shape
-    fan_in, groups = pair.lora_A.shape[1], geometry.groups
-    positions = grad.numel() // out
-    thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=groups, positions=positions)
-    grad_x = grad_A = grad_B = None
-    if folded is not None:
-        grad_x = geometry.input_gradient(grad, x, folded)
-    if thin and (needs_A or needs_B):
-        grad_A, grad_B = _thin_gradients(pair, geometry, grad, x, needs_A=needs_A, needs_B=needs_B)
-    elif needs_A or needs_B:
-        grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
-    return grad_x, grad_A, grad_B
+def _thin_convolution(pair: Pair, geometry: Geometry, x: Tensor) -> tuple[bool, int]:
+    """Whether the factors' gradients come by way of the rank, and positions of the output over the whole batch."""
+    (out, rank), fan_in = pair.lora_B.shape, pair.lora_A.shape[1]
+    positions = len(x) * math.prod(geometry.sizes(x, pair.weight))
+    thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=geometry.groups, positions=positions)
+    return thin, positions
 
 
-def _thin_gradients(
-    pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, *, needs_A: bool, needs_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B by way of as many channels as the rank, for each group."""
-    (out, rank), fan_in, groups = pair.lora_B.shape, pair.lora_A.shape[1], geometry.groups
-    down = pair.lora_A.to(x.dtype).view(rank, *pair.weight.shape[1:])
-    down = down.repeat(groups, *(1,) * (down.dim() - 1)) if groups > 1 else down
-    rows = grad.reshape(len(grad), groups, out // groups, -1)
-    grad_A = grad_B = None
-    if needs_A:
-        across = pair.lora_B.to(x.dtype).view(groups, -1, rank).transpose(1, 2) @ rows
-        across = across.view(len(grad), groups * rank, *grad.shape[2:])
-        grad_A = geometry.weight_gradient(across, x, down).reshape(groups, rank, fan_in).sum(0)
-        grad_A = pair.scale * grad_A.to(pair.lora_A.dtype)
-    if needs_B:
-        hidden = geometry.convolve(x, down).reshape(len(grad), groups, rank, -1)
-        # the thin factor first: many times as fast as the other way round
-        grad_B = (hidden @ rows.transpose(2, 3)).sum(0).transpose(1, 2).reshape(out, rank)
-        grad_B = pair.scale * grad_B.to(pair.lora_B.dtype)
-    return grad_A, grad_B
+def _down(pair: Pair, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """lora_A as the weight of a convolution, once for each group."""
+    down = pair.lora_A.to(dtype).view(-1, *pair.weight.shape[1:])
+    return down.repeat(geometry.groups, *(1,) * (down.dim() - 1)) if geometry.groups > 1 else down
+
+
+def _times(matrix: Tensor, batch: Tensor) -> Tensor:
+    """The product of a matrix with each of a batch: torch.matmul copies the batch where the matrix is learned."""
+    return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
+
+
+def _hidden(pair: Pair, geometry: Geometry, x: Tensor) -> Tensor:
+    """What lora_A makes of the input: (batch, groups * rank, ...), as the output."""
+    met = geometry.met_by_a_point(x, pair.weight)
+    if met is not None:
+        return _times(pair.lora_A.to(x.dtype), met).view(len(x), -1, *geometry.sizes(x, pair.weight))
+    return geometry.convolve(x, _down(pair, geometry, x.dtype))
+
+
+def _across(pair: Pair, geometry: Geometry, grad: Tensor) -> Tensor:
+    """What lora_B makes of the output's gradient: (batch, groups * rank, ...), in the same order of memory."""
+    up, groups = pair.lora_B.to(grad.dtype), geometry.groups
+    if groups == 1 and is_channels_last(grad):
+        across = F.linear(grad.permute(0, 2, 3, 1), up.t().contiguous())
+        return across.permute(0, 3, 1, 2)
+    if groups == 1:
+        return _times(up.t(), grad.flatten(2)).view(len(grad), -1, *grad.shape[2:])
+    rows = grad.reshape(len(grad), groups, len(up) // groups, -1)
+    across = up.view(groups, -1, up.shape[1]).transpose(1, 2) @ rows
+    return across.view(len(grad), -1, *grad.shape[2:])
+
+
+def _input_gradient(
+    pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, *, addable: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the input, and what lora_B makes of the output's gradient, if that came along."""
+    out, positions = len(pair.lora_B), grad.numel() // len(pair.lora_B)
+    met = geometry.met_by_a_point(x, pair.weight)
+    if addable and not folding_is_cheaper(positions=positions, width=out):
+        across = _across(pair, geometry, grad)
+        if met is None:
+            grad_x = geometry.input_gradient(grad, x, pair.weight)
+            thin = geometry.input_gradient(across, x, _down(pair, geometry, x.dtype))
+            return grad_x.add(thin, alpha=pair.scale), across
+        down = pair.lora_A.t().expand(len(x), -1, -1)
+        gradient = _times(pair.weight.flatten(1).t(), grad.flatten(2)).baddbmm(
+            down, across.flatten(2), alpha=pair.scale
+        )
+        return geometry.unmet(gradient, x, grad.shape[2:]), across
+    folded = pair.fold(x.dtype)
+    if met is None:
+        return geometry.input_gradient(grad, x, folded), None
+    folded, channels = folded.flatten(1), x.shape[1]
+    if not addable or channels > positions:
+        return geometry.unmet(_times(folded.t(), grad.flatten(2)), x, grad.shape[2:]), None
+    both = _times(torch.cat([folded, pair.lora_B], 1).t(), grad.flatten(2))  # reads the gradient once for the two
+    return geometry.unmet(both[:, :channels], x, grad.shape[2:]), both[:, channels:].unflatten(2, grad.shape[2:])
+
+
+def _down_gradient(pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, across: Tensor | None) -> Tensor:
+    """That of lora_A by way of the rank; ``across`` is `_across`, if it is there."""
+    across = _across(pair, geometry, grad) if across is None else across
+    met = geometry.met_by_a_point(x, pair.weight)
+    if met is not None:
+        gradient = (across.flatten(2) @ met.transpose(1, 2)).sum(0)
+    else:
+        full = geometry.weight_gradient(across, x, _down(pair, geometry, x.dtype))
+        gradient = full.reshape(geometry.groups, *pair.lora_A.shape).sum(0) if geometry.groups > 1 else full.flatten(1)
+    return pair.scale * gradient.to(pair.lora_A.dtype)
+
+
+def _up_gradient(pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, hidden: Tensor | None) -> Tensor:
+    """That of lora_B by way of the rank; ``hidden`` is `_hidden`, if it was kept: constant in second derivatives."""
+    if hidden is None or torch.is_grad_enabled():
+        hidden = _hidden(pair, geometry, x)
+    (out, rank), groups = pair.lora_B.shape, geometry.groups
+    # the thin factor first: many times as fast as the other way round
+    if groups == 1 and is_channels_last(grad) and is_channels_last(hidden):
+        across, rows = (tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (hidden, grad))
+        gradient = across.t() @ rows
+    else:
+        rows = grad.reshape(len(grad), groups, out // groups, -1).transpose(2, 3)
+        gradient = (hidden.reshape(len(grad), groups, rank, -1) @ rows).sum(0)
+    return pair.scale * gradient.transpose(-2, -1).reshape(out, rank).to(pair.lora_B.dtype)
 
 
 class _Projection(torch.autograd.Function):
-    """A matrix product with a folded weight, made as `folding_is_cheaper` says; also differentiable twice."""
+    """A matrix product with an adapted weight; also differentiable twice. Thin matrices are (rank, rows): faster."""
 
     @staticmethod
     def forward(
@@ -254,13 +379,21 @@ class _Projection(torch.autograd.Function):
         lora_B: Tensor,
         bias: Tensor | None,
         scale: float,
-        folding: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_A, lora_B)
-        ctx.scale, ctx.folding = scale, folding
-        if folding:
-            return F.linear(x, Pair(weight, lora_A, lora_B, scale).fold(x.dtype), bias)
-        return F.linear(x, weight, bias).addmm_(x @ lora_A.t(), lora_B.t(), alpha=scale)
+        ctx.scale = scale
+        pair = Pair(weight, lora_A, lora_B, scale)
+        (out, rank), fan_in = lora_B.shape, lora_A.shape[1]
+        ctx.thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=1, positions=len(x))
+        ctx.addable = pair.in_one_dtype(x)
+        hidden = None
+        if not ctx.addable or folding_is_cheaper(positions=len(x), width=fan_in):
+            y = F.linear(x, pair.fold(x.dtype), bias)
+        else:
+            hidden = lora_A @ x.t()
+            y = F.linear(x, weight, bias).addmm_(hidden.t(), lora_B.t(), alpha=scale)
+            hidden = hidden if SMALL * rank <= fan_in else None
+        ctx.save_for_backward(x, weight, lora_A, lora_B, hidden)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -269,25 +402,27 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> Any:
         """One for each argument of `forward`."""
-        x, *tensors = ctx.saved_tensors
+        x, *tensors, hidden = ctx.saved_tensors
         pair = _pair(tensors, ctx.scale)
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
         down, up = pair.lora_A.to(x.dtype), pair.lora_B.to(x.dtype)
-        (out, rank), fan_in = up.shape, down.shape[1]
-        thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=1, positions=len(x))
-        grad_x = grad_A = grad_B = None
-        across = grad @ up if (needs_A and thin) or (needs_x and not ctx.folding) else None
-        if needs_x:
-            grad_x = grad @ (pair.fold(x.dtype) if ctx.folding else pair.weight)
-            if across is not None and not ctx.folding:
-                grad_x = grad_x.addmm(across, down, alpha=pair.scale)
-        if not thin and (needs_A or needs_B):
+        adding = ctx.addable and not folding_is_cheaper(positions=len(x), width=len(up))
+        grad_x = grad_A = grad_B = across = None
+        if (needs_A and ctx.thin) or (needs_x and adding):
+            across = up.t() @ grad.t()
+        if needs_x and adding and across is not None:
+            grad_x = (grad @ pair.weight).addmm(across.t(), down, alpha=pair.scale)
+        elif needs_x:
+            grad_x = grad @ pair.fold(x.dtype)
+        if not ctx.thin and (needs_A or needs_B):
             grad_A, grad_B = pair.from_full(grad.t() @ x)
         elif across is not None and needs_A:
-            grad_A = pair.scale * (across.t() @ x).to(pair.lora_A.dtype)
-        if thin and needs_B:
-            grad_B = pair.scale * (grad.t() @ (x @ down.t())).to(pair.lora_B.dtype)
-        return grad_x, None, grad_A, grad_B, grad.sum(0) if needs_bias else None, None, None
+            grad_A = torch.addmm(down, across, x, beta=0, alpha=pair.scale).to(pair.lora_A.dtype)
+        if ctx.thin and needs_B:
+            if hidden is None or torch.is_grad_enabled():  # what was kept is a constant for second derivatives
+                hidden = down @ x.t()
+            grad_B = torch.addmm(up.t(), hidden, grad, beta=0, alpha=pair.scale).t().contiguous().to(pair.lora_B.dtype)
+        return grad_x, None, grad_A, grad_B, grad.sum(0) if needs_bias else None, None
 
 
 class _FrozenNorm(torch.autograd.Function):
@@ -296,26 +431,15 @@ class _FrozenNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: Any, plain: Callable[[Any, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(module.running_var, module.weight)
-        ctx.eps, ctx.dtype = module.eps, x.dtype
+        ctx.eps = module.eps
         return plain(module, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """The same normalisation, without its mean and its bias."""
         variance, weight = ctx.saved_tensors
-        factor = (variance + ctx.eps).rsqrt()
-        factor = factor if weight is None else factor * weight
-        return (grad * factor.view(-1, *(1,) * (grad.dim() - 2))).to(ctx.dtype), None, None
-
-
-def folding_is_cheaper(*, rows: int, out: int, fan_in: int) -> bool:
-    """Whether a matrix product folds its weight, in both passes, rather than adds two thin products in each.
-
-    Multiplications, shared factors apart: ``out * fan_in`` for a fold, ``rows * (out + fan_in)`` for thin products.
-
-    >>> folding_is_cheaper(rows=64, out=1000, fan_in=2048), folding_is_cheaper(rows=1576, out=768, fan_in=768)
-    (False, True)
-    """
-    return out * fan_in < rows * (out + fan_in)
+        mean = torch.zeros_like(variance)
+        return torch.batch_norm(grad, weight, None, mean, variance, False, 0.0, ctx.eps, False), None, None
 
 
 def _pair_of(module: Any, x: Any) -> Pair | None:
@@ -354,12 +478,8 @@ def _in_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 def _project(x: Tensor, pair: Pair, bias: Tensor | None) -> Tensor:
     """The product for a matrix of rows."""
-    out, fan_in = pair.lora_B.shape[0], pair.lora_A.shape[1]
-    alike = x.dtype == pair.weight.dtype == pair.lora_A.dtype == pair.lora_B.dtype
-    thin = alike and x.dtype in (torch.float32, torch.float64)  # else a sum of roundings, not the rounded sum
-    folding = not thin or folding_is_cheaper(rows=len(x), out=out, fan_in=fan_in)
-    weight = pair.weight.view(out, fan_in)
-    result: Tensor = _Projection.apply(x, weight, pair.lora_A, pair.lora_B, bias, pair.scale, folding)
+    weight = pair.weight.view(len(pair.lora_B), -1)
+    result: Tensor = _Projection.apply(x, weight, pair.lora_A, pair.lora_B, bias, pair.scale)
     return result
 
 
@@ -390,9 +510,12 @@ def _convolution_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[An
 
     def convolved(module: Any, x: Tensor, pair: Pair, bias: Tensor | None) -> Tensor:
         x, padding = _padded(module, x)
-        one_point = x.numel() == x.shape[0] * x.shape[1] and pair.weight.numel() == x.shape[1] * len(pair.weight)
-        if one_point and not any(padding):  # of input and kernel, without groups
-            return _project(x.flatten(1), pair, bias).view(len(x), -1, *x.shape[2:])
+        if pair.weight.numel() == x.shape[1] * len(pair.weight) and not any(padding):  # one point, without groups
+            if x.numel() == x.shape[0] * x.shape[1]:
+                return _project(x.flatten(1), pair, bias).view(len(x), -1, *x.shape[2:])
+            if is_channels_last(x) and x.device.type == "cpu" and max(module.stride) == 1:
+                rows = x.permute(0, 2, 3, 1)
+                return _project(rows.flatten(0, 2), pair, bias).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
         geometry = Geometry(module.stride, padding, module.dilation, module.groups)
         result: Tensor = _Convolution.apply(x, *pair[:3], bias, pair.scale, geometry)
         return result

@@ -19,6 +19,7 @@ from loraio.errors import (
     AdapterError,
     BaseMismatchError,
     FormatError,
+    LoraioError,
     StateError,
     UnknownNameError,
 )
@@ -205,7 +206,12 @@ def network_for(
     name = model or refuse_own_code(checkpoint.network or "", where=where)
     if model_args is None and name == checkpoint.network:
         model_args = checkpoint.network_args
-    network = build_network(name, args=model_args, seed=0)
+    try:
+        network = build_network(name, args=model_args, seed=0)
+    except LoraioError as error:
+        if model is not None:
+            raise
+        raise error.at(where) from error
     if checkpoint.heads:
         try:
             resize_heads(network, checkpoint.heads)

@@ -26,8 +26,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-LONGEST_LINE = 2_000
-"""Characters of a line of an error; what a file says may be longer."""
+LONGEST_LINE, MOST_LINES = 2_000, 1_000
+"""Characters of a line of an error, and its lines; what a file says may be more."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
@@ -63,7 +63,8 @@ class LoraioError(Exception):
         self, message: str, *, problems: Sequence[str] = (), where: str | None = None, hint: str | None = None
     ) -> None:
         self.message = _cut(message)
-        self.problems = tuple(map(_cut, problems))
+        more = [f"and {len(problems) - MOST_LINES:,} more"] if len(problems) > MOST_LINES else []
+        self.problems = (*map(_cut, problems[:MOST_LINES]), *more)
         self.where = where
         self.hint = hint
         lines = [self.message, *(f"  {problem}" for problem in self.problems)]
@@ -73,6 +74,10 @@ class LoraioError(Exception):
             lines.append(f"  try: {hint}")
         self.text = "\n".join(lines)
         super().__init__(self.text)
+
+    def at(self, where: str) -> LoraioError:
+        """The same error, in that place if it has none yet."""
+        return type(self)(self.message, problems=self.problems, where=self.where or where, hint=self.hint)
 
     def __str__(self) -> str:
         return self.text

@@ -182,6 +182,7 @@ def merge_file(
         files=(*adapter_files(adapter), checkpoint.path, *checkpoint.parts),
         groups=_groups(checkpoint, headers, loaded),
         metadata={header.path.name: header.metadata for header in headers},
+        documents={header.path.name: header.document() for header in headers},
         report=progress,
         forced=forced,
     )
@@ -317,6 +318,7 @@ class _Merge:
     files: tuple[str | os.PathLike[str], ...]
     groups: Mapping[str, Mapping[str, TensorPlan]]
     metadata: Mapping[str, Mapping[str, str]]
+    documents: Mapping[str, dict[str, Any] | None]
     report: Callable[[int, int], None] | None
     forced: tuple[str, ...] = ()
     mismatch: tuple[str, ...] = ()
@@ -470,8 +472,18 @@ class _Merge:
         return everything
 
     def _metadata_of(self, file: str) -> Callable[[Mapping[str, Written]], Mapping[str, str]]:
-        """The metadata of a part: what the base's part has."""
-        return lambda _: self.metadata[file]
+        """The metadata of a part: what the base's part has, with digests anew where it has a document of loraio."""
+        document, strings = self.documents[file], self.metadata[file]
+        if document is None:
+            return lambda _: strings
+        plans = self.groups[file]
+        facts = {name: plan.made for name, plan in plans.items()}
+
+        def metadata(written: Mapping[str, Written]) -> Mapping[str, str]:
+            digests = {name: tensor.sha256 for name, tensor in written.items()} or dict.fromkeys(plans, PENDING)
+            return {**strings, **container.metadata_of(document, facts, digests.__getitem__, where=f"{file!r}")}
+
+        return metadata
 
     def _write(
         self,

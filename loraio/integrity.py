@@ -72,12 +72,12 @@ def seal(text: bytes, *, where: str) -> bytes:
     """The text with its digest in the place that `with_integrity` left for it; a text without such a place as it is.
 
     Raises:
-        FormatError: something else in the text looks like that place.
+        FormatError: the text has several such places.
     """
     found = _entries(text)
-    if not found:
+    if not found or (len(found) == 1 and found[0][1] != PENDING.encode()):
         return text
-    if len(found) > 1 or found[0][1] != PENDING.encode():
+    if len(found) > 1:
         raise FormatError("the metadata hold the text of another file's digests", where=where)
     start = found[0][0]
     return text[:start] + hashlib.sha256(text).hexdigest().encode() + text[start + len(PENDING) :]

@@ -122,13 +122,15 @@ def staged_folder(
         OutputExistsError, OutputError: as `staged`.
     """
     names, name = list(names), f"{os.fspath(folder)!r}"
-    there = _is_folder(folder)
+    with _system_errors(name):
+        mode = _mode_of(folder)
+    there = mode is not None and stat.S_ISDIR(mode)
     if there:
         into = Path(folder)
         for one in names:
             check_output(into / one, overwrite=overwrite, inputs=inputs)
         place = into / last  # the temporary folder is inside: nothing else is sure to be on its filesystem
-    elif _mode_of(folder) is not None:
+    elif mode is not None:
         raise OutputError(f"{name} is a file", hint="name a folder")
     else:
         place = into = check_output(os.fspath(folder).rstrip(os.sep), inputs=inputs)
@@ -226,9 +228,8 @@ def working_folder(output: Path) -> Iterator[Path]:
     with _system_errors(name, output.parent):
         if folder.is_symlink():  # what is in it may be removed
             raise OutputError(f"{str(folder)!r} is a link", hint="remove it")
-        folder.mkdir(exist_ok=True)
         try:
-            descriptor = lock(folder)
+            descriptor = _lock_folder(folder)
         except BlockingIOError:
             raise OutputError(f"{name} is being written by another process", where=f"{str(folder)!r}") from None
         try:
@@ -237,6 +238,18 @@ def working_folder(output: Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):  # there is something in it
                 folder.rmdir()
+            os.close(descriptor)
+
+
+def _lock_folder(folder: Path) -> int:
+    """Make a folder and lock it; another process may be about to remove it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = lock(folder)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                    return descriptor
             os.close(descriptor)
 
 
@@ -325,12 +338,17 @@ def _set_aside(file: Path, aside: Path) -> None:
 
 def _move(file: Path, target: Path) -> None:
     """Move a file over another, which a link may have on another filesystem."""
-    if target.parent.stat().st_dev == file.stat().st_dev:
+    if _is_beside(file, target):
         file.replace(target)
         return
     with staged(target, overwrite=True) as temporary:
         shutil.copyfile(file, temporary)
     file.unlink()
+
+
+def _is_beside(file: Path, target: Path) -> bool:
+    """Whether both are on one filesystem."""
+    return target.parent.stat().st_dev == file.stat().st_dev
 
 
 _HINTS = {
@@ -377,13 +395,6 @@ def _mode_of(path: str | os.PathLike[str]) -> int | None:
         return None
 
 
-def _is_folder(path: str | os.PathLike[str]) -> bool:
-    try:
-        return Path(path).is_dir()
-    except OSError:  # a name that is too long: `check_output` says so
-        return False
-
-
 def _is_same(target: Path, source: str | os.PathLike[str]) -> bool:
     """Whether a file that is written would be that one, which may not be there yet."""
     if target.exists() and Path(source).exists():
@@ -402,22 +413,22 @@ def _withhold(temporary: Path, target: Path) -> int:
     """The mode that the temporary has; while it is written nobody else reads it who may not read the file before."""
     mode = stat.S_IMODE(temporary.stat().st_mode)
     if target.exists():
-        temporary.chmod(0o600)
+        with contextlib.suppress(PermissionError):  # a filesystem whose files all have one mode
+            temporary.chmod(0o600)
     return mode
 
 
 def _give_mode(temporary: Path, target: Path, mode: int) -> None:
     """Mode and owner of the file that is replaced, else that mode."""
-    try:
-        found = target.stat()
-    except FileNotFoundError:
-        temporary.chmod(mode)
-        return
     own = temporary.stat()
-    if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
-        with contextlib.suppress(OSError):  # only root may give files away
-            os.chown(temporary, found.st_uid, found.st_gid)
-    temporary.chmod(stat.S_IMODE(found.st_mode))
+    with contextlib.suppress(FileNotFoundError):
+        found = target.stat()
+        mode = stat.S_IMODE(found.st_mode)
+        if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
+            with contextlib.suppress(OSError):  # only root may give files away
+                os.chown(temporary, found.st_uid, found.st_gid)
+    if stat.S_IMODE(temporary.stat().st_mode) != mode:
+        temporary.chmod(mode)
 
 
 def _give_name(temporary: Path, target: Path, name: str, *, overwrite: bool) -> None:

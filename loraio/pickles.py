@@ -8,12 +8,13 @@ thousand times as large as the file.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loraio.container import TORCH_DTYPES
+from loraio.container import TORCH_DTYPES, check_name
 from loraio.errors import FormatError, LoraioError, shown
 from loraio.firstbytes import LOOKED_AT, open_file, recognised
 from loraio.limits import limits, raising
@@ -79,6 +80,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     wrong = [shown(name) for name, value in loaded.items() if not isinstance(name, str) or not _is_plain(value)]
     if wrong:
         raise FormatError(f"not a state dict: what is not a tensor is {known(wrong, limit=5)}", where=where)
+    most = limits()
+    for name in loaded:
+        check_name(name, most, where)
     total = sum(tensor.numel() * tensor.element_size() for tensor in loaded.values())
     if total > _STRETCH * size:
         raise FormatError(f"tensors of {total:,} bytes in a file of {size:,}", where=where)
@@ -101,7 +105,9 @@ def load_weights_only(path: Path, *, what: str, hint: str | None = None) -> Any:
 
     open_file(path).close()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how slow its checks are
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, runtime and OS errors here
         raise FormatError(f"{what}: {_in_short(error)}", where=f"{str(path)!r}", hint=hint) from error
 

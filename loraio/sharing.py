@@ -39,13 +39,18 @@ _MARK = "_loraio_sharing"
 
 
 class Sharing:
-    """Who may use a model now: passes together, or one change alone."""
+    """Who may use a model now: passes together, or one change alone.
+
+    A change that comes to its end lets in whoever waited for it, before the next one can begin.
+    """
 
     def __init__(self) -> None:
         self._passes: dict[int, None] = {}  # threads with a pass on its way
-        self._changing = False
+        self._waiting: dict[int, None] = {}  # threads that want to begin one
+        self._over: threading.Event | None = None  # set when the change that is on its way is over
+        self._left = threading.Event()  # set when the last pass has come to its end
         self._turn: Any = threading.RLock()  # of changes
-        self._left = threading.Event()
+        self._doors = threading.Lock()  # of what changes and waiting passes say to each other
 
     def during(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """What ``work(*args, **kwargs)`` gives, as a pass; inside of another one of the thread it is a part of that."""
@@ -54,26 +59,43 @@ class Sharing:
         if me in passes:
             return work(*args, **kwargs)
         try:
-            passes[me] = None  # a change sets its flag and then looks here: one of both sees the other
-            if self._changing:
+            passes[me] = None  # a change says that it comes and then looks here: one of both sees the other
+            if self._over is not None:
                 self._wait(me)
             return work(*args, **kwargs)
         finally:
             passes.pop(me, None)
-            if self._changing:
+            if self._over is not None and not passes:
                 self._left.set()
 
     def _wait(self, me: int) -> None:
-        del self._passes[me]
-        self._left.set()
-        with self._turn:
-            self._passes[me] = None  # before the next change has its turn
+        """Take back that there is a pass, until the change lets it in."""
+        while True:
+            with self._doors:
+                over = self._over
+                if over is None or self._turn._is_owned():  # a pass that belongs to the change
+                    return
+                self._passes.pop(me, None)
+                self._waiting[me] = None
+                if not self._passes:
+                    self._left.set()
+            try:
+                over.wait()
+            finally:
+                with self._doors:
+                    let_in = me not in self._waiting
+                    self._waiting.pop(me, None)
+            if let_in:
+                return
+            self._passes[me] = None
 
-    def change(self, check: Callable[[], None], apply: Callable[[Undo], None]) -> None:
+    def change(self, apply: Callable[[Undo], None]) -> None:
         """Make a change when no pass is on its way; all of it or, when an exception comes, none.
 
+        No pass runs while it is looked whether the change can be made, either: on the way from one torch operation to
+        the next, a thread gets the interpreter back from others that want it after milliseconds only.
+
         Args:
-            check: runs first, beside passes; raises where there is to be no change.
             apply: makes it, and notes everything that it is about to change.
 
         Raises:
@@ -87,29 +109,39 @@ class Sharing:
         undo = Undo()
         try:
             self._turn.acquire()
-            check()
-            self._alone()
+            self._close()
             apply(undo)
-            self._changing = False
+            self._open()
             self._turn.release()
         except BaseException:
             if undo.noted:
                 if not self._turn._is_owned():  # the exception came when all was done
                     self._turn.acquire()
-                self._alone()
+                self._close()
                 undo.run()
             if self._turn._is_owned():
-                self._changing = False
+                self._open()
                 self._turn.release()
             raise
 
-    def _alone(self) -> None:
+    def _close(self) -> None:
         """Let no pass begin, and wait for those on their way."""
-        self._changing = True
+        with self._doors:
+            if self._over is None or self._over.is_set():
+                self._over = threading.Event()
         while self._passes:
             self._left.clear()
             if self._passes:
                 self._left.wait()
+
+    def _open(self) -> None:
+        """Let passes begin, first of all those that are waiting."""
+        with self._doors:
+            if self._over is not None:
+                self._over.set()
+                self._passes.update(self._waiting)
+                self._waiting.clear()
+                self._over = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharing:
         memo[id(self)] = twin = Sharing()
@@ -126,6 +158,12 @@ def share(model: nn.Module, undo: Undo) -> Sharing:
     vars(model)[_MARK] = sharing = Sharing()
     model.__class__ = _sharing_class(type(model))
     return sharing
+
+
+def beside_changes(model: nn.Module, work: Callable[[nn.Module], _T]) -> _T:
+    """What ``work(model)`` gives when no change of the model is on its way."""
+    sharing: Sharing | None = vars(model).get(_MARK)
+    return work(model) if sharing is None else sharing.during(work, model)
 
 
 def unshare(model: nn.Module, undo: Undo) -> None:

@@ -15,7 +15,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a character
 _LONE = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
-"""A half without its other one, in a text without escaped backslashes."""
+"""A half without its other one, in a text whose escaped backslashes are spaces."""
 
 _BRACKETS = re.compile(rb'"[^"]*"?|[\[\]{}]')
 _STRUCTURE = re.compile(rb'"[^"]*"?|[\[\]{},]')
@@ -56,7 +56,7 @@ def parse_json(text: str, *, where: str) -> Any:
         raise
     except ValueError as error:  # Python's bound on the digits of an integer
         raise FormatError("not JSON that can be read: an integer of thousands of digits", where=where) from error
-    if _SURROGATE.search(text) and _LONE.search(text.replace("\\\\", "")):
+    if _SURROGATE.search(text) and _LONE.search(text.replace("\\\\", "  ")):
         raise FormatError("half a surrogate pair is no character", where=where)
     return parsed
 

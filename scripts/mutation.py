@@ -8,8 +8,9 @@ mutant gets a forked copy of that process, with the fixtures of the session as t
 is exchanged, and the tests that call the function run, the fastest first, until one fails. A mutant that lets tests
 run for far too long is killed too.
 
-``tests/mutants.md`` argues why certain mutants need not be noticed. All others that survive are printed, in the form
-of that file, and so is what it argues in vain; then the exit code is 3.
+``tests/mutants.md`` argues why certain mutants need not be noticed; they count as survivors, and run with ``--all``
+only. All others that survive are printed, in the form of that file, and so is what it argues in vain; then the exit
+code is 3.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
@@ -50,6 +51,7 @@ TESTS = {
     ),
     "verification": (
         "unit/test_verification.py",
+        "unit/test_bases.py::test_a_file_alone_never_makes_code_run",
         "unit/test_merging.py::test_a_fast_merge_is_wrong_only_by_what_float32_sums_are_unsure_of",
         "unit/test_landing.py::test_a_mismatch_that_is_allowed_is_merged_verified_and_recorded",
         "unit/test_streaming.py::test_the_first_look_in_float32_changes_no_result",
@@ -217,28 +219,42 @@ def _exchange_code(old: Any, new: Any) -> None:
 class Runner:
     """A plugin of pytest that runs the collected tests, then once more for each mutant."""
 
-    def __init__(self, name: str, only: str | None, report: Callable[[str], None]) -> None:
+    def __init__(self, name: str, only: str | None, known: set[str], report: Callable[[str], None]) -> None:
         self.module = importlib.import_module(f"loraio.{name}")
         self.file = str(self.module.__file__)
         source = Path(self.file).read_text("utf-8")
         self.mutants = [mutant for mutant in mutants(source) if only in (None, mutant.place or "module")]
+        self.known = known
         self.report = report
         self.survivors: list[Mutant] = []
         self.endings: Counter[str] = Counter()
         self._failed = False
+        self._failure = ""
+        self._seconds = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._failed |= report.failed
+        if report.when == "call":
+            self._seconds = report.duration
+        if report.failed:
+            self._failure = f"{report.nodeid}: {report.longreprtext}"
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         session.config.pluginmanager.unregister(terminal)
         calls, seconds = self._first_run(session)
         self.report(f"{len(seconds)} tests in {sum(seconds.values()):.1f} s; {len(self.mutants)} mutants")
+        original = Mutant(place="", lines=None, source=Path(self.file).read_text("utf-8"), change=())
+        if (ending := self._run(session, original, list(seconds), 600)) != "survived":
+            raise pytest.UsageError(f"{ending} although the module itself was put in its place")
         gc.freeze()  # a collection in a fork would copy all memory
         for number, mutant in enumerate(self.mutants):
             if number % 50 == 49:
                 self.report(f"{number + 1} of {len(self.mutants)}")
+            if str(mutant) in self.known:
+                self.endings["not run, as argued"] += 1
+                self.survivors.append(mutant)
+                continue
             first, last = mutant.lines or (0, sys.maxsize)
             chosen = [item for item in seconds if any(first <= line <= last for line in calls[item])]
             chosen.sort(key=seconds.__getitem__)
@@ -251,8 +267,9 @@ class Runner:
         return True
 
     def _first_run(self, session: pytest.Session) -> tuple[dict[pytest.Item, set[int]], dict[pytest.Item, float]]:
-        """Which functions of the module each test calls, by first line, and how long it takes after the first time."""
+        """Which functions of the module each test calls, by first line, and how long it takes."""
         calls: dict[pytest.Item, set[int]] = {}
+        seconds: dict[pytest.Item, float] = {}
         lines: set[int] = set()
 
         def trace(frame: FrameType, event: str, argument: Any) -> None:
@@ -260,42 +277,45 @@ class Runner:
             if code.co_filename == self.file:
                 lines.add(code.co_firstlineno)
 
-        for item, following in _in_circle(session.items):
+        for item in session.items:
             lines.clear()
             sys.settrace(trace)
             threading.settrace(trace)
-            self._run_one(item, following)
+            self._run_one(session, item)
             sys.settrace(None)
             threading.settrace(None)  # type: ignore[arg-type]  # as its documentation says
             calls[item] = set(lines)
             if self._failed:
-                raise pytest.UsageError(f"{item.nodeid} fails without a mutant")
-        seconds = {}
-        for item, following in _in_circle([item for item in session.items if calls[item]]):
-            start = time.perf_counter()
-            self._run_one(item, following)
-            seconds[item] = time.perf_counter() - start
+                raise pytest.UsageError(f"without a mutant: {self._failure}")
+            if lines:
+                seconds[item] = self._seconds
         return calls, seconds
 
-    def _run_one(self, item: pytest.Item, following: pytest.Item | None) -> None:
-        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+    def _run_one(self, session: pytest.Session, item: pytest.Item) -> None:
+        """As pytest does, but nothing of the session is torn down, even when no item follows."""
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=session)
 
     def _run(self, session: pytest.Session, mutant: Mutant, chosen: list[pytest.Item], limit: float) -> str:
         child = os.fork()
         if child == 0:
             code = 2
             try:
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_REAL, limit)
+                for kind, timer, seconds in (
+                    (signal.SIGPROF, signal.ITIMER_PROF, limit),
+                    (signal.SIGALRM, signal.ITIMER_REAL, 20 * limit),  # others may need the processor
+                ):
+                    signal.signal(kind, signal.SIG_DFL)
+                    signal.setitimer(timer, seconds)
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
                 fresh = load(mutant.source, self.module)
                 code = 3
                 exchange(self.module, fresh)
                 code = 1
                 for item in chosen:
-                    others = [other for other in session.items if other is not item]
-                    self._run_one(item, others[0] if others else None)
+                    self._run_one(session, item)
                     if self._failed:
+                        if not mutant.change:
+                            self.report(self._failure)
                         break
                 else:
                     code = 0
@@ -303,21 +323,16 @@ class Runner:
                 os._exit(code)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
-            return "stopped" if os.WTERMSIG(status) == signal.SIGALRM else "crashed"
+            return "stopped" if os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM) else "crashed"
         return ("survived", "noticed", "not importable", "not exchangeable")[os.WEXITSTATUS(status)]
 
 
-def _in_circle(items: list[pytest.Item]) -> Iterator[tuple[pytest.Item, pytest.Item | None]]:
-    """Each with the one that follows it, so that the fixtures of the session stay."""
-    for at, item in enumerate(items):
-        yield item, items[(at + 1) % len(items)] if len(items) > 1 else None
-
-
-def test_module(name: str, only: str | None, tests: list[str]) -> bool:
+def test_module(name: str, only: str | None, everything: bool, tests: list[str]) -> bool:
     """Whether each mutant of a module is noticed or argued, and each argument needed."""
     out = os.fdopen(os.dup(1), "w", buffering=1)  # pytest takes the streams
     start = time.perf_counter()
-    runner = Runner(name, only, lambda text: print(text, file=out))
+    known = argued().get(f"loraio/{name}.py", set())
+    runner = Runner(name, only, set() if everything else known, lambda text: print(text, file=out))
     options = ["-q", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none", "-o", "addopts="]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of hypothesis, imported before pytest starts
     options += ["--import-mode=importlib", "--rootdir", str(ROOT), "--tb=native", "--assert=plain"]
@@ -325,7 +340,6 @@ def test_module(name: str, only: str | None, tests: list[str]) -> bool:
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or not runner.endings:
         print(f"loraio/{name}.py: the tests did not run", file=out)
         return False
-    known = argued().get(f"loraio/{name}.py", set())
     survivors = {str(mutant) for mutant in runner.survivors}
     idle = known - survivors if only is None else set()
     total, killed = len(runner.mutants), len(runner.mutants) - len(runner.survivors)
@@ -344,6 +358,9 @@ def main() -> None:
     parser.add_argument(
         "--only", metavar="FUNCTION", help="mutants of this function alone; Class.method; module for constants"
     )
+    parser.add_argument(
+        "--all", action="store_true", help="run the argued mutants too, to see which are argued in vain"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.module) - set(TESTS):
         parser.error(f"no tests are named for {', '.join(sorted(unknown))}")
@@ -360,7 +377,7 @@ def main() -> None:
     for name in arguments.module:
         child = os.fork()  # of its own, as pytest runs once in a process
         if child == 0:
-            good = test_module(name, arguments.only, [f"tests/{file}" for file in TESTS[name]])
+            good = test_module(name, arguments.only, arguments.all, [f"tests/{file}" for file in TESTS[name]])
             sys.stdout.flush()
             os._exit(0 if good else 3)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -38,7 +38,7 @@ LINES = [
 ROOMS = {
     "click": {"cli"},
     "rich": {"cli"},
-    "safetensors": {"container"},
+    "safetensors": set(),
     "onnx": {"exporting"},
     "onnxruntime": {"exporting"},
     "onnxscript": {"exporting"},

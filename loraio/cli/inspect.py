@@ -260,7 +260,7 @@ def _print_residue(facts: dict[str, Any]) -> None:
 
 
 def _print_base(facts: dict[str, Any]) -> None:
-    network = facts["network"] or "network not named"
+    network = _words(facts["network"] or "network not named")
     size = _output.size(facts["bytes"])
     parts = f" in {len(facts['parts'])} parts" if facts["parts"] else ""
     _output.line(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loraio import container
 from loraio.adapter import FLOAT_DTYPES, SCALE_RULES, WHOLE_DTYPES, Adapter, Target, WholeTensor
 from loraio.container import METADATA_KEY
-from loraio.errors import AdapterError, BaseMismatchError, StateError
+from loraio.errors import AdapterError, BaseMismatchError, LoraioError, StateError
 from loraio.formats.native import FORMAT_VERSION, NativeMetadata, read_document, to_document
 from loraio.formats.report import Line, Report, settings, tensors
 from loraio.formats.sources import Source
@@ -309,7 +309,10 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     binding.problems += [f"{key!r} belongs to nothing" for key in source.tensors if key not in named]
     if binding.problems:
         raise BaseMismatchError("the adapter does not fit the base", problems=binding.problems, where=where)
-    adapter = _finished(dialect, foreign, source, binding, base)
+    try:
+        adapter = _finished(dialect, foreign, source, binding, base)
+    except LoraioError as error:
+        raise error.at(where) from error
     _check_base(adapter, binding.state, where, options)
     report = Report.of([*binding.lines, *foreign.lines])
     if report.lost and not options.lossy:

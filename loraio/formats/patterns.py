@@ -24,6 +24,8 @@ _PARSER: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 1
 _TAME = 20_000
 """Steps that ``re`` may take for one text at the worst."""
 
+_PLAIN = re.compile(r"[A-Za-z0-9_.]*")  # no more than names of modules, as most patterns are
+
 _FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL | re.ASCII | re.LOCALE
 """Flags of whose patterns the sets of places know nothing."""
 
@@ -74,7 +76,11 @@ class Pattern:
                 f"a regular expression of {len(text):,} characters, at most {most:,} are read",
                 hint=raising("pattern_bytes"),
             )
-        budget.spend(200 + len(text))
+        self._plain = _PLAIN.fullmatch(text) is not None
+        if self._plain:
+            budget.spend(1)
+            return
+        budget.spend(2000 + len(text))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about syntax that may change
@@ -91,6 +97,8 @@ class Pattern:
             FormatError: it would take too long, or needs what only ``re`` has.
         """
         starts = [0] if starts is None else starts
+        if self._plain:
+            return self._is(name, len(name) - len(self.text), starts)
         cost = _cost(self._tree, len(name) + 1) * len(starts)
         if cost <= _TAME:
             self._budget.spend(1 + cost // 100)
@@ -98,6 +106,16 @@ class Pattern:
         if self._tree.state.flags & _FLAGS:
             raise self._refusal("has flags")
         return _Places(name, self).ends(self._tree, sum(1 << start for start in set(starts))) >> len(name) & 1 == 1
+
+    def _is(self, name: str, start: int, starts: list[int]) -> bool:
+        """Whether a plain text is what begins there: its dots stand for any character."""
+        self._budget.spend(1)
+        if start not in starts:
+            return False
+        end = name[start:]
+        return end == self.text or all(
+            char == wanted or (wanted == "." and char != "\n") for char, wanted in zip(end, self.text, strict=True)
+        )
 
     def spend(self, steps: int) -> None:
         """Take steps from the budget."""

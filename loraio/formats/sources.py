@@ -103,9 +103,12 @@ def is_adapter_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The file of an adapter, or those that a folder of one may have."""
+    """The files that make up an adapter: its own, and the configuration beside it, or those of its folder."""
     path = Path(path)
-    return tuple(path / name for name in (CONFIG, *WEIGHTS)) if path.is_dir() else (path,)
+    if path.is_dir():
+        return tuple(file for name in (CONFIG, *WEIGHTS) if (file := path / name).is_file())
+    beside = path.with_name(CONFIG)
+    return (path, beside) if path.name in WEIGHTS and beside.is_file() else (path,)
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

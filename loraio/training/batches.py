@@ -79,6 +79,30 @@ def focused_batches(
     return rows
 
 
+def drawn(images: Tensor, labels: Tensor, rows: Tensor, *, channels_last: bool) -> tuple[Tensor, Tensor]:
+    """One batch.
+
+    Args:
+        images: (n, channels, height, width).
+        labels: (n,).
+        rows: indices into both.
+        channels_last: as `in_order`.
+    """
+    return in_order(images[rows], channels_last=channels_last), labels[rows]
+
+
+def in_order(images: Tensor, *, channels_last: bool) -> Tensor:
+    """The images, with their channels last in memory if that is asked for.
+
+    Those of one channel are in both orders at once; here their strides say which, and convolutions go by that.
+    """
+    if not channels_last:
+        return images
+    _, channels, height, width = images.shape
+    last = images.contiguous(memory_format=torch.channels_last)
+    return last.as_strided(last.shape, (channels * height * width, 1, channels * width, channels))
+
+
 def stratified_split(labels: Tensor, share: float, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Every class divided in the same proportion, at random.
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from loraio.errors import DataError, MissingFileError
+from loraio.errors import DataError
+from loraio.firstbytes import open_file
 
 SIDE = 28
 """Height and width of the result, in pixels."""
@@ -54,15 +55,14 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     """
     path = Path(path)
     where = f"{str(path)!r}"
-    try:
-        with Image.open(path) as image:
-            grey = _grey(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise MissingFileError(f"{where} does not exist") from None
-    except UnidentifiedImageError as error:
-        raise DataError("this is no image that can be read", where=where, hint="a PNG or JPEG file") from error
-    except Exception as error:  # a damaged file fails in whichever way its parser does
-        raise DataError(f"cannot be read as an image: {error}", where=where) from error
+    with open_file(path) as file:
+        try:
+            with Image.open(file) as image:
+                grey = _grey(ImageOps.exif_transpose(image))
+        except UnidentifiedImageError as error:
+            raise DataError("this is no image that can be read", where=where, hint="a PNG or JPEG file") from error
+        except Exception as error:  # a damaged file fails in whichever way its parser does
+            raise DataError(f"cannot be read as an image: {error}", where=where) from error
     whole = grey.shape == (SIDE, SIDE)
     light = grey - (np.median(grey[_frame(grey)]) if whole else _paper(grey))
     sketch = _reduced(light)

@@ -21,12 +21,12 @@ from loraio.training.config import PretrainConfig, TrainConfig
 from loraio.training.data import Dataset
 from loraio.training.evaluation import Evaluation, evaluate, has_outputs, kept_modes, predict
 from loraio.training.optimizing import Observer, OnProgress, Optimization, Plan, optimize
-from loraio.training.placement import placed
+from loraio.training.placement import placed, takes_channels_last
 from loraio.training.recording import MetricsLog, RunFiles, TensorBoardLog
 from loraio.training.records import adapter_record
 from loraio.training.resuming import SideFile, identity_of
 from loraio.training.starting import new_adapter
-from loraio.training.together import Member, optimize_together, prepared, reason_to_part
+from loraio.training.together import Member, optimize_together, reason_to_part
 from loraio.training.validation import Validation
 
 
@@ -121,12 +121,18 @@ def train(
                     rows,
                     dataset,
                     plan,
+                    channels_last=_runs_plainly(config) and takes_channels_last(model, dataset.images[:2]),
                     statistics=live.statistics(),
                     observers=around.observers,
                     start=around.start,
                 )
             trained = _trained(run, around.validation, fresh, live)
         return _counted(model, trained, config, dataset, counted_on, before, plan, around.validation)
+
+
+def _runs_plainly(config: TrainConfig) -> bool:
+    """Whether steps compute as the model does by itself; torch.compile and mixed precision have orders of their own."""
+    return config.amp is None and not config.compile
 
 
 def _planned(config: TrainConfig, rows: Tensor, on_progress: OnProgress | None) -> Plan:
@@ -262,8 +268,8 @@ def train_each(
     """One adapter for each digit, all with the same settings; see `train`.
 
     They are trained together in one loop, to the bits of separate runs, with the same logs and side files. What has no
-    place in it is trained one after another: another kind than lora, norms that adapt, mixed precision, torch.compile,
-    a GPU, and networks that torch.fx cannot trace.
+    place in it is trained one after another: another kind than lora, norms that adapt, mixed precision, torch.compile
+    and a GPU.
 
     Args:
         digits: which; None among them is an adapter that fits all classes. By default every class of the data set.
@@ -289,14 +295,14 @@ def train_each(
         reason = reason_to_part(config, chosen, dataset, next(model.parameters()).device)
         if reason is None:
             together = _train_together(model, configs, dataset, counted_on, before, own, on_progress)
-            for digit, adapter in together if not isinstance(together, str) else ():
+            for digit, adapter in together:
                 adapters[digit] = adapter
                 if on_trained is not None:
                     on_trained(digit, adapter)
-            reason = together if isinstance(together, str) else None
-    if reason is not None and len(chosen) > 1 and on_apart is not None:
+            return adapters
+    if len(chosen) > 1 and on_apart is not None:
         on_apart(reason)
-    for digit in chosen if reason is not None else ():
+    for digit in chosen:
         adapters[digit] = train(
             model, configs[digit], dataset, held_out=held_out, before=before, files=own[digit], on_progress=on_progress
         )
@@ -313,8 +319,8 @@ def _train_together(
     before: Evaluation | None,
     files: Mapping[int | None, RunFiles | None],
     on_progress: OnProgress | None,
-) -> Iterator[tuple[int | None, Adapter]] | str:
-    """What `train` does, for all of them at once; or why it cannot be done, in words.
+) -> Iterator[tuple[int | None, Adapter]]:
+    """What `train` does, for all of them at once.
 
     Args:
         configs: by digit; they differ in it only.
@@ -328,9 +334,6 @@ def _train_together(
         if shared.heads:
             predict(model, dataset.images[:1], classes=dataset.classes)
         parameters = _named(model, live)
-        step = prepared(model, parameters, dataset, drawn[shared.digit][0][0])
-        if isinstance(step, str):
-            return step
         for one in files.values():
             (one or RunFiles()).check()
         members, going = {}, []
@@ -344,7 +347,7 @@ def _train_together(
             if member.start(around.start):
                 going.append(member)
             member.observers = around.observers
-        optimize_together(model, going, step, dataset)
+        optimize_together(model, going, dataset, channels_last=takes_channels_last(model, dataset.images[:2]))
         for digit, member in members.items():
             member.put_on()
             validation = surroundings[digit].validation
@@ -354,15 +357,12 @@ def _train_together(
                 message = f"{plans[digit].label}: {error.message}"
                 trained[digit] = TrainingError(message, problems=error.problems, hint=error.hint)
 
-    def counted() -> Iterator[tuple[int | None, Adapter]]:
-        for digit, found in trained.items():
-            if isinstance(found, TrainingError):
-                raise found
-            adapter, validation = found
-            config, plan = configs[digit], plans[digit]
-            yield digit, _counted(model, adapter, config, dataset, counted_on, before, plan, validation)
-
-    return counted()
+    for digit, found in trained.items():
+        if isinstance(found, TrainingError):
+            raise found
+        adapter, validation = found
+        config, plan = configs[digit], plans[digit]
+        yield digit, _counted(model, adapter, config, dataset, counted_on, before, plan, validation)
 
 
 @contextmanager

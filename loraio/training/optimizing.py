@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraio.errors import ConfigError, TrainingError
+from loraio.training.batches import drawn
 from loraio.training.config import SCHEDULES, TrainConfig
 from loraio.training.data import Dataset
 
@@ -147,8 +148,18 @@ class Optimization:
 
     def step(self, model: Callable[[Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> Moment:
         """One optimizer step over the gradients of ``accumulate`` batches."""
-        plan = self.plan
         lr = self.set_rates()
+        loss = self.differentiate(model, parts)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return self.count(loss, lr)
+
+    def differentiate(self, model: Callable[[Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Give the parameters the gradients of ``accumulate`` batches, no longer than they may be; returns the loss."""
+        plan = self.plan
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for images, labels in parts:
@@ -159,13 +170,9 @@ class Optimization:
             loss = loss + part.detach()
         if self.scaler is not None and plan.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-        self.clip()
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return self.count(loss, lr)
+        if plan.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip_norm)
+        return loss
 
     def set_rates(self) -> float:
         """Give the optimizer its rates for the next step; returns that of parameters without one of their own."""
@@ -173,11 +180,6 @@ class Optimization:
         for group, highest in zip(self.optimizer.param_groups, self._highest, strict=True):
             group["lr"] = highest * share
         return self.plan.lr * share
-
-    def clip(self) -> None:
-        """Scale the gradients down to the largest norm that they may have, if there is one."""
-        if self.plan.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip_norm)
 
     def count(self, loss: Tensor, lr: float) -> Moment:
         """Take note of a step that was done."""
@@ -247,6 +249,7 @@ def optimize(
     dataset: Dataset,
     plan: Plan,
     *,
+    channels_last: bool = False,
     statistics: Mapping[str, Tensor] | None = None,
     observers: Iterable[Observer] = (),
     start: Callable[[Optimization], bool] | None = None,
@@ -259,6 +262,7 @@ def optimize(
         batches: index tensors into the data set; for a resumed run from its beginning all the same.
         dataset: moved to the model's device and dtype.
         plan: learning rate, steps and the rest.
+        channels_last: whether the model gets images in that order of memory.
         statistics: buffers of the model that belong to what is learned, by name.
         observers: called after each step, in this order.
         start: called once before the first step; it may bring the run to where another process was, and says whether
@@ -285,7 +289,8 @@ def optimize(
             if number < run.done:
                 continue
             rows = [part.to(device) for part in group]
-            moment = run.step(forward, ((images[part], labels[part]) for part in rows))
+            parts = (drawn(images, labels, part, channels_last=channels_last) for part in rows)
+            moment = run.step(forward, parts)
             ends = [observer(run, moment) for observer in observers]
             if run.done % REPORT_EVERY == 0 or moment.last or any(ends):
                 run.report()

@@ -1,4 +1,4 @@
-"""Where a model trains: moved to a device for a while, and given back on its own with its bits."""
+"""Where a model trains: on a device for a while, given back on its own with its bits; and in which order of memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loraio.errors import ConfigError
+from loraio.training.batches import in_order
+from loraio.training.evaluation import kept_modes
 
 
 def device_of(name: str) -> torch.device:
@@ -28,6 +30,42 @@ def device_of(name: str) -> torch.device:
         found = f"there are {count} of them" if count else "torch sees no GPU"
         raise ConfigError(f"no CUDA device {name!r}: {found}", hint="--device cpu, or --device auto")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+SAME = 1e-3
+"""Of the largest output, how far outputs may be apart that come from sums in another order."""
+
+
+def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
+    """Whether a model trains with the channels of its images last in memory: on a CPU, if it works so.
+
+    Convolutions of oneDNN then compute on what is there, without a copy in an order of their own, and kernels of one
+    point are one matrix product for the whole batch. It is found out by trying, not by timing, so that every run of the
+    same model comes to the same. What a network asks of memory, as with ``view``, it may ask in training only.
+
+    Args:
+        model: as it is trained, also its mode; it is left as it is.
+        images: a few, (n, channels, height, width).
+    """
+    first = next(model.parameters())
+    if first.device.type != "cpu":
+        return False
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    plain = images.to(first.dtype)
+    last = in_order(plain, channels_last=True)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(last)
+            with kept_modes(model):
+                model.eval()
+                expected, found = model(plain), model(last)
+    except Exception:  # whatever a network does that is no matter of order is said by the training itself
+        return False
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+    return torch.allclose(found, expected, rtol=0, atol=SAME * float(expected.abs().max()))
 
 
 @contextmanager

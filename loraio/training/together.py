@@ -1,8 +1,8 @@
 """Several adapters trained in one loop over one network: each on its own batches, to the bits of its own run.
 
 The network runs for one adapter at a time: activations of several side by side leave a processor's caches, and
-convolutions gain nothing from more images. Shared are the step, which is prepared once for all (`PreparedStep`), the
-optimizer's kernel over all factors, and what is read, hashed and counted before the first step.
+convolutions gain nothing from more images. Shared are the optimizer's kernel over all factors, and what is read, hashed
+and counted before the first step.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from loraio.errors import TrainingError
-from loraio.training.batches import MAX_DRAWS
+from loraio.training.batches import MAX_DRAWS, drawn
 from loraio.training.config import TrainConfig
 from loraio.training.data import Dataset
 from loraio.training.optimizing import REPORT_EVERY, Observer, Optimization, Plan, seeded
-from loraio.training.prepared import Batch, PreparedStep
 
 
 def reason_to_part(
@@ -46,31 +45,6 @@ def reason_to_part(
         f"device {device.type}": device.type != "cpu",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def prepared(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], dataset: Dataset, rows: Tensor
-) -> PreparedStep | str:
-    """The step for one loop, or why the network allows none, in words.
-
-    Args:
-        model: with an adapter attached for training, in the mode in which it is trained.
-        parameters: what is trained, by name in the model.
-        dataset: of which the step is tried on a batch.
-        rows: that batch, as indices.
-    """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name) for module in model.modules() for name in hooks):
-        return "the network has hooks"
-    batch = Batch(dataset.images[rows].to(next(model.parameters()).dtype), dataset.labels[rows])
-    try:
-        for blocked in (True, False):
-            step = PreparedStep(model, blocked=blocked)
-            if step.agrees(model, parameters, batch):
-                return step
-    except Exception as error:  # whatever a network does that torch.fx does not follow
-        return f"the network cannot be traced: {next(iter(str(error).splitlines()), type(error).__name__)}"
-    return "the network, traced, gives other gradients"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -122,35 +96,43 @@ class Member:
         for module, name, parameter in self.places:
             module._parameters[name] = parameter
 
-    def batches(self, images: Tensor, labels: Tensor) -> list[Batch]:
+    def batches(self, images: Tensor, labels: Tensor, *, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Those of the next step."""
         size = self.run.plan.accumulate
-        return [Batch(images[row], labels[row]) for row in self.rows[self.run.done * size :][:size]]
+        rows = self.rows[self.run.done * size :][:size]
+        return (drawn(images, labels, row, channels_last=channels_last) for row in rows)
 
 
-def optimize_together(model: nn.Module, members: Sequence[Member], step: PreparedStep, dataset: Dataset) -> None:
+def optimize_together(
+    model: nn.Module, members: Sequence[Member], dataset: Dataset, *, channels_last: bool = False
+) -> None:
     """As `loraio.training.optimizing.optimize` for each of them, with the same bits.
 
     Args:
         model: with an adapter on it, whose parameters the members take turns to be.
         members: those that have something left to do.
-        step: of the model.
         dataset: moved to the model's dtype.
+        channels_last: whether the model gets images in that order of memory.
 
     Raises:
         TrainingError: a loss became NaN or infinite.
     """
-    images = dataset.images.to(next(model.parameters()).dtype)
+    images, labels = dataset.images.to(next(model.parameters()).dtype), dataset.labels
+
+    def differentiate(member: Member) -> Tensor:
+        with member.in_turn():
+            return member.run.differentiate(model, member.batches(images, labels, channels_last=channels_last))
+
     cohorts: dict[int, list[Member]] = {}
     for member in members:  # after a kill some may be further than others
         cohorts.setdefault(member.run.done, []).append(member)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for cohort in cohorts.values():
             while cohort:
-                cohort = _until_one_ends(cohort, step, images, dataset.labels)
+                cohort = _until_one_ends(cohort, differentiate)
 
 
-def _until_one_ends(members: list[Member], step: PreparedStep, images: Tensor, labels: Tensor) -> list[Member]:
+def _until_one_ends(members: list[Member], differentiate: Callable[[Member], Tensor]) -> list[Member]:
     """Steps of members that have gone equally many, until some of them are done; gives the others."""
     joint = _JointOptimizer([member.run.optimizer for member in members])
     going = members
@@ -158,12 +140,7 @@ def _until_one_ends(members: list[Member], step: PreparedStep, images: Tensor, l
         taken: list[tuple[Tensor, float]] = []
         for member in members:
             lr = member.run.set_rates()
-            with member.in_turn():
-                loss, gradients = step(member.batches(images, labels))
-            for parameter in member.run.parameters.values():
-                parameter.grad = gradients.get(parameter)
-            member.run.clip()
-            taken.append((loss, lr))
+            taken.append((differentiate(member), lr))
         joint.step()
         going = [member for member, (loss, lr) in zip(members, taken, strict=True) if _goes_on(member, loss, lr)]
     return going

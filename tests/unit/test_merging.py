@@ -68,6 +68,7 @@ def test_a_fast_merge_is_wrong_only_by_what_float32_sums_are_unsure_of(
     assert not loraio.verify_weights(state, three, fast).ok
     assert loraio.verify_weights(state, three, fast, exact=False).ok
     assert loraio.verify(state, three, fast, exact=False).ok
+    assert not loraio.verify(state, three, fast).ok
     broken = {name: tensor.clone() for name, tensor in fast.items()}
     broken["conv2.weight"][0, 0, 0, 0] *= 1 + 2**-18
     assert not loraio.verify_weights(state, three, broken, exact=False).ok

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import loraio
 from loraio.errors import ConfigError
@@ -67,3 +67,48 @@ def test_training_on_a_gpu(base: nn.Module, digits: loraio.Dataset, amp: str | N
     adapter = loraio.train(base, loraio.TrainConfig(digit=3, steps=20, device="cuda", amp=amp), digits)
     assert all(base.state_dict()[name].equal(tensor) for name, tensor in kept.items())
     assert {factor.device.type for factor in adapter.factors.values()} == {"cpu"}
+
+
+class Reading(nn.Module):
+    """A network that asks something of the order of memory, perhaps in training only."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(1, 4, 3, stride=4)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout()
+        self.fc = nn.Linear(4 * 7 * 7, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        if self.how == "view" or (self.how == "view in training" and self.training):
+            x = x.view(len(x), -1)
+        elif self.how == "as memory":
+            x = x.as_strided((len(x), 196), (196, 1))
+        return self.fc(self.drop(x.flatten(1)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("how", "takes"), [("flatten", True), ("view", False), ("view in training", False), ("as memory", False)]
+)
+def test_a_network_that_asks_something_of_memory_is_found_out_and_left_as_it_is(how: str, takes: bool) -> None:
+    torch.manual_seed(0)
+    model = Reading(how).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images, random = torch.randn(2, 1, 28, 28), torch.get_rng_state()
+    assert placement.takes_channels_last(model, images) is takes
+    assert model.training
+    assert model.drop.training
+    assert torch.get_rng_state().equal(random)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_other_devices_keep_the_order_they_have() -> None:
+    assert not placement.takes_channels_last(Reading("flatten").to("meta"), torch.randn(2, 1, 28, 28))
+
+
+def test_a_network_that_takes_no_other_order_trains_all_the_same(digits: loraio.Dataset) -> None:
+    torch.manual_seed(0)
+    found = loraio.train(Reading("view"), loraio.TrainConfig(steps=2, batch_size=8, targets=("all",)), digits)
+    assert found.factors

@@ -16,7 +16,6 @@ import loraio
 from loraio.errors import DataError, OutputExistsError, TrainingError
 from loraio.training import loop
 from loraio.training.optimizing import Moment, Optimization
-from loraio.training.prepared import Batch, PreparedStep
 from loraio.training.resuming import SideFile
 from loraio.training.together import reason_to_part
 
@@ -32,7 +31,7 @@ class Killed(Exception):  # noqa: N818  # no error of the program
 
 
 class Wide(nn.Module):
-    """All that a traced network can hold: a residual, normalisation, dropout, groups, pooling, one-point kernels."""
+    """Of all sorts: a residual, normalisation, dropout, groups, pooling, one-point kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +69,7 @@ class Choosing(nn.Module):
 
 
 class Reading(nn.Module):
-    """A network that reads the weight of a layer by itself, which a trace would keep as it once was."""
+    """A network that reads the weight of a layer by itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,18 +150,13 @@ def test_a_base_in_double_precision_and_channels_last_trains_together_too(
         assert_same_files(together(model, config, digits), apart(model, config, digits), tmp_path)
 
 
-def test_a_network_with_hooks_is_trained_one_after_another_and_every_hook_is_called(
-    base: nn.Module, digits: loraio.Dataset, apart_only: list[str]
-) -> None:
-    called, said = [], []
+def test_every_hook_of_a_network_is_called_for_each_adapter(base: nn.Module, digits: loraio.Dataset) -> None:
+    called = []
     base.get_submodule("conv2").register_forward_hook(
         lambda module, given, output: called.append(torch.is_grad_enabled())
     )
-    config = loraio.TrainConfig(steps=3, batch_size=16)
-    loraio.train_each(base, config, digits, digits=[3, 7], on_apart=said.append)
-    assert said == ["the network has hooks"]
-    assert called.count(True) == 6
-    assert len(apart_only) == 2
+    together(base, loraio.TrainConfig(steps=3, batch_size=16), digits)
+    assert called.count(True) == 3 * len(DIGITS)
 
 
 def test_runs_that_stop_early_leave_the_others_as_they_are(
@@ -253,17 +247,13 @@ def test_a_run_that_was_begun_alone_goes_on_together(
 
 
 @pytest.mark.parametrize("network", [Choosing, Reading])
-def test_a_network_that_cannot_be_traced_is_trained_one_after_another_and_that_is_said(
-    digits: loraio.Dataset, tmp_path: Path, apart_only: list[str], network: type[nn.Module]
+def test_networks_that_look_at_values_or_weights_give_the_same_bytes(
+    digits: loraio.Dataset, tmp_path: Path, network: type[nn.Module]
 ) -> None:
     torch.manual_seed(0)
-    model, said = network(), []
+    model = network()
     config = loraio.TrainConfig(steps=3, batch_size=16)
-    found = loraio.train_each(model, config, digits, digits=DIGITS, on_apart=said.append)
-    assert apart_only == ["digit 3", "digit 7", "all classes"]
-    assert len(said) == 1
-    assert "traced" in said[0]
-    assert_same_files(found, apart(model, config, digits), tmp_path)
+    assert_same_files(together(model, config, digits), apart(model, config, digits), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -335,28 +325,3 @@ def test_one_that_learned_nothing_is_named_and_those_before_it_are_given(
     with pytest.raises(TrainingError, match="digit 7: the run learned nothing: 6 of 6 tensors did not move"):
         loraio.train_each(base, config, digits, digits=DIGITS, on_trained=lambda digit, adapter: given.append(digit))
     assert given == [3]
-
-
-def test_a_step_with_other_bits_is_noticed(
-    base: nn.Module, digits: loraio.Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One gradient of one factor, off by one in its last place."""
-    base.requires_grad_(False)
-    batch = Batch(digits.images[:8], digits.labels[:8])
-    with loraio.attach(base, loraio.new_adapter(base, loraio.TrainConfig()), trainable=True) as live:
-        parameters = {str(place): parameter for place, parameter in enumerate(live.parameters())}
-        start = [parameter.detach().clone() for parameter in live.parameters()]
-        step = PreparedStep(base)
-        assert step.agrees(base, parameters, batch)
-        real = PreparedStep.__call__
-
-        def off(self: PreparedStep, batches: Any) -> Any:
-            loss, gradients = real(self, batches)
-            last = list(gradients)[-1]
-            gradients[last] = gradients[last].clone()
-            gradients[last].view(-1)[0] = gradients[last].view(-1)[0].nextafter(torch.tensor(9.0))
-            return loss, gradients
-
-        monkeypatch.setattr(PreparedStep, "__call__", off)
-        assert not step.agrees(base, parameters, batch)
-        assert all(parameter.equal(value) for parameter, value in zip(live.parameters(), start, strict=True))

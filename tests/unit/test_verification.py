@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import loraio
-from loraio.errors import BaseMismatchError, ConfigError, UnknownNameError
+from loraio import folding, networks
+from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
 
 State = dict[str, Tensor]
 
@@ -118,6 +119,118 @@ def test_a_mutant_is_caught(
         assert relative > 0.01
 
 
+def test_all_that_is_wrong_is_told(trained_base: nn.Module, three: loraio.Adapter) -> None:
+    state = trained_base.state_dict()
+    merged = {**one_layer_skipped(state, three), "fc.bias": state["fc.bias"] + 1, "extra": torch.zeros(1)}
+    merged["conv3.weight"] = state["conv3.weight"]
+    del merged["conv1.bias"]
+    problems = loraio.verify_weights(state, three, merged).problems
+    assert [problem.split("'")[1] for problem in problems] == [
+        "conv1.bias",
+        "extra",
+        "conv2.weight",
+        "conv3.weight",
+        "fc.bias",
+    ]
+
+
+def test_a_weight_that_is_folded_in_slices_is_checked_in_all_of_them(
+    trained_base: nn.Module, three: loraio.Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = trained_base.state_dict()
+    merged = loraio.merge(state, three)
+    weight = merged["conv3.weight"]
+    for row, steps in ((0, 3), (-1, 1)):
+        for _ in range(steps):
+            weight[row] = torch.nextafter(weight[row], torch.full_like(weight[row], 9.0))
+    whole = loraio.verify_weights(state, three, merged)
+    monkeypatch.setattr(folding, "BLOCK", 1000)
+    assert len(three.targets["conv3.weight"].slices()) > 2
+    assert loraio.verify_weights(state, three, merged) == whole
+    assert whole.not_correctly_rounded == 2 * weight[0].numel()
+    assert 2.5 < whole.max_ulp < 7  # the ulp is smaller where a power of two was passed
+
+
+def test_the_figures_of_the_outputs_are_those_of_the_two_networks(
+    base: nn.Module, three: loraio.Adapter, digits_test: loraio.Dataset
+) -> None:
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    images = digits_test.images[:100]
+    merged = one_layer_skipped(state, three)
+    found = loraio.verify(state, three, merged, 3.0, inputs=images).outputs
+    fast = loraio.verify(state, three, merged, 3.0, inputs=images, exact=False).outputs
+    assert found is not None
+    assert fast is not None
+    with torch.no_grad():
+        plain = base(images)
+        with loraio.attach(base, three, 3.0):
+            attached = base(images)
+        base.load_state_dict(merged)
+        after = base(images)
+    difference = (after - attached).abs()
+    effect = float((attached - plain).abs().max())
+    roundings = torch.finfo(torch.float32).eps * float(attached.abs().max())
+    near = {"rel": 1e-3}  # other batches, other roundings
+    assert found.samples == 100
+    assert found.max_abs == pytest.approx(float(difference.max()), **near)
+    assert found.max_rel == pytest.approx(
+        float((difference / torch.maximum(after.abs(), attached.abs())).max()), **near
+    )
+    assert found.effect == pytest.approx(effect, **near)
+    assert found.relative_to_effect == pytest.approx(float(difference.max()) / effect, **near)
+    assert found.argmax_agreement == float((after.argmax(1) == attached.argmax(1)).double().mean()) < 1
+    assert found.bound == pytest.approx(16 * roundings, **near)
+    assert fast.bound == pytest.approx(256 * roundings, **near)
+    faint = loraio.verify(state, three, merged, 1e-5, inputs=images).outputs
+    assert faint is not None
+    assert faint.bound == 0.05 * faint.effect < 16 * roundings
+
+
+def test_outputs_are_right_up_to_their_bound_unless_it_is_infinite(trained_base: nn.Module) -> None:
+    idle = loraio.new_adapter(copy.deepcopy(trained_base), loraio.TrainConfig())
+    report = loraio.verify(trained_base.state_dict(), idle, trained_base.state_dict())
+    assert report.outputs is not None
+    for figures, ok in [
+        ({"max_abs": report.outputs.bound}, True),
+        ({"max_abs": 1.01 * report.outputs.bound}, False),
+        ({"max_abs": float("nan")}, False),
+        ({"bound": float("nan")}, False),
+        ({"bound": float("inf")}, False),
+    ]:
+        outputs = replace(report.outputs, **figures)
+        assert outputs.ok == ok, figures
+        assert replace(report, outputs=outputs).ok == ok
+    assert not replace(report, outputs=None).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_that_overflows_is_a_weight_that_is_wrong(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.fill_(3e38)
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=1, targets=("all",)))
+    adapter = replace(
+        adapter, factors={name: torch.full_like(factor, 3e19) for name, factor in adapter.factors.items()}
+    )
+    state = model.state_dict()
+    report = loraio.verify_weights(state, adapter, state)
+    assert report.not_correctly_rounded == 4
+
+
+def test_a_network_with_options_and_another_head_is_built_from_what_the_adapter_says(digits: loraio.Dataset) -> None:
+    model = loraio.build_network("timm:resnet18", args={"num_classes": 4, "in_chans": 1}, seed=0)
+    networks.resize_heads(model, {"fc": 6})
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=1, targets=("layer1.0.conv1",)))
+    assert dict(adapter.base.heads) == {"fc": 6}
+    state = model.state_dict()
+    report = loraio.verify(state, adapter, loraio.merge(state, adapter), samples=1)
+    assert report.ok
+    with pytest.raises(
+        BaseMismatchError, match=r"the network has \(64, 3, 7, 7\)"
+    ):  # the options are not for this name
+        loraio.verify(state, adapter, state, model="timm:resnet18.a1_in1k", samples=1)
+
+
 def test_one_weight_off_by_one_ulp_is_caught_and_named(trained_base: nn.Module, three: loraio.Adapter) -> None:
     state = trained_base.state_dict()
     merged = loraio.merge(state, three)
@@ -136,7 +249,7 @@ def test_one_weight_off_by_one_ulp_is_caught_and_named(trained_base: nn.Module, 
         (lambda merged: merged.update({"fc.bias": torch.zeros(11)}), r"'fc.bias' is torch.float32 \(11,\)"),
         (lambda merged: merged.update({"conv1.weight": merged["conv1.weight"].double()}), "float64"),
         (lambda merged: merged["conv1.weight"].view(-1)[0].fill_(float("nan")), "1 of 288 weights"),
-        (lambda merged: merged["conv1.weight"].view(-1)[0].fill_(float("inf")), "1 of 288 weights"),
+        (lambda merged: merged["conv1.weight"].view(-1)[0].fill_(float("inf")), "1 of 288 weights.* by inf ulp"),
         (lambda merged: merged.update({"fc.bias": merged["fc.bias"] * float("nan")}), "'fc.bias' is no target"),
     ],
 )
@@ -216,6 +329,11 @@ def test_verify_leaves_the_given_model_and_states_alone(trained_base: nn.Module,
     report = loraio.verify(model.state_dict(), three, loraio.merge(state, three), model=model, inputs=images)
     assert report.ok
     assert all(model.state_dict()[name].equal(state[name]) for name in state)
+    model.train()
+    assert loraio.verify(state, three, loraio.merge(state, three), model=model, inputs=images).ok
+    assert all(module.training for module in model.modules())
+    with loraio.attach(model, three), pytest.raises(StateError, match="carries an adapter already"):
+        loraio.verify(state, three, loraio.merge(state, three), model=model, inputs=images)
 
 
 def test_random_inputs_follow_the_seed(trained_base: nn.Module, three: loraio.Adapter) -> None:
@@ -223,6 +341,13 @@ def test_random_inputs_follow_the_seed(trained_base: nn.Module, three: loraio.Ad
     reports = [loraio.verify(state, three, state, samples=8, seed=seed, model="digit-cnn") for seed in (1, 1, 2)]
     effects = [report.outputs.effect for report in reports if report.outputs is not None]
     assert effects[0] == effects[1] != effects[2]
+    before = torch.get_rng_state()
+    usual = loraio.verify(state, three, state).outputs
+    assert torch.get_rng_state().equal(before)
+    assert usual == loraio.verify(state, three, state, samples=256, seed=1).outputs
+    assert usual is not None
+    assert usual.samples == 256
+    assert loraio.verify(state, three, loraio.merge(state, three), samples=1).ok
 
 
 def test_an_adapter_without_effect_is_verified_too(trained_base: nn.Module) -> None:
@@ -240,16 +365,18 @@ def test_what_cannot_be_checked_is_an_error(trained_base: nn.Module, three: lora
     state = trained_base.state_dict()
     merged = loraio.merge(state, three)
     nameless = replace(three, base=replace(three.base, network=None))
-    with pytest.raises(UnknownNameError, match="does not say which network"):
+    with pytest.raises(UnknownNameError, match="does not say which network") as caught:
         loraio.verify(state, nameless, merged)
+    assert "--model NAME" in str(caught.value)
+    assert "digit-cnn" in str(caught.value)
     assert loraio.verify(state, nameless, merged, model="digit-cnn").ok
-    with pytest.raises(ConfigError, match="pass inputs="):
+    with pytest.raises(ConfigError, match=r"a network with a name\n.*pass inputs="):
         loraio.verify(state, three, merged, model=nn.Sequential(nn.Flatten()))
     with pytest.raises(ConfigError, match="0 samples"):
         loraio.verify(state, three, merged, samples=0)
     with pytest.raises(ConfigError, match="no inputs"):
         loraio.verify(state, three, merged, inputs=torch.rand(0, 1, 28, 28))
-    with pytest.raises(ConfigError, match="does not take inputs"):
+    with pytest.raises(ConfigError, match=r"does not take inputs of shape \(2, 3, 28, 28\)"):
         loraio.verify(state, three, merged, inputs=torch.rand(2, 3, 28, 28))
     with pytest.raises(ConfigError, match="strength"):
         loraio.verify(state, three, merged, float("nan"))

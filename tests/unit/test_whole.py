@@ -311,6 +311,8 @@ def test_attached_computes_what_merged_computes_and_verify_says_so(
             report = loraio.verify(network.state_dict(), adapter, merged, strength, model=network, inputs=images)
             assert report.ok, name
             assert report.weights.replaced == len(adapter.whole)
+            touched = len(adapter.targets) + len(adapter.whole)
+            assert report.weights.untouched == len(network.state_dict()) - touched
             assert report.outputs is not None
             assert report.outputs.max_abs == 0
             assert report.outputs.effect > 0
@@ -329,7 +331,8 @@ def test_a_merge_that_lost_a_whole_tensor_is_caught(
     for wrong in (state[name], torch.zeros_like(merged[name]), merged[name].double()):
         report = loraio.verify(state, adapter, {**merged, name: wrong}, model=network, inputs=digits_test.images[:4])
         assert not report.ok
-        assert any(name in problem for problem in report.weights.problems)
+        told = r"must be" if wrong.dtype != merged[name].dtype or wrong.shape != merged[name].shape else "the adapter's"
+        assert any(name in problem and told in problem for problem in report.weights.problems)
 
 
 def test_statistics_do_not_drift_whatever_mode_the_model_is_set_to(
