@@ -90,7 +90,7 @@ def checkable(folder: str | os.PathLike[str]) -> list[Path]:
                 parts.update(file.parent / part for part in read_parted_header(file).headers)
             except LoraioError:
                 continue  # `check` says why; what it calls its parts are checked one by one
-        elif file.suffix == ".safetensors":
+        elif file.suffix in (".safetensors", ".residue"):
             found.append(file)
     return sorted(file for file in found if file not in parts)
 

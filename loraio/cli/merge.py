@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from loraio.residuefile import Residue
 
 
+LARGE = 0.5
+"""A residue of more than this share of the base is remarked upon."""
+
+
 @click.command(epilog=_options.example("loraio merge base.safetensors three.safetensors -o merged.safetensors"))
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
@@ -123,6 +127,10 @@ def merge(
             f"{kept.path}: {_output.size(kept.bytes)}, {kept.bits_per_weight:.3g} bits for each folded weight, "
             f"{kept.share:.2%} of the base"
         )
+        if kept.share > LARGE:
+            _output.note(
+                "note: little of the base is left: the residue is nearly as large as the base itself"
+            )
 
 
 def _residue_facts(residue: Residue | None) -> dict[str, Any] | None:

@@ -74,6 +74,15 @@ def test_merge_json_says_what_the_residue_takes(run_json: RunJson, files: Path, 
     assert 0 < kept["bits_per_weight"] < 2
 
 
+def test_a_residue_as_large_as_the_base_is_remarked_upon(run: Run, files: Path, tmp_path: Path) -> None:
+    words = ("merge", files / "base.safetensors", files / "three.safetensors", "-o", tmp_path / "m", "--reversible")
+    assert run(*words).stderr == ""
+    done = run(*words, "--strength", 1e15, "--force")
+    assert "the residue is nearly as large as the base itself" in done.stderr
+    run("unmerge", tmp_path / "m", files / "three.safetensors", "-o", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (files / "base.safetensors").read_bytes()
+
+
 def test_a_second_merge_needs_force_and_is_recorded(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
     merged, path = files / "merged.safetensors", tmp_path / "again.safetensors"
     words = ("merge", merged, files / "three.safetensors", "-o", path)

@@ -59,6 +59,16 @@ def test_whole_files_are_ok_and_complete(folder: Path) -> None:
     }
 
 
+def test_a_residue_is_a_kind_of_its_own_and_checked_beside_its_checkpoint(files: Path, tmp_path: Path) -> None:
+    path, residue = (tmp_path / name for name in ("m.safetensors", "m.safetensors.residue"))
+    loraio.merge_file(files / "base.safetensors", files / "three.safetensors", path, reversible=True)
+    found = loraio.check(residue)
+    assert (found.kind, found.ok, found.complete, found.tensors) == ("residue", True, True, 3)
+    assert checkable(tmp_path) == [path, residue]
+    flipped(residue, data_of(residue, "conv2.weight") + 9)
+    assert "'conv2.weight' has another SHA-256" in "\n".join(loraio.check(residue).problems)
+
+
 @pytest.mark.parametrize("file", ["three", "base"])
 def test_the_damaged_tensor_is_named_and_no_other(folder: Path, file: str) -> None:
     path = folder / f"{file}.safetensors"
