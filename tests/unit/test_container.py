@@ -271,6 +271,22 @@ def test_every_dtype_of_torch_has_its_bits() -> None:
         container.dtype_code(torch.complex128)
 
 
+def test_every_dtype_of_the_format_has_its_size_and_its_place(path: Path) -> None:
+    bits = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)}
+    bits |= dict.fromkeys(("U32", "I32", "F32"), 32) | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
+    bits |= dict.fromkeys(("BOOL", "U8", "I8"), 8)
+    bits |= {f"F8_{name}": 8 for name in ("E5M2", "E4M3", "E8M0", "E4M3FNUZ", "E5M2FNUZ")}
+    start, placed = container.layout({code: (code, (8,)) for code in bits}, {}, where="here")
+    path.write_bytes(start + bytes(sum(bits.values())))
+    read = read_header(path).tensors
+    assert read == placed
+    assert {code: info.end - info.begin for code, info in read.items()} == bits
+    assert set(bits) == set(DTYPE_BITS)
+    wide = [bits[code] for code in read if bits[code] > 8]
+    assert wide == sorted(wide, reverse=True)
+    assert [bits[code] for code in read][: len(wide)] == wide
+
+
 def test_a_dtype_that_torch_lacks_cannot_be_read_as_a_tensor(path: Path) -> None:
     path.write_bytes(raw({"w": entry("F6_E2M3", (4,), (0, 3))}, b"\0" * 3))
     header = read_header(path)
