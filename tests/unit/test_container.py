@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,92 @@ def test_a_file_that_changes_after_its_header_was_read_is_refused(
     change(path)
     with pytest.raises(error, match=re.escape(repr(str(path)))):
         read_tensors(header)
+
+
+def test_a_file_that_shrinks_or_cannot_be_read_any_more_is_refused(path: Path) -> None:
+    container.write({"v": torch.ones(2), "w": torch.ones(2)}, path, document={})
+    header = read_header(path)
+    with path.open("r+b") as file:
+        file.truncate(header.file_bytes - 1)
+    with pytest.raises(FormatError, match=r"the file ends within 'w': it changed[\s\S]*" + re.escape(repr(str(path)))):
+        read_tensors(header)
+    with path.open("r+b") as file:
+        file.write(b"1")
+    with pytest.raises(FormatError, match=r"the header changed while[\s\S]*" + re.escape(repr(str(path)))):
+        read_tensors(header)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
+def test_a_file_that_opens_and_cannot_be_read_says_why(path: Path) -> None:
+    unreadable = Path("/proc/self/mem")
+    for read in (read_header, container.read_json):
+        with pytest.raises(MissingFileError, match=re.escape(f"'{unreadable}' cannot be read: Input/output error")):
+            read(unreadable)
+    container.write({"w": torch.ones(2)}, path, document={})
+    header = replace(read_header(path), path=unreadable)
+    with pytest.raises(FormatError, match=r"cannot be read: Input/output error[\s\S]*/proc/self/mem"):
+        read_tensors(header)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "the file is empty[^$]*fetch the file again"),
+        (b"PK\x03\x04" + b"\0" * 100, "not JSON but a zip archive[^$]*a name that ends in .pt"),
+        (b"<html>", "not JSON but an HTML page[^$]*download it again"),
+        (b'{"a": "\xff"}', "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
+        (b"7 or so", "not JSON but a text that starts with '7 or so'"),
+        (b"\xf0\xf1", "not UTF-8"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+    ],
+)
+def test_a_json_file_that_is_none_is_refused(path: Path, content: bytes, match: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=match) as caught:
+        container.read_json(path)
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_a_json_file_is_read_with_its_bytes(path: Path) -> None:
+    for content, value in [(b' \n{"a": [1]}\n', {"a": [1]}), (b"[1]", [1]), (b'{"\xc3\xa9": 0.5}', {"é": 0.5})]:
+        path.write_bytes(content)
+        assert container.read_json_text(path) == (content, value)
+        assert container.read_json(path) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"", "fetch the file again"),
+        (b"1234567", "fetch the file again"),
+        (raw("{}")[:-1], "fetch the file again"),
+        (raw({"a": entry()}, b"\0" * 7), "fetch the file again"),
+        (b"\x01" * 100, "fetch the file again"),
+        (b"<html></html>", "download it again"),
+        (b"PK\x03\x04" + b"\0" * 100, "a name that ends in .pt"),
+    ],
+)
+def test_what_to_do_about_a_file_is_said(path: Path, content: bytes, hint: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        read_header(path)
+    assert hint in str(caught.value.hint)
+
+
+def test_a_file_in_memory_is_as_one_on_disk(path: Path) -> None:
+    tensors = {"w": torch.arange(300.0), "v": torch.ones(2, dtype=torch.float16)}
+    container.write(tensors, path, document={"a": 1}, metadata={"format": "pt"})
+    content = path.read_bytes()
+    header = container.parse_file(content, path)
+    assert replace(header, data=None) == read_header(path)
+    assert header.metadata["format"] == "pt"
+    assert header.sha256 == hashlib.sha256(content[: 8 + header.header_bytes]).hexdigest()
+    path.unlink()
+    assert all(tensor.equal(tensors[name]) for name, tensor in read_tensors(header).items())
+    assert len(repr(header)) < 1000  # neither the bytes nor the document
+    with pytest.raises(FormatError, match="truncated") as caught:
+        container.parse_file(content[:-1], path)
+    assert repr(str(path)) in str(caught.value)
 
 
 # Writing
