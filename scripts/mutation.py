@@ -3,9 +3,9 @@
 The mutants are those of mutmut's operators, of functions, methods, properties and constants alike. Left alone are
 annotations, decorators, docstrings, arguments of ``len`` and ``isinstance``, and texts with a space, which are prose.
 
-The tests of a module run once without a mutant, under a trace that says which test calls which function. Then each
+The tests of a module run once without a mutant, under a trace that says which test comes to which lines. Then each
 mutant gets a forked copy of that process, with the fixtures of the session as they are; there the code of the module
-is exchanged, and the tests that call the function run, the fastest first, until one fails. A mutant that lets tests
+is exchanged, and the tests that come to its line run, the fastest first, until one fails. A mutant that lets tests
 run for far too long is killed too.
 
 ``tests/mutants.md`` argues why certain mutants need not be noticed; they count as survivors, and run with ``--all``
@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 import hypothesis
@@ -59,11 +59,25 @@ TESTS = {
         "unit/test_whole.py::test_a_merge_that_lost_a_whole_tensor_is_caught",
         "property/test_merge.py::test_a_merge_of_any_kind_is_verified_and_an_unmerged_state_is_not",
     ),
-    "container": ("unit/test_container.py", "unit/test_formats.py", "property/test_hostile_files.py"),
+    "container": (
+        "unit/test_container.py",
+        "unit/test_limits.py",
+        "unit/test_firstbytes.py",
+        "unit/test_outputs.py::test_an_existing_file_is_kept_without_overwrite",
+        "unit/test_outputs.py::test_an_existing_file_is_replaced_with_overwrite",
+        "unit/test_outputs.py::test_an_output_that_is_an_input_is_refused_even_with_overwrite",
+        "unit/test_outputs.py::test_a_check_that_raises_leaves_no_trace",
+        "property/test_hostile_files.py::test_every_truncation_is_refused",
+    ),
+    "strictjson": ("unit/test_strictjson.py", "unit/test_limits.py", "unit/test_container.py"),
+    "firstbytes": ("unit/test_firstbytes.py", "unit/test_container.py"),
 }
 """The tests of each module, under ``tests/``: those that notice most, in little time."""
 
-SURVIVING = ("survived", "no test calls it", "not exchangeable")
+ELSEWHERE = ("--deselect", "tests/unit/test_container.py::test_processes_with_other_hash_seeds_write_the_same_bytes")
+"""Tests that run the module in another process, which sees no mutant."""
+
+SURVIVING = ("survived", "no test comes to it", "not exchangeable")
 
 MEMORY_BYTES = 2**34
 """Address space that the tests of a mutant may ask for."""
@@ -75,7 +89,7 @@ class Mutant:
 
     Attributes:
         place: the function it is in, by its qualified name; empty for a constant or a class attribute.
-        lines: first and last line of that function; None without one.
+        lines: first and last line of the statement in it, without the statements inside; None outside of functions.
         source: the whole module, with the fault.
         change: the lines that differ, without their indent, after ``-`` and ``+``.
     """
@@ -101,6 +115,7 @@ class _Visitor(cst.CSTVisitor):
         self._at = -1
         self._classes: list[str] = []
         self._functions: list[cst.FunctionDef] = []
+        self._inner: list[cst.CSTNode] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
         if isinstance(node, cst.Module):
@@ -115,16 +130,22 @@ class _Visitor(cst.CSTVisitor):
             return False
         if isinstance(node, cst.SimpleString) and " " in node.value:
             return False
+        if isinstance(node, cst.SimpleStatementLine | cst.BaseCompoundStatement | cst.ExceptHandler):
+            self._inner.append(node)
         if isinstance(node, cst.FunctionDef):
             self._functions.append(node)
         elif isinstance(node, cst.ClassDef):
             self._classes.append(node.name.value)
         for type_, operator in mutation_operators:
             if isinstance(node, type_):
-                self.found += [(self._place(), self._lines(), self._at, node, changed) for changed in operator(node)]
+                self.found += [
+                    (self._place(), self._lines(node), self._at, node, changed) for changed in operator(node)
+                ]
         return True
 
     def on_leave(self, original_node: cst.CSTNode) -> None:
+        if self._inner and original_node is self._inner[-1]:
+            self._inner.pop()
         if isinstance(original_node, cst.FunctionDef):
             self._functions.pop()
         elif isinstance(original_node, cst.ClassDef):
@@ -133,12 +154,15 @@ class _Visitor(cst.CSTVisitor):
     def _place(self) -> str:
         return ".".join((*self._classes, *(function.name.value for function in self._functions[:1])))
 
-    def _lines(self) -> tuple[int, int] | None:
+    def _lines(self, node: cst.CSTNode) -> tuple[int, int] | None:
+        """A test that comes to none of these lines cannot notice."""
         if not self._functions:
             return None
-        outer = self._functions[0]
-        places = [self.get_metadata(PositionProvider, node) for node in (outer, *outer.decorators)]
-        return min(place.start.line for place in places), max(place.end.line for place in places)
+        statement = self._inner[-1]
+        place = self.get_metadata(PositionProvider, statement)
+        if isinstance(statement, cst.SimpleStatementLine | cst.FunctionDef):  # of a function: its defaults
+            return place.start.line, place.end.line
+        return place.start.line, self.get_metadata(PositionProvider, node, place).end.line
 
 
 def mutants(source: str) -> list[Mutant]:
@@ -153,9 +177,9 @@ def mutants(source: str) -> list[Mutant]:
         text = module.code_for_node(module.body[at].deep_replace(node, changed))  # type: ignore[arg-type]
         at += len(module.header)
         mutated = "".join((*texts[:at], text, *texts[at + 1 :]))
-        delta = difflib.unified_diff(source.splitlines(), mutated.splitlines(), n=0, lineterm="")
+        delta = difflib.unified_diff(texts[at].splitlines(), text.splitlines(), n=0, lineterm="")
         change = tuple(line[0] + line[1:].strip() for line in list(delta)[2:] if line[0] in "-+")
-        if change and not _means_the_same(source, mutated):
+        if change and not _means_the_same(texts[at], text):
             found.append(Mutant(place=place, lines=lines, source=mutated, change=change))
     return found
 
@@ -259,7 +283,7 @@ class Runner:
             chosen = [item for item in seconds if any(first <= line <= last for line in calls[item])]
             chosen.sort(key=seconds.__getitem__)
             limit = 10 + 5 * sum(seconds[item] for item in chosen)
-            ending = self._run(session, mutant, chosen, limit) if chosen else "no test calls it"
+            ending = self._run(session, mutant, chosen, limit) if chosen else "no test comes to it"
             self.endings[ending] += 1
             if ending in SURVIVING:
                 self.survivors.append(mutant)
@@ -267,15 +291,16 @@ class Runner:
         return True
 
     def _first_run(self, session: pytest.Session) -> tuple[dict[pytest.Item, set[int]], dict[pytest.Item, float]]:
-        """Which functions of the module each test calls, by first line, and how long it takes."""
+        """Which lines of the module each test comes to, and how long it takes."""
         calls: dict[pytest.Item, set[int]] = {}
         seconds: dict[pytest.Item, float] = {}
         lines: set[int] = set()
 
-        def trace(frame: FrameType, event: str, argument: Any) -> None:
-            code: CodeType = frame.f_code
-            if code.co_filename == self.file:
-                lines.add(code.co_firstlineno)
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            if frame.f_code.co_filename != self.file:
+                return None
+            lines.add(frame.f_lineno)
+            return trace
 
         for item in session.items:
             lines.clear()
@@ -336,7 +361,7 @@ def test_module(name: str, only: str | None, everything: bool, tests: list[str])
     options = ["-q", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none", "-o", "addopts="]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of hypothesis, imported before pytest starts
     options += ["--import-mode=importlib", "--rootdir", str(ROOT), "--tb=native", "--assert=plain"]
-    code = pytest.main([*options, *tests], plugins=[runner])
+    code = pytest.main([*options, *ELSEWHERE, *tests], plugins=[runner])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or not runner.endings:
         print(f"loraio/{name}.py: the tests did not run", file=out)
         return False

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,22 @@ def test_every_dtype_of_torch_has_its_bits() -> None:
         container.dtype_code(torch.complex128)
 
 
+def test_every_dtype_of_the_format_has_its_size_and_its_place(path: Path) -> None:
+    bits = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)}
+    bits |= dict.fromkeys(("U32", "I32", "F32"), 32) | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
+    bits |= dict.fromkeys(("BOOL", "U8", "I8"), 8)
+    bits |= {f"F8_{name}": 8 for name in ("E5M2", "E4M3", "E8M0", "E4M3FNUZ", "E5M2FNUZ")}
+    start, placed = container.layout({code: (code, (8,)) for code in bits}, {}, where="here")
+    path.write_bytes(start + bytes(sum(bits.values())))
+    read = read_header(path).tensors
+    assert read == placed
+    assert {code: info.end - info.begin for code, info in read.items()} == bits
+    assert set(bits) == set(DTYPE_BITS)
+    wide = [bits[code] for code in read if bits[code] > 8]
+    assert wide == sorted(wide, reverse=True)
+    assert [bits[code] for code in read][: len(wide)] == wide
+
+
 def test_a_dtype_that_torch_lacks_cannot_be_read_as_a_tensor(path: Path) -> None:
     path.write_bytes(raw({"w": entry("F6_E2M3", (4,), (0, 3))}, b"\0" * 3))
     header = read_header(path)
@@ -311,6 +328,92 @@ def test_a_file_that_changes_after_its_header_was_read_is_refused(
     change(path)
     with pytest.raises(error, match=re.escape(repr(str(path)))):
         read_tensors(header)
+
+
+def test_a_tensor_that_is_damaged_is_named(path: Path) -> None:
+    container.write({"v": torch.ones(2), "w": torch.ones(2)}, path, document={})
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    header = read_header(path)
+    for where in (header, container.parse_file(path.read_bytes(), path)):
+        with pytest.raises(FormatError, match="1 of 2 tensors are not what was written") as caught:
+            read_tensors(where)
+        assert "'w' has another SHA-256" in str(caught.value)
+        assert repr(str(path)) in str(caught.value)
+        assert "'v'" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
+def test_a_file_that_opens_and_cannot_be_read_says_why(path: Path) -> None:
+    unreadable = Path("/proc/self/mem")
+    for read in (read_header, container.read_json):
+        with pytest.raises(MissingFileError, match=re.escape(f"'{unreadable}' cannot be read: Input/output error")):
+            read(unreadable)
+    container.write({"w": torch.ones(2)}, path, document={})
+    header = replace(read_header(path), path=unreadable)
+    with pytest.raises(FormatError, match=r"cannot be read: Input/output error[\s\S]*/proc/self/mem"):
+        read_tensors(header)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "the file is empty[^$]*fetch the file again"),
+        (b"PK\x03\x04" + b"\0" * 100, "not JSON but a zip archive[^$]*a name that ends in .pt"),
+        (b"<html>", "not JSON but an HTML page[^$]*download it again"),
+        (b'{"a": "\xff"}', "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
+        (b"7 or so", "not JSON but a text that starts with '7 or so'"),
+        (b"\xf0\xf1", "not UTF-8"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+    ],
+)
+def test_a_json_file_that_is_none_is_refused(path: Path, content: bytes, match: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=match) as caught:
+        container.read_json(path)
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_a_json_file_is_read_with_its_bytes(path: Path) -> None:
+    for content, value in [(b' \n{"a": [1]}\n', {"a": [1]}), (b"[1]", [1]), (b'{"\xc3\xa9": 0.5}', {"é": 0.5})]:
+        path.write_bytes(content)
+        assert container.read_json_text(path) == (content, value)
+        assert container.read_json(path) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"", "fetch the file again"),
+        (b"1234567", "fetch the file again"),
+        (raw("{}")[:-1], "fetch the file again"),
+        (raw({"a": entry()}, b"\0" * 7), "fetch the file again"),
+        (b"\x01" * 100, "fetch the file again"),
+        (b"<html></html>", "download it again"),
+        (b"PK\x03\x04" + b"\0" * 100, "a name that ends in .pt"),
+    ],
+)
+def test_what_to_do_about_a_file_is_said(path: Path, content: bytes, hint: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        read_header(path)
+    assert hint in str(caught.value.hint)
+
+
+def test_a_file_in_memory_is_as_one_on_disk(path: Path) -> None:
+    tensors = {"w": torch.arange(300.0), "v": torch.ones(2, dtype=torch.float16)}
+    container.write(tensors, path, document={"a": 1}, metadata={"format": "pt"})
+    content = path.read_bytes()
+    header = container.parse_file(content, path)
+    assert replace(header, data=None) == read_header(path)
+    assert header.metadata["format"] == "pt"
+    assert header.sha256 == hashlib.sha256(content[: 8 + header.header_bytes]).hexdigest()
+    path.unlink()
+    assert all(tensor.equal(tensors[name]) for name, tensor in read_tensors(header).items())
+    assert len(repr(header)) < 1000  # neither the bytes nor the document
+    with pytest.raises(FormatError, match="truncated") as caught:
+        container.parse_file(content[:-1], path)
+    assert repr(str(path)) in str(caught.value)
 
 
 # Writing
@@ -417,10 +520,11 @@ def test_a_file_that_changes_after_its_header_was_read_is_an_error(path: Path) -
     container.write({"a": torch.ones(40), "b": torch.zeros(40)}, path, document={"x": 1})
     header, whole = container.read_header(path), path.read_bytes()
     path.write_bytes(whole[:-8])
-    with pytest.raises(FormatError, match="the file ends within 'b': it changed while it was being read"):
+    here = rf"[^$]*{re.escape(repr(str(path)))}"
+    with pytest.raises(FormatError, match="the file ends within 'b': it changed while it was being read" + here):
         container.read_tensors(header)
     container.write({"a": torch.ones(40), "c": torch.zeros(40)}, path, document={"x": 1}, overwrite=True)
-    with pytest.raises(FormatError, match="the header changed while the file was being read"):
+    with pytest.raises(FormatError, match="the header changed while the file was being read" + here):
         container.read_tensors(header)
     path.unlink()
     with pytest.raises(MissingFileError, match="does not exist"):
