@@ -128,9 +128,7 @@ def merge(
             f"{kept.share:.2%} of the base"
         )
         if kept.share > LARGE:
-            _output.note(
-                "note: little of the base is left: the residue is nearly as large as the base itself"
-            )
+            _output.note("note: little of the base is left: the residue is nearly as large as the base itself")
 
 
 def _residue_facts(residue: Residue | None) -> dict[str, Any] | None:

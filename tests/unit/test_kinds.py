@@ -94,3 +94,18 @@ def test_the_reference_leaves_its_inputs_alone() -> None:
     assert (W == 1).all()
     assert (A == 1).all()
     assert (B == 1).all()
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3, -2.0, 0.0])
+@pytest.mark.parametrize("name", KINDS)
+def test_unfold_gives_the_old_matrix_but_for_roundings(name: str, strength: float) -> None:
+    kind, generator = KINDS[name], torch.Generator().manual_seed(3)
+    shapes = kind.shapes(5, 7, 3)
+    factors = {key: torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5 for key, shape in shapes.items()}
+    old = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    side = kind.side(old, factors, scale=0.4)
+    assert (0 if side is None else side.numel()) == kind.side_numbers(5)
+    new = kind.fold(old, factors, scale=0.4, strength=strength)
+    found = kind.unfold(new, factors, scale=0.4, strength=strength, side=side)
+    assert (found - old).abs().max() < 1e-12  # of numbers around 1, in float64
+    assert strength == 0 or (new - old).abs().max() > 0.1

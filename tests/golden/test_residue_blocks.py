@@ -1,0 +1,31 @@
+"""Blocks of residues that were written once: what is read from them never changes, on no machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraio.adapter import Adapter, BaseReference, Target
+from loraio.residues import restored
+
+BLOCKS = {
+    "lora": "0000000007000000070000000f000000636060606400009b3e7dc1f4e90051f17533dc18efe2b23309f19537da",
+    "dora": "100000000700000007000000120000005d2431e9530de13f000000000000f07f"
+    "636060606400005b3073eeac050073867fd8d3daa5ff8b5fdbadf1a8c3063fe0",
+}
+BASE = torch.tensor([[0.1, -0.2, 1e-9], [float("inf"), 0.3, 0.4]])
+FOLDED = torch.tensor([[0.3625, -0.1, -0.2], [float("inf"), 0.6, -0.0625]])  # nobody's sums: all is in the residue
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_block_of_old_gives_the_weight_of_old(kind: str) -> None:
+    target = Target(rank=2, alpha=3, kind=kind, shape=(2, 3), dtype="F32", layer="Linear", base_sha256="0" * 64)
+    factors = {
+        "w.lora_A": torch.tensor([[0.5, -0.25, 0.125], [1.0, 0.3, -0.7]]),
+        "w.lora_B": torch.tensor([[0.1, 0.2], [-0.3, 0.4]]),
+    }
+    if kind == "dora":
+        factors["w.magnitude"] = torch.tensor([1.5, 0.75], dtype=torch.float64)
+    adapter = Adapter(targets={"w": target}, factors=factors, base=BaseReference(sha256="0" * 64))
+    found = restored(adapter, FOLDED, 0.75, bytes.fromhex(BLOCKS[kind]), where="golden")
+    assert found.view(torch.int32).equal(BASE.view(torch.int32))
