@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from loraio import integrity
-from loraio.errors import FormatError, MissingFileError, shown
+from loraio.errors import FormatError, MissingFileError, quoted
 from loraio.firstbytes import LOOKED_AT, open_file, reason, recognised
 from loraio.limits import Limits, limits, raising
 from loraio.names import is_hidden
@@ -319,14 +319,14 @@ def check_name(name: str, most: Limits, where: str) -> None:
         raise FormatError("a tensor is named '__metadata__', which is where the metadata are", where=where)
     if len(name) > most.name_bytes or len(name.encode("utf-8", "surrogatepass")) > most.name_bytes:
         raise FormatError(
-            f"a tensor's name is longer than {most.name_bytes:,} bytes: {shown(name)}",
+            f"a tensor's name is longer than {most.name_bytes:,} bytes: {quoted(name)}",
             where=where,
             hint=raising("name_bytes"),
         )
     if not name.isprintable():  # which says no to spaces of all kinds, too
         bad = next(filter(is_hidden, name), None)
         if bad is not None:
-            raise FormatError(f"the tensor name {shown(name)} holds {bad!r}, which is not printable", where=where)
+            raise FormatError(f"the tensor name {quoted(name)} holds {bad!r}, which is not printable", where=where)
 
 
 def _check_entry(name: str, entry: Any, most: Limits, where: str) -> TensorInfo:
@@ -335,9 +335,9 @@ def _check_entry(name: str, entry: Any, most: Limits, where: str) -> TensorInfo:
         raise FormatError(f"the entry of tensor {name!r} is not an object", where=where)
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise FormatError(f"tensor {name!r} has dtype {shown(dtype)}, which safetensors does not know", where=where)
+        raise FormatError(f"tensor {name!r} has dtype {quoted(dtype)}, which safetensors does not know", where=where)
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise FormatError(f"tensor {name!r} has the shape {shown(shape)}, not a list of sizes", where=where)
+        raise FormatError(f"tensor {name!r} has the shape {quoted(shape)}, not a list of sizes", where=where)
     if len(shape) > most.dimensions:
         raise FormatError(
             f"tensor {name!r} has {len(shape):,} dimensions, at most {most.dimensions} are read",
@@ -345,10 +345,10 @@ def _check_entry(name: str, entry: Any, most: Limits, where: str) -> TensorInfo:
             hint=raising("dimensions"),
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise FormatError(f"tensor {name!r} has data_offsets {shown(offsets)}, not two offsets", where=where)
+        raise FormatError(f"tensor {name!r} has data_offsets {quoted(offsets)}, not two offsets", where=where)
     if len(entry) > 3:
         more = next(key for key in entry if key not in ("dtype", "shape", "data_offsets"))
-        raise FormatError(f"the entry of tensor {name!r} has the unknown key {shown(more)}", where=where)
+        raise FormatError(f"the entry of tensor {name!r} has the unknown key {quoted(more)}", where=where)
     begin, end = offsets
     bits = DTYPE_BITS[dtype]
     for size in shape:

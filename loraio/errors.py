@@ -36,10 +36,10 @@ _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 8
 _REPR.maxlevel = 3
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """Its ``repr``, cut short where it is long: errors quote what files say.
 
-    >>> shown([1, 2, 3])
+    >>> quoted([1, 2, 3])
     '[1, 2, 3]'
     """
     return _REPR.repr(value)

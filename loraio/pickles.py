@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraio.container import TORCH_DTYPES, check_name
-from loraio.errors import FormatError, LoraioError, shown
+from loraio.errors import FormatError, LoraioError, quoted
 from loraio.firstbytes import LOOKED_AT, open_file, recognised
 from loraio.limits import limits, raising
 from loraio.registry import known
@@ -77,7 +77,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, Mapping) or not loaded:
         raise FormatError(f"holds {type(loaded).__name__}, not a state dict", where=where)
-    wrong = [shown(name) for name, value in loaded.items() if not isinstance(name, str) or not _is_plain(value)]
+    wrong = [quoted(name) for name, value in loaded.items() if not isinstance(name, str) or not _is_plain(value)]
     if wrong:
         raise FormatError(f"not a state dict: what is not a tensor is {known(wrong, limit=5)}", where=where)
     most = limits()
@@ -117,7 +117,7 @@ def _in_short(error: Exception) -> str:
     text = str(error)
     asked = _GLOBAL.search(text)
     if asked:
-        return f"it asks for the Python object {shown(asked['name'])}, which a file does not get"
+        return f"it asks for the Python object {quoted(asked['name'])}, which a file does not get"
     _, _, rest = text.partition("WeightsUnpickler error:")
     return next((line.strip() for line in (rest or text).splitlines() if line.strip()), type(error).__name__)
 
@@ -170,7 +170,7 @@ def _check_archive(file: BinaryIO, size: int, where: str) -> None:
         raise FormatError(f"a damaged zip archive: {error}", where=where, hint="fetch the file again") from error
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise FormatError(f"{shown(packed[0])} is compressed, which torch.save never does", where=where)
+        raise FormatError(f"{quoted(packed[0])} is compressed, which torch.save never does", where=where)
     total = sum(entry.file_size for entry in entries)
     if total > size:
         raise FormatError(f"the archive's entries have {total:,} bytes, the file {size:,}", where=where)

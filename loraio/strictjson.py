@@ -9,7 +9,7 @@ from array import array
 from itertools import accumulate
 from typing import Any, NoReturn
 
-from loraio.errors import FormatError, shown
+from loraio.errors import FormatError, quoted
 from loraio.limits import Limits, limits, raising
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a character
@@ -37,7 +37,7 @@ def parse_json(text: str, *, where: str) -> Any:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise FormatError(f"the key {shown(key)} occurs twice", where=where)
+                raise FormatError(f"the key {quoted(key)} occurs twice", where=where)
             found[key] = value
         return found
 

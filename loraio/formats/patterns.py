@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from loraio.errors import FormatError, shown
+from loraio.errors import FormatError, quoted
 from loraio.limits import limits, raising
 
 _PARSER: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
@@ -88,7 +88,7 @@ class Pattern:
                 self._compiled = re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
             reason = str(error) if isinstance(error, re.error) else "nested or repeated too often"
-            raise FormatError(f"{shown(text)} is no regular expression: {reason}") from error
+            raise FormatError(f"{quoted(text)} is no regular expression: {reason}") from error
 
     def matches(self, name: str, starts: list[int] | None = None) -> bool:
         """Whether it matches a whole name, from its beginning or from one of several places on.
@@ -122,7 +122,7 @@ class Pattern:
 
     def _refusal(self, what: str) -> FormatError:
         return FormatError(
-            f"the regular expression {shown(self.text)} may take very long, and {what}, which is not matched in "
+            f"the regular expression {quoted(self.text)} may take very long, and {what}, which is not matched in "
             "bounded time here",
             hint="the names of the modules as a list",
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter, Target
-from loraio.errors import AdapterError, FormatError, shown
+from loraio.errors import AdapterError, FormatError, quoted
 from loraio.formats.foreign import (
     ORIGIN,
     Encoded,
@@ -379,7 +379,7 @@ def unmatched(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         except FormatError as error:
             return [f"target_modules: {error.message}"]
     if not isinstance(wanted, list) or not all(isinstance(entry, str) for entry in wanted):
-        return [] if wanted is None else [f"target_modules is {shown(wanted)}"]
+        return [] if wanted is None else [f"target_modules is {quoted(wanted)}"]
     entries = set(wanted)
     lines = [
         f"{name!r} is not in target_modules: PEFT would pass over it"
