@@ -42,7 +42,7 @@ def test_an_error_is_bounded_whatever_a_file_says() -> None:
     assert error.message == f"{'m' * 2000}... (10,000 characters)"
     assert error.problems[0] == f"{'p' * 2000}... (10,000 characters)"
     assert error.problems[999:] == ("998", "and 1,001 more")
-    assert errors.shown("x" * 1_000_000) == f"'{'x' * 47}...{'x' * 48}'"
+    assert errors.quoted("x" * 1_000_000) == f"'{'x' * 47}...{'x' * 48}'"
 
 
 def test_an_error_gets_a_place_and_keeps_the_one_it_has() -> None:
