@@ -169,7 +169,7 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image") as caught:
         loraio.read_image(tmp_path / "text.png")
     assert "text.png" in str(caught.value)
-    with pytest.raises(DataError):
+    with pytest.raises(MissingFileError, match="it is a folder"):
         loraio.read_image(tmp_path)
 
 
