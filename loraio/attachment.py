@@ -456,16 +456,14 @@ class Attachment:
                 if old.target is None and new.target is None:
                     continue
                 new.slot = old.slot
-            undo.note(place.stack._modules)
-            place.exchange(new)
+            place.exchange(new, undo)
             if isinstance(new, FoldedWeight) and new.slot is not None:
                 undo.note(vars(new.slot))
                 new.slot.fill()
         if self._places.keys() == recent.keys():
             for name, part in recent.items():
                 self._set(part)
-                undo.note(self._places[name].stack._modules)
-                self._places[name].exchange(part)
+                self._places[name].exchange(part, undo)
         self._put_on(adapter, [name for name in (*adapter.targets, *adapter.whole) if name not in stay], undo, recent)
         self._adapter = adapter
         if not recent:

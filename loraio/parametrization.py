@@ -360,9 +360,11 @@ class Place:
         if self.occupied:
             undo.note_module(self.stack)
 
-    def exchange(self, part: AdapterPart) -> None:
+    def exchange(self, part: AdapterPart, undo: Undo) -> None:
         """Put another part in the place of the one on the tensor, in one step."""
-        self.stack._modules["0"] = part
+        held = self.stack._modules
+        undo.note(held)
+        held["0"] = part
 
     def put_on(self, part: AdapterPart) -> None:
         """Parametrize the tensor, which must be a plain Parameter or buffer."""

@@ -19,6 +19,7 @@ them lets no new one begin.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from threading import get_ident
@@ -101,11 +102,7 @@ class Sharing:
         Raises:
             StateError: this thread is inside of a forward pass.
         """
-        if get_ident() in self._passes:
-            raise StateError(
-                "the adapter cannot be changed from within a forward pass of the model",
-                hint="change it between two passes",
-            )
+        self._refuse_inside()
         undo = Undo()
         try:
             self._turn.acquire()
@@ -123,6 +120,20 @@ class Sharing:
                 self._open()
                 self._turn.release()
             raise
+
+    def _refuse_inside(self) -> None:
+        """Refuse a change that would wait for its own thread's pass."""
+        if get_ident() not in self._passes:
+            return
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_code is Sharing.during.__code__ and frame.f_locals["self"] is self:
+                raise StateError(
+                    "the adapter cannot be changed from within a forward pass of the model",
+                    hint="change it between two passes",
+                )
+        del self._passes[get_ident()]  # an exception came when the pass was about to say that it is over
 
     def _close(self) -> None:
         """Let no pass begin, and wait for those on their way."""

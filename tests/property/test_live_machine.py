@@ -1,6 +1,7 @@
 """Any series of moves on a live model: illegal ones raise and change nothing, legal ones do what they say.
 
-By default some hundreds of moves; with the environment variable ``MOVES`` as many as it says, a hundred in a row.
+By default some hundreds of moves; with the environment variable ``MOVES`` up to as many as it says, up to a hundred in
+a row.
 """
 
 from __future__ import annotations
