@@ -177,6 +177,11 @@ def test_an_entry_that_makes_no_sense_is_refused(path: Path, bad: dict[str, Any]
     refused(path, raw({"w": bad}, b"\0" * 8), match)
 
 
+@pytest.mark.parametrize("hidden", ["\0", "\x1b", "\u202e", "\u200b"])
+def test_a_name_that_holds_what_is_not_printable_is_refused(path: Path, hidden: str) -> None:
+    refused(path, raw({f"a{hidden}b": entry()}, b"\0" * 8), re.escape(f"{f'a{hidden}b'!r} holds {hidden!r}, which"))
+
+
 def test_an_empty_name_is_refused(path: Path) -> None:
     refused(path, raw({"": entry()}, b"\0" * 8), "empty name")
 
@@ -507,6 +512,14 @@ def test_a_name_that_no_file_can_hold_is_refused(path: Path, name: str) -> None:
 def test_a_document_that_is_not_utf8_is_refused(path: Path) -> None:
     with pytest.raises(FormatError, match=r"\\ud800.* holds half a surrogate pair"):
         container.write({"w": torch.ones(1)}, path, document={"a": "\ud800"})
+    only(path.parent)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, float("nan"), b"bytes"])
+def test_a_document_that_is_not_json_is_refused(path: Path, value: Any) -> None:
+    with pytest.raises(FormatError, match="the metadata is not plain JSON: ") as caught:
+        container.write({"w": torch.ones(1)}, path, document={"a": value})
+    assert repr(str(path)) in str(caught.value)
     only(path.parent)
 
 

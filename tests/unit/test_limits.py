@@ -64,6 +64,7 @@ def test_a_limit_is_where_it_says_and_no_further(
     monkeypatch.setenv(PREFIX + variable, "2" if variable in ("JSON_DEPTH", "NAME_BYTES", "DIMENSIONS") else "10")
     with pytest.raises(FormatError, match=match) as caught:
         read_header(path)
+    assert repr(str(path)) in str(caught.value)
     assert caught.value.hint is not None
     assert PREFIX + variable in caught.value.hint
 
@@ -74,5 +75,6 @@ def test_a_json_file_has_the_limit_of_a_header(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("LORAIO_MAX_HEADER_BYTES", "10")
     assert read_json(path) == {"a": [1]}
     path.write_text('{"a": [12]}')
-    with pytest.raises(FormatError, match=r"longer than 10 bytes[\s\S]*LORAIO_MAX_HEADER_BYTES"):
+    with pytest.raises(FormatError, match=r"longer than 10 bytes[\s\S]*LORAIO_MAX_HEADER_BYTES") as caught:
         read_json(path)
+    assert repr(str(path)) in str(caught.value)
