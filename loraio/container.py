@@ -89,9 +89,9 @@ class Header:
     metadata: Mapping[str, str]
     header_bytes: int
     file_bytes: int
-    parsed: dict[str, Any] | None = field(default=None, repr=False)
-    digests: Mapping[str, str] | None = field(default=None, repr=False)
-    sha256: str = ""
+    parsed: dict[str, Any] | None = field(repr=False)
+    digests: Mapping[str, str] | None = field(repr=False)
+    sha256: str
     data: bytes | None = field(default=None, repr=False)
 
     def document(self) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -243,11 +244,11 @@ def _exchange_code(old: Any, new: Any) -> None:
 class Runner:
     """A plugin of pytest that runs the collected tests, then once more for each mutant."""
 
-    def __init__(self, name: str, only: str | None, known: set[str], report: Callable[[str], None]) -> None:
+    def __init__(self, name: str, only: list[str] | None, known: set[str], report: Callable[[str], None]) -> None:
         self.module = importlib.import_module(f"loraio.{name}")
         self.file = str(self.module.__file__)
         source = Path(self.file).read_text("utf-8")
-        self.mutants = [mutant for mutant in mutants(source) if only in (None, mutant.place or "module")]
+        self.mutants = [mutant for mutant in mutants(source) if only is None or (mutant.place or "module") in only]
         self.known = known
         self.report = report
         self.survivors: list[Mutant] = []
@@ -268,9 +269,7 @@ class Runner:
         session.config.pluginmanager.unregister(terminal)
         calls, seconds = self._first_run(session)
         self.report(f"{len(seconds)} tests in {sum(seconds.values()):.1f} s; {len(self.mutants)} mutants")
-        original = Mutant(place="", lines=None, source=Path(self.file).read_text("utf-8"), change=())
-        if (ending := self._run(session, original, list(seconds), 600)) != "survived":
-            raise pytest.UsageError(f"{ending} although the module itself was put in its place")
+        self._check_that_nothing_is_noticed(session, list(seconds))
         gc.freeze()  # a collection in a fork would copy all memory
         for number, mutant in enumerate(self.mutants):
             if number % 50 == 49:
@@ -288,7 +287,15 @@ class Runner:
             if ending in SURVIVING:
                 self.survivors.append(mutant)
                 self.report(f"{ending}:\n{mutant}")
+        self._check_that_nothing_is_noticed(session, list(seconds))
         return True
+
+    def _check_that_nothing_is_noticed(self, session: pytest.Session, items: list[pytest.Item]) -> None:
+        """Put the module itself in its place, before the mutants and after: else all would count as noticed."""
+        original = Mutant(place="", lines=None, source=Path(self.file).read_text("utf-8"), change=())
+        ending = self._run(session, original, items, 600)
+        if ending != "survived":
+            raise pytest.UsageError(f"{ending}, though nothing was changed")
 
     def _first_run(self, session: pytest.Session) -> tuple[dict[pytest.Item, set[int]], dict[pytest.Item, float]]:
         """Which lines of the module each test comes to, and how long it takes."""
@@ -352,13 +359,18 @@ class Runner:
         return ("survived", "noticed", "not importable", "not exchangeable")[os.WEXITSTATUS(status)]
 
 
-def test_module(name: str, only: str | None, everything: bool, tests: list[str]) -> bool:
+def test_module(name: str, only: list[str] | None, everything: bool, tests: list[str]) -> bool:
     """Whether each mutant of a module is noticed or argued, and each argument needed."""
+    with tempfile.TemporaryDirectory() as folder:  # one of pytest's own can be cleaned up by another run of it
+        return _test_module(name, only, everything, tests, folder)
+
+
+def _test_module(name: str, only: list[str] | None, everything: bool, tests: list[str], folder: str) -> bool:
     out = os.fdopen(os.dup(1), "w", buffering=1)  # pytest takes the streams
     start = time.perf_counter()
     known = argued().get(f"loraio/{name}.py", set())
     runner = Runner(name, only, set() if everything else known, lambda text: print(text, file=out))
-    options = ["-q", "-p", "no:cacheprovider", "-o", "tmp_path_retention_policy=none", "-o", "addopts="]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "--basetemp", folder]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of hypothesis, imported before pytest starts
     options += ["--import-mode=importlib", "--rootdir", str(ROOT), "--tb=native", "--assert=plain"]
     code = pytest.main([*options, *ELSEWHERE, *tests], plugins=[runner])
@@ -381,7 +393,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", nargs="*", default=list(TESTS), help=f"of {', '.join(TESTS)}; default all")
     parser.add_argument(
-        "--only", metavar="FUNCTION", help="mutants of this function alone; Class.method; module for constants"
+        "--only",
+        metavar="FUNCTION",
+        action="append",
+        help="mutants of these functions alone; Class.method; module for constants",
     )
     parser.add_argument(
         "--all", action="store_true", help="run the argued mutants too, to see which are argued in vain"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 from loraio import container
 from loraio.container import DTYPE_BITS, TORCH_DTYPES, canonical_json, read_header, read_tensors
@@ -159,13 +160,15 @@ def test_a_header_that_is_not_the_right_json_is_refused(path: Path, header: byte
         pytest.param(entry(shape=(2**63,)), "not a list of sizes", id="a size beyond 63 bits"),
         pytest.param(entry(shape=(2**62, 2**62)), "too large for any file", id="overflow"),
         pytest.param(entry(shape=(2**62, 2**62, 0), offsets=(0, 0)), "too large for any file", id="overflow, then 0"),
+        pytest.param(entry("U8", (2**60,)), "too large for any file: U8", id="one bit beyond 63"),
+        pytest.param(entry("U8", (2**59 + 1,), (0, 2**59 + 1)), "truncated", id="beyond what a float holds"),
         pytest.param(entry(shape=(2**62,) * 16), "too large for any file", id="beyond a float"),
         pytest.param(entry(shape=(1,) * 17), "has 17 dimensions, at most 16", id="dimensions"),
         pytest.param(entry(note="hi"), "the unknown key 'note'", id="extra field"),
         pytest.param(entry("F4", (3,), (0, 2)), "F4 of shape .* needs 1.5", id="half a byte left"),
         pytest.param(entry(shape=(3,)), "has 8 bytes, F32 of shape .* needs 12", id="too few bytes for the shape"),
         pytest.param(entry(offsets=(8, 0)), "has -8 bytes", id="backward offsets"),
-        pytest.param(entry(offsets=(0,)), "not two offsets", id="one offset"),
+        pytest.param(entry(offsets=(0,)), r"data_offsets \[0\], not two offsets", id="one offset"),
         pytest.param(entry(offsets=(0, 4, 8)), "not two offsets", id="three offsets"),
         pytest.param(entry(offsets=(0.0, 8.0)), "not two offsets", id="float offsets"),
         pytest.param(entry(offsets=(-8, 0)), "not two offsets", id="negative offsets"),
@@ -175,6 +178,23 @@ def test_a_header_that_is_not_the_right_json_is_refused(path: Path, header: byte
 )
 def test_an_entry_that_makes_no_sense_is_refused(path: Path, bad: dict[str, Any], match: str) -> None:
     refused(path, raw({"w": bad}, b"\0" * 8), match)
+
+
+@pytest.mark.parametrize("hidden", ["\0", "\x1b", "\u202e", "\u200b"])
+def test_a_name_that_holds_what_is_not_printable_is_refused(path: Path, hidden: str) -> None:
+    refused(path, raw({f"a{hidden}b": entry()}, b"\0" * 8), re.escape(f"{f'a{hidden}b'!r} holds {hidden!r}, which"))
+
+
+def test_a_name_is_measured_in_bytes(path: Path) -> None:
+    path.write_bytes(raw({"é" * 256: entry()}, b"\0" * 8))
+    assert list(read_header(path).tensors) == ["é" * 256]
+    refused(path, raw({"é" * 257: entry()}, b"\0" * 8), "name is longer than 512 bytes: 'éééé")
+
+
+def test_the_bytes_that_are_missing_or_left_over_are_counted(path: Path) -> None:
+    whole = raw({"a": entry(), "b": entry(offsets=(8, 16))}, b"\0" * 16)
+    refused(path, whole[:-3], f"truncated: {len(whole) - 3} of {len(whole)} bytes")
+    refused(path, whole + b"\0", f"1 bytes follow .*: the header speaks of {len(whole)}, the file has {len(whole) + 1}")
 
 
 def test_an_empty_name_is_refused(path: Path) -> None:
@@ -374,6 +394,15 @@ def test_a_json_file_that_is_none_is_refused(path: Path, content: bytes, match: 
     assert repr(str(path)) in str(caught.value)
 
 
+def test_a_header_that_is_damaged_or_has_two_digests_is_refused(path: Path) -> None:
+    container.write({"w": torch.ones(2)}, path, document={"x": 1})
+    other = read_header(path).metadata["loraio"]
+    refused(path, path.read_bytes().replace(b'\\"x\\":1', b'\\"x\\":2'), "its header is not what was written")
+    with pytest.raises(FormatError, match="the text of another file's digests") as caught:
+        container.write({"w": torch.ones(2)}, path, document={"x": 1}, metadata={"other": other}, overwrite=True)
+    assert repr(str(path)) in str(caught.value)
+
+
 def test_a_json_file_is_read_with_its_bytes(path: Path) -> None:
     for content, value in [(b' \n{"a": [1]}\n', {"a": [1]}), (b"[1]", [1]), (b'{"\xc3\xa9": 0.5}', {"é": 0.5})]:
         path.write_bytes(content)
@@ -410,7 +439,7 @@ def test_a_file_in_memory_is_as_one_on_disk(path: Path) -> None:
     assert header.sha256 == hashlib.sha256(content[: 8 + header.header_bytes]).hexdigest()
     path.unlink()
     assert all(tensor.equal(tensors[name]) for name, tensor in read_tensors(header).items())
-    assert len(repr(header)) < 1000  # neither the bytes nor the document
+    assert not re.search("parsed=|digests=|[^a]data=", repr(header))  # of any length
     with pytest.raises(FormatError, match="truncated") as caught:
         container.parse_file(content[:-1], path)
     assert repr(str(path)) in str(caught.value)
@@ -468,6 +497,26 @@ def test_tied_views_and_non_contiguous_tensors_are_written_right(path: Path) -> 
     assert whole.equal(torch.arange(24.0).reshape(4, 6))
 
 
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"é": "ü", "a": ""}])
+def test_without_a_document_the_bytes_are_those_of_the_library(path: Path, metadata: dict[str, str] | None) -> None:
+    tensors = {"é": torch.ones(3), "b": torch.zeros(2, 2).half(), "a": torch.ones(1).half()}
+    for length in range(1, 10):  # each padding
+        tensors |= {"n" * length: torch.tensor(7)}
+        container.write(tensors, path, metadata=metadata, overwrite=True)
+        if metadata is None or len(metadata) == 1:  # the library orders several strings at random
+            assert path.read_bytes() == save(tensors, metadata=metadata)
+        assert read_header(path).metadata == (metadata or {})
+        assert (8 + read_header(path).header_bytes) % 8 == 0
+
+
+def test_a_document_that_has_its_digests_gets_a_place_for_that_of_the_file_alone() -> None:
+    facts: dict[str, Any] = {"w": ("F32", (2,))}
+    for digest_of, entries in [(None, {"file"}), (lambda name: "0" * 64, {"file", "tensors"})]:
+        found = json.loads(container.metadata_of({"a": 1}, facts, digest_of, where="here")["loraio"])
+        assert found.keys() == {"a", "integrity"}
+        assert found["integrity"].keys() == entries
+
+
 def test_the_bytes_depend_neither_on_the_order_of_tensors_nor_of_keys(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     container.write({"a": torch.ones(2), "b": torch.zeros(3)}, one, document={"x": 1, "y": {"p": 1, "q": 2}})
@@ -507,6 +556,17 @@ def test_a_name_that_no_file_can_hold_is_refused(path: Path, name: str) -> None:
 def test_a_document_that_is_not_utf8_is_refused(path: Path) -> None:
     with pytest.raises(FormatError, match=r"\\ud800.* holds half a surrogate pair"):
         container.write({"w": torch.ones(1)}, path, document={"a": "\ud800"})
+    with pytest.raises(FormatError, match="holds half a surrogate pair") as caught:
+        container.write({"w": torch.ones(1)}, path, metadata={"a": "\ud800"})
+    assert repr(str(path)) in str(caught.value)
+    only(path.parent)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, float("nan"), b"bytes"])
+def test_a_document_that_is_not_json_is_refused(path: Path, value: Any) -> None:
+    with pytest.raises(FormatError, match="the metadata is not plain JSON: ") as caught:
+        container.write({"w": torch.ones(1)}, path, document={"a": value})
+    assert repr(str(path)) in str(caught.value)
     only(path.parent)
 
 

@@ -79,6 +79,7 @@ def test_a_limit_is_where_it_says_and_no_further(
     monkeypatch.setenv(VARIABLE, f"{variable}={2 if variable in ('json_depth', 'name_bytes', 'dimensions') else 10}")
     with pytest.raises(FormatError, match=match) as caught:
         read_header(path)
+    assert repr(str(path)) in str(caught.value)
     assert caught.value.hint is not None
     assert f"{VARIABLE}={variable}=N" in caught.value.hint
 
@@ -89,5 +90,6 @@ def test_a_json_file_has_the_limit_of_a_header(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(VARIABLE, "header_bytes=10")
     assert read_json(path) == {"a": [1]}
     path.write_text('{"a": [12]}')
-    with pytest.raises(FormatError, match=r"longer than 10 bytes[\s\S]*LORAIO_LIMITS=header_bytes"):
+    with pytest.raises(FormatError, match=r"longer than 10 bytes[\s\S]*LORAIO_LIMITS=header_bytes") as caught:
         read_json(path)
+    assert repr(str(path)) in str(caught.value)
