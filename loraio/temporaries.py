@@ -95,20 +95,22 @@ def _new_file(path: str) -> int:
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
 
 
-def _new_folder(path: str) -> int:
+def _new_folder(path: str) -> int | None:
     os.mkdir(path)  # noqa: PTH102
-    return os.open(path, os.O_RDONLY)
+    with contextlib.suppress(FileNotFoundError):  # somebody took it for stale before it could be locked
+        return os.open(path, os.O_RDONLY)
+    return None
 
 
 @contextlib.contextmanager
-def _owned(target: Path, make: Callable[[str], int]) -> Iterator[Path]:
+def _owned(target: Path, make: Callable[[str], int | None]) -> Iterator[Path]:
     owned = False
     while not owned:
         path = f"{os.fspath(target.with_name(_start(target.name)))}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         descriptor = None
         try:
             descriptor = make(path)
-            owned = _own(descriptor, path)
+            owned = descriptor is not None and _own(descriptor, path)
             if owned:
                 yield Path(path)
         finally:

@@ -9,8 +9,6 @@ from types import ModuleType
 
 import pytest
 
-pytest.importorskip("mutmut")
-
 ROOT = Path(__file__).parents[2]
 
 SOURCE = '''"""A module."""
