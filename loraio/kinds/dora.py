@@ -125,5 +125,6 @@ class Dora:
         relative = (weight.shape[1] + 10) * eps + np.linalg.norm(error, axis=1, keepdims=True) / safe
         error = np.abs(quotient) * error + np.abs(folded) * relative
         result = weight + strength * (folded - weight)
-        error = abs(strength) * error + 4 * eps * (np.abs(weight) + abs(strength) * np.abs(folded))
+        most = max(1.0, abs(strength))
+        error = abs(strength) * error + 4 * eps * (most * np.abs(weight) + abs(strength) * np.abs(folded))
         return (result, error) if at is None else (result[at], error[at])

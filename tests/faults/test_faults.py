@@ -265,7 +265,7 @@ def case(request: pytest.FixtureRequest, things: Path) -> Case:
             loraio.save(replace(doubled, factors=factors), source[False])
     return Case(
         lambda path, new: loraio.convert(source[new], path, to=dialect, base=base, lossy=True, overwrite=path.exists()),
-        output="out",
+        output="out.pt" if dialect in DIALECTS and DIALECTS[dialect].container == "pickle" else "out",
     )
 
 

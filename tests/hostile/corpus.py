@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from loraio import container, integrity
 from loraio.adapter import Adapter, BaseReference, Target
 from loraio.formats.native import to_document
 
@@ -339,7 +340,6 @@ def names() -> Iterator[tuple[str, str, str]]:
         "a C1 control": "\x9b",
         "a right-to-left override": "\u202e",
         "a zero-width space": "\u200b",
-        "a zero-width joiner": "\u200d",
         "a byte order mark": "\ufeff",
         "a soft hyphen": "\u00ad",
         "a line separator": "\u2028",
@@ -363,8 +363,14 @@ def adapter_parts() -> tuple[Json, dict[str, Tensor]]:
 
 
 def native(document: Any, tensors: dict[str, Tensor]) -> bytes:
-    text = document if isinstance(document, str) else json.dumps(document)
-    return save({name: tensor.clone() for name, tensor in tensors.items()}, metadata={"loraio": text})
+    """A file that holds them, whose digests are right where its version has some."""
+    if isinstance(document, str) or document.get("format_version") != integrity.SEALED:
+        text = document if isinstance(document, str) else json.dumps(document)
+        return save({name: tensor.clone() for name, tensor in tensors.items()}, metadata={"loraio": text})
+    facts = {name: (container.dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    metadata = container.metadata_of(document, facts, lambda name: container.tensor_sha256(tensors[name]), where="it")
+    start, placed = container.layout(facts, metadata, where="it")
+    return start + b"".join(container.tensor_bytes(tensors[name]).numpy().tobytes() for name in placed)
 
 
 def changed(tree: Any, way: tuple[Any, ...], value: Any) -> Any:
