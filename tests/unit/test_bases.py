@@ -380,8 +380,11 @@ def test_random_inputs_have_the_shape_that_the_network_takes() -> None:
     assert report.outputs.samples == 2
     other = loraio.build_network("torchvision:lraspp_mobilenet_v3_large", seed=0)
     adapter = loraio.new_adapter(other, loraio.TrainConfig(rank=1, targets=("backbone.0.0",)))
-    with pytest.raises(ConfigError, match="which inputs 'torchvision:lraspp_mobilenet_v3_large' takes is not known"):
+    with pytest.raises(
+        ConfigError, match="which inputs 'torchvision:lraspp_mobilenet_v3_large' takes is not known"
+    ) as caught:
         loraio.verify(other.state_dict(), adapter, other.state_dict(), samples=2)
+    assert caught.value.hint == "pass inputs= of the shape it takes"
 
 
 class Tied(nn.Module):

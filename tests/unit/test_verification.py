@@ -380,8 +380,9 @@ def test_what_cannot_be_checked_is_an_error(trained_base: nn.Module, three: lora
         loraio.verify(state, three, merged, inputs=torch.rand(2, 3, 28, 28))
     with pytest.raises(ConfigError, match="strength"):
         loraio.verify(state, three, merged, float("nan"))
-    with pytest.raises(BaseMismatchError):
-        loraio.verify(merged, three, merged)
+    for verify in (loraio.verify, loraio.verify_weights):
+        with pytest.raises(BaseMismatchError):
+            verify(merged, three, merged)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
