@@ -69,7 +69,7 @@ def check(path: str | os.PathLike[str]) -> Checked:
         raise
     except LoraioError as error:
         size = path.stat().st_size
-        lines = (error.message, *error.problems)
+        lines = (error.message, *error.problems, *([f"try: {error.hint}"] if error.hint else []))
         return Checked(path=path, kind="unreadable", bytes=size, tensors=0, complete=False, problems=lines)
 
 

@@ -23,6 +23,7 @@ from hostile.corpus import PAYLOAD, Case, adapter_parts, cases, entry, native, r
 from PIL import Image
 from safetensors.torch import save, save_file
 
+import loraio
 from loraio.cli import main
 from loraio.limits import Limits
 
@@ -41,6 +42,8 @@ BASE: dict[str, tuple[str, ...]] = {
     "convert, base": ("convert", "KOHYA", "--to", "native", "--base", "FILE", "-o", "OUT.safetensors"),
     "export": ("export", "FILE", "-o", "OUT.pt2"),
     "targets": ("targets", "FILE"),
+    "unmerge": ("unmerge", "FILE", "--base", "BASE", "-o", "OUT.safetensors"),
+    "unmerge, base": ("unmerge", "MERGED", "--base", "FILE", "-o", "OUT.safetensors"),
     "train": ("train", "FILE", "--dataset", "digits", "--steps", "1", "-o", "OUT.safetensors"),
 }
 """Commands with the file in the place of a base."""
@@ -51,6 +54,7 @@ ADAPTER: dict[str, tuple[str, ...]] = {
     "evaluate, adapter": ("evaluate", "BASE", "--adapter", "FILE", "--dataset", "digits"),
     "predict, adapter": ("predict", "BASE", "IMAGE", "--adapter", "FILE"),
     "convert": ("convert", "FILE", "--to", "native", "--base", "BASE", "-o", "OUT.safetensors"),
+    "unmerge, adapter": ("unmerge", "MERGED", "FILE", "-o", "OUT.safetensors"),
 }
 """Commands with the file in the place of an adapter."""
 
@@ -58,6 +62,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "FILE"),
     "pack": ("pack", "FILE", "-o", "OUT.pack"),
     "unpack": ("unpack", "FILE", "-o", "OUT"),
+    "unmerge, residue": ("unmerge", "MERGED", "ADAPTER", "--residue", "FILE", "-o", "OUT.safetensors"),
 }
 
 COMMANDS = {**OTHERS, **ADAPTER, **BASE}
@@ -69,7 +74,7 @@ REFUSING: dict[str, set[str]] = {
     "adapter": {*ADAPTER},
     "peft": {*ADAPTER, "inspect"},
     "pack": {"inspect", "unpack"},
-    "pickle": {*ADAPTER, *BASE},
+    "pickle": {*ADAPTER, *BASE} - {"unmerge"},  # which has no receipts, whatever is in it
 }
 """Who must refuse a case with its own message, by the case's role; the others may do so, without a traceback."""
 
@@ -83,10 +88,12 @@ def given(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     pair = {"lora_unet_fc.lora_down.weight": torch.ones(1, 2048), "lora_unet_fc.lora_up.weight": torch.ones(10, 1)}
     save_file(pair, folder / "kohya.safetensors")
     Image.new("L", (28, 28)).save(folder / "image.png")
+    base, adapter, merged = files / "base.safetensors", files / "three.safetensors", folder / "merged.safetensors"
+    loraio.merge_file(base, adapter, merged, reversible=True)
     return {
         "BASE": str(files / "base.safetensors"),
         "ADAPTER": str(files / "three.safetensors"),
-        "MERGED": str(files / "merged.safetensors"),
+        "MERGED": str(merged),
         "KOHYA": str(folder / "kohya.safetensors"),
         "IMAGE": str(folder / "image.png"),
     }
@@ -153,6 +160,10 @@ def test_every_command_refuses_it(
         else:
             for made in output.iterdir():
                 made.unlink()
+    checked = run(["check", str(file)])
+    if case.role == "bytes":
+        assert checked.exit_code in (1, 3)
+        assert re.search(case.match, checked.output), checked.output
     assert not (tmp_path / PAYLOAD).exists()
     assert {path.name: path.read_bytes() for path in place.iterdir()} == case.files
 
@@ -176,7 +187,8 @@ def test_what_is_no_file_is_refused_and_never_waited_for(
         place.mkdir()
     result = run(words_of(command, place, given, output))
     assert result.exit_code == 1
-    what = {"device": "it is a device", "folder": "folder|nothing to pack"}.get(kind, "it is a named pipe")
+    pipe = "it is a named pipe|is a pickle, which has no receipts"
+    what = {"device": "it is a device", "folder": "folder|nothing to pack"}.get(kind, pipe)
     assert re.search(what, result.stderr), result.stderr
 
 
