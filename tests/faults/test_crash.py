@@ -27,11 +27,11 @@ def crash(*words: str) -> dict[str, Any]:
 
 
 def test_a_command_that_is_killed_at_any_moment_leaves_the_old_output_or_the_new() -> None:
-    found = crash("--count", "15")
+    found = crash("--count", "8")
     assert {name.split()[0].rstrip(",") for name in found} == {"train", "convert", "merge"}
     for name, job in found.items():
-        assert job["old"] + job["new"] + job["unfinished"] == 15, name
-    assert sum(job["during"] for job in found.values()) > 10  # else it would have shown little
+        assert job["old"] + job["new"] + job["unfinished"] == 8, name
+    assert sum(job["during"] for job in found.values()) > 5  # else it would have shown little
 
 
 def test_every_command_that_is_told_to_end_at_any_moment_does_so_in_good_order() -> None:

