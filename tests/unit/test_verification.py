@@ -217,6 +217,37 @@ def test_a_sum_that_overflows_is_a_weight_that_is_wrong(dtype: torch.dtype) -> N
     assert report.not_correctly_rounded == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_another_strength_in_a_later_slice_is_caught_in_half_precision_too(
+    trained_base: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a slice before it has a weight as far off as any may be, a slice that seems near gets no second look."""
+    monkeypatch.setattr(folding, "BLOCK", 1000)
+    model = copy.deepcopy(trained_base).to(dtype)
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=3, alpha=2))
+    adapter = replace(adapter, factors={name: factor + 0.05 for name, factor in adapter.factors.items()})
+    state = model.state_dict()
+    merged, other = loraio.merge(state, adapter, 0.5), loraio.merge(state, adapter)
+    assert loraio.verify_weights(state, adapter, merged, 0.5).ok
+    for name, weight in merged.items():
+        if name in adapter.targets:
+            weight[len(weight) // 2 :] = other[name][len(weight) // 2 :]
+            assert len(loraio.verify_weights(state, adapter, merged, 0.5).problems) == 1
+            weight[:] = loraio.merge(state, adapter, 0.5)[name]
+
+
+def test_outputs_that_are_zero_on_both_sides_differ_by_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=1, targets=("all",)))
+    state = model.state_dict()
+    outputs = loraio.verify(state, adapter, state, model=model, inputs=torch.ones(2, 1, 4, 4)).outputs
+    assert outputs is not None
+    assert outputs.max_rel == 0
+
+
 def test_a_network_with_options_and_another_head_is_built_from_what_the_adapter_says(digits: loraio.Dataset) -> None:
     model = loraio.build_network("timm:resnet18", args={"num_classes": 4, "in_chans": 1}, seed=0)
     networks.resize_heads(model, {"fc": 6})
