@@ -21,6 +21,7 @@ from loraio.layers import LAYER_TYPES, LayerType
 from loraio.registry import lookup
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SCALE_RULES: dict[str, Callable[[float, int], float]] = {
@@ -185,6 +186,20 @@ class Target:
             folded = self._fold_in(wide, weight, factors, strength)  # an accelerator gains nothing from slices
             folded = round_once(folded, weight.dtype) if exact else folded.to(weight.dtype)
             return folded if folded.stride() == weight.stride() else torch.empty_like(weight).copy_(folded)
+
+    def stays_finite(self, peaks: Mapping[str, float], dtype: torch.dtype, *, strength: float) -> bool:
+        """Whether `fold` surely makes no finite number infinite, told from the factors alone.
+
+        Args:
+            peaks: the largest magnitude in each factor, or more, by short name.
+            dtype: of the weight.
+            strength: multiplies the scale.
+        """
+        import torch
+
+        limits = torch.finfo(dtype)
+        room = limits.max * (limits.eps / 4)  # half of the spacing, and half of that for rounding on the way
+        return self._kind.stays_finite(peaks, rank=self.rank, scale=self.scale, strength=strength, room=room)
 
     def slices(self) -> list[slice]:
         """How the weight is parted for a fold on the CPU, see `loraio.folding.slices`."""
@@ -449,6 +464,10 @@ def fold_finite(
 
     moved = {short: factor.to(weight.device) for short, factor in factors.items()}
     folded = target.fold(weight, moved, strength=strength, exact=exact)
+    if weight.numel() > 16 * target.parameters:  # the factors are read sooner
+        peaks = {short: float(torch.linalg.vector_norm(factor, math.inf)) for short, factor in moved.items()}
+        if target.stays_finite(peaks, weight.dtype, strength=strength):
+            return folded
     # a sum is finite only where all are; but one of finite numbers may overflow itself
     suspect = not math.isfinite(float(folded.sum(dtype=torch.promote_types(folded.dtype, torch.float32))))
     if suspect and bool((weight.isfinite() & ~folded.isfinite()).any()):

@@ -7,7 +7,9 @@ slice by slice, each of them finds in the cache what the one before has left the
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from loraio.kinds import Kind
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 BLOCK = 2**18
 """Numbers of a weight that are folded at a time on the CPU: in float64 they fill two megabytes."""
+
+_thread = threading.local()  # what each thread keeps: `_scratch`
 
 _OUT, _FAN_IN, _RANK = -1, -2, -3  # stand for sizes, to learn which axis of a factor is which
 
@@ -92,19 +96,34 @@ def fold_by_slices(
     cast = {short: factor.to(wide, copy=True).contiguous() for short, factor in factors.items()}
     parts = slices(weight.shape, layer, kind)
     in_place = wide == weight.dtype == torch.float32 and _shares_memory(layer.to_matrix(folded, groups), folded)
-    scratch = torch.empty(0 if in_place else weight[parts[0]].numel(), dtype=wide)
-    with torch.autocast("cpu", enabled=False):
+    in_halves = wide == torch.float64 and weight.dtype in (torch.float16, torch.bfloat16)
+    scratch = None if in_place else _scratch(parts[0].stop * math.prod(weight.shape[1:]), wide)
+    off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    with off:
         for at in parts:
-            mine = share(at, cast, layer, kind) if len(parts) > 1 else cast
-            part = weight[at]
-            block = (folded[at] if in_place else scratch[: part.numel()].view(part.shape)).copy_(part)
+            mine, old, new = cast, weight, folded
+            if len(parts) > 1:
+                mine, old, new = share(at, cast, layer, kind), weight[at], folded[at]
+            block = (new if scratch is None else scratch[: old.numel()].view(old.shape)).copy_(old)
             matrix = layer.to_matrix(block, groups)
             kind.fold_(matrix, mine, scale=scale, strength=strength)
-            if in_place:
-                continue
-            result = layer.from_matrix(matrix, part.shape, groups)
-            folded[at].copy_(ready_to_round(result, weight.dtype) if wide == torch.float64 else result)
+            if scratch is not None:
+                result = layer.from_matrix(matrix, old.shape, groups)
+                new.copy_(ready_to_round(result, weight.dtype) if in_halves else result)
     return folded
+
+
+def _scratch(numbers: int, dtype: torch.dtype) -> Tensor:
+    """Memory to sum in: that of the thread's last fold, where a block is enough. The system need not give it anew."""
+    import torch
+
+    if numbers > BLOCK:
+        return torch.empty(numbers, dtype=dtype)
+    kept: Tensor | None = getattr(_thread, "scratch", None)
+    if kept is None:
+        with torch.inference_mode(False):  # or else it could be written to in that mode alone
+            kept = _thread.scratch = torch.empty(BLOCK, dtype=torch.float64)
+    return kept.view(dtype)[:numbers]
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:

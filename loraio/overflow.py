@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from loraio.adapter import Target, fold_finite
-from loraio.kinds import KINDS
 
 
 def refuse_overflow(
@@ -37,22 +36,14 @@ def refuse_overflow(
         shorts = {short for each in own.values() for short in each}
         peaks = {short: _peak([each[short] for each in own.values() if short in each]) for short in shorts}
         dtypes = {weight.dtype for weight in weights.values()}
-        forms = {(target.kind, target.rank, target.scale) for target in targets.values()}
-        if all(_stays_finite(*form, dtype, peaks, strength) for form in forms for dtype in dtypes):
+        forms = {(target.kind, target.rank, target.scale): target for target in targets.values()}.values()
+        if all(form.stays_finite(peaks, dtype, strength=strength) for form in forms for dtype in dtypes):
             return
         for name, target in targets.items():
             peaks = {short: _peak([factor]) for short, factor in own[name].items()}
             weight = weights[name]
-            if not _stays_finite(target.kind, target.rank, target.scale, weight.dtype, peaks, strength):
+            if not target.stays_finite(peaks, weight.dtype, strength=strength):
                 fold_finite(name, target, weight, own[name], strength=strength)
-
-
-def _stays_finite(
-    kind: str, rank: int, scale: float, dtype: torch.dtype, peaks: Mapping[str, float], strength: float
-) -> bool:
-    limits = torch.finfo(dtype)
-    room = limits.max * (limits.eps / 4)  # half of the spacing, and half of that for rounding on the way
-    return KINDS[kind].stays_finite(peaks, rank=rank, scale=scale, strength=strength, room=room)
 
 
 def _peak(tensors: list[Tensor]) -> float:
