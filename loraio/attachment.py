@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from loraio.adapter import Adapter, Target, check_strength
 from loraio.basestate import attachments, base_state_dict, refuse_attached
+from loraio.classes import freeze_statistics, release_statistics
 from loraio.container import dtype_code, tensor_bytes
 from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
 from loraio.identity import check_base, digests, identity_of
@@ -35,14 +36,7 @@ from loraio.layers import (
     target_modules,
 )
 from loraio.overflow import refuse_overflow
-from loraio.parametrization import (
-    AdapterPart,
-    FoldedWeight,
-    GivenTensor,
-    Place,
-    freeze_statistics,
-    release_statistics,
-)
+from loraio.parametrization import AdapterPart, FoldedWeight, GivenTensor, Place
 from loraio.recent import Fitting, Recent
 from loraio.registry import lookup
 from loraio.sharing import beside_changes, share, unshare
@@ -513,10 +507,19 @@ class Attachment:
                 strength=self._strength,
                 trainable=self._trainable,
                 handle=self,
+                readings=self._sharing.readings,
                 form=form and replace(form, kind=target.kind),
             )
         elif name not in adapter.whole:  # reserved for other adapters
-            part = FoldedWeight(None, {}, strength=self._strength, trainable=self._trainable, handle=self, form=form)
+            part = FoldedWeight(
+                None,
+                {},
+                strength=self._strength,
+                trainable=self._trainable,
+                handle=self,
+                readings=self._sharing.readings,
+                form=form,
+            )
         else:
             part = GivenTensor(
                 adapter.tensors[name].to(base.device, copy=True),
@@ -524,6 +527,7 @@ class Attachment:
                 # torch.matmul sums in another order where the weight asks for gradients: as a merged Parameter would
                 requires_grad=self._trainable or base.requires_grad,
                 handle=self,
+                readings=self._sharing.readings,
             )
         self._set(part)
         return part if form is None else part.to(base.device)

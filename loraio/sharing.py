@@ -18,6 +18,7 @@ them lets no new one begin.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import threading
@@ -28,8 +29,9 @@ from typing import Any, ParamSpec, TypeVar
 from torch import nn
 from torch.compiler import is_compiling
 
+from loraio.classes import class_beneath, copied_with_its_class, refuse_pickling
 from loraio.errors import StateError
-from loraio.parametrization import class_beneath, copied_with_its_class, refuse_pickling
+from loraio.kept import Readings
 from loraio.undoing import Undo
 
 _P = ParamSpec("_P")
@@ -43,11 +45,15 @@ class Sharing:
     """Who may use a model now: passes together, or one change alone.
 
     A change that comes to its end lets in whoever waited for it, before the next one can begin.
+
+    Attributes:
+        readings: of the model's weights, which passes look at when they begin and changes drop.
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, None] = {}  # threads with a pass on its way
-        self._waiting: dict[int, None] = {}  # threads that want to begin one
+        self.readings = Readings()
+        self._passes = self.readings.passes  # threads with a pass on its way
+        self._waiting: dict[int, bool] = {}  # threads that want to begin one
         self._over: threading.Event | None = None  # set when the change that is on its way is over
         self._left = threading.Event()  # set when the last pass has come to its end
         self._turn: Any = threading.RLock()  # of changes
@@ -60,9 +66,10 @@ class Sharing:
         if me in passes:
             return work(*args, **kwargs)
         try:
-            passes[me] = None  # a change says that it comes and then looks here: one of both sees the other
+            passes[me] = False  # a change says that it comes and then looks here: one of both sees the other
             if self._over is not None:
                 self._wait(me)
+            passes[me] = self.readings.look()
             return work(*args, **kwargs)
         finally:
             passes.pop(me, None)
@@ -77,7 +84,7 @@ class Sharing:
                 if over is None or self._turn._is_owned():  # a pass that belongs to the change
                     return
                 self._passes.pop(me, None)
-                self._waiting[me] = None
+                self._waiting[me] = False
                 if not self._passes:
                     self._left.set()
             try:
@@ -88,7 +95,7 @@ class Sharing:
                     self._waiting.pop(me, None)
             if let_in:
                 return
-            self._passes[me] = None
+            self._passes[me] = False
 
     def change(self, apply: Callable[[Undo], None]) -> None:
         """Make a change when no pass is on its way; all of it or, when an exception comes, none.
@@ -107,6 +114,7 @@ class Sharing:
         try:
             self._turn.acquire()
             self._close()
+            self.readings.forget()
             apply(undo)
             self._open()
             self._turn.release()
@@ -156,6 +164,8 @@ class Sharing:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharing:
         memo[id(self)] = twin = Sharing()
+        twin.readings = copy.deepcopy(self.readings, memo)
+        twin._passes = twin.readings.passes
         return twin
 
 

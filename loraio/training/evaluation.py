@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from loraio.adapter import Adapter
 from loraio.attachment import Attachment, attach
+from loraio.classes import mode_of
 from loraio.errors import BaseMismatchError, DataError
-from loraio.parametrization import mode_of
 from loraio.training.data import Dataset
 
 BATCH = 1000
