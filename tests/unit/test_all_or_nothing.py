@@ -254,6 +254,7 @@ def test_strength_on_and_off_and_refresh(model: nn.Module, adapters: dict[str, l
 @pytest.mark.parametrize("case", ATTACH)
 def test_detach(model: nn.Module, adapters: dict[str, loraio.Adapter], case: str) -> None:
     name, options = ATTACH[case]
+    loraio.attach(model, adapters[name], **options).detach()  # makes the classes
     handles = [loraio.attach(model, adapters[name], **options)]
     before = outputs(model)
     with Tracer() as tracer:
