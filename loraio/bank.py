@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from loraio.formats.pack import (
     read_range,
     stamp_of,
 )
-from loraio.identity import identity_of
+from loraio.identity import BaseIdentity, identity_of
 from loraio.layers import TargetModule, target_modules
 from loraio.mixing import (
     Folded,
@@ -43,6 +43,7 @@ from loraio.mixing import (
 )
 from loraio.names import name_clashes, normal_form
 from loraio.registry import lookup
+from loraio.watching import Glance
 
 MAX_BYTES = 2 << 30
 """What a bank keeps in memory unless told otherwise: 2 GiB."""
@@ -208,14 +209,19 @@ class Bank:
                     f"adapter {pick.name!r} brings whole tensors of its own, which a mixed batch has no place for",
                     hint="bank.swap(model, name), and a batch of its own",
                 )
-        refuse_attached(model)
-        if any(module.training for module in model.modules()):
-            raise StateError("the model is in training mode", hint="model.eval()")
         live = self._live(model)
-        digest = _digest(model)
+        every = dict(model.named_modules(remove_duplicate=False))
+        base = live.known(every)
+        if base is None:
+            refuse_attached(model)
+        if any(module.training for module in every.values()):
+            raise StateError("the model is in training mode", hint="model.eval()")
+        if base is None:
+            base = live.learn(model, every)
+        digest = base.digest
         for pick in picked:
             live.check(model, pick, digest)
-        modules = target_modules(model)
+        modules = {name: TargetModule(module=every[facts["path"]], **facts) for name, facts in base.targets.items()}
         with torch.no_grad():
             if len(distinct) < 2 and not picked:
                 return model(x)
@@ -444,12 +450,50 @@ class _Picked:
     adapter: Adapter
 
 
+class _Base(NamedTuple):
+    """What was learned of a model, and when it holds. Nothing here refers to the model: that would keep it alive.
+
+    Attributes:
+        glance: holds while it is the same.
+        identity: of the model.
+        forgotten: how often that had been made to forget.
+        digest: of the state dict.
+        targets: what `TargetModule` says of each but its module.
+    """
+
+    glance: Glance
+    identity: BaseIdentity
+    forgotten: int
+    digest: str
+    targets: Mapping[str, Mapping[str, Any]]
+
+
 class _Live:
     """What a bank knows of one model."""
 
     def __init__(self) -> None:
         self.checked: dict[str, tuple[_Version, str]] = {}
         self.routes: dict[tuple[Any, ...], Route | None] = {}
+        self._base: _Base | None = None
+
+    def known(self, modules: Mapping[str, nn.Module]) -> _Base | None:
+        """What was learned of the base; None where that may have changed."""
+        base = self._base
+        if base is None or base.identity.forgotten != base.forgotten or not base.glance.same(modules):
+            return None
+        return base
+
+    def learn(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> _Base:
+        """Look at the base as it is now."""
+        identity, state = identity_of(model), base_state_dict(model)
+        forgotten, glance = identity.forgotten, Glance(modules, state)  # before its numbers are read
+        targets = {
+            name: {"name": name, "path": at.path, "parameter": at.parameter, "layer": at.layer}
+            for name, at in target_modules(model).items()
+        }
+        digest = identity.state_sha256(state, identity.digests(state))
+        self._base = _Base(glance, identity, forgotten, digest, targets)
+        return self._base
 
     def check(self, model: nn.Module, pick: _Picked, digest: str) -> None:
         """Refuse an adapter that does not belong to the model; once for each version of the two."""
@@ -504,7 +548,11 @@ def _choices(
     if x.ndim == 0 or isinstance(names, str) or len(names) != len(x):
         count = "one name" if isinstance(names, str) else f"{len(names)} names"
         raise ShapeError(f"{count} for samples of shape {tuple(x.shape)}; it takes a name, or None, for each row")
-    strengths = [strength] * len(x) if isinstance(strength, int | float) else list(strength)
+    if isinstance(strength, int | float):
+        power = check_strength(strength)
+        own = {name: (_normal(name), 0.0 if name is None else power) for name in dict.fromkeys(names)}
+        return [own[name] for name in names]
+    strengths = list(strength)
     if len(strengths) != len(x):
         raise ShapeError(f"{len(strengths)} strengths for {len(x)} samples")
     checked = [check_strength(value) for value in strengths]
@@ -514,9 +562,3 @@ def _choices(
 def _normal(name: Any) -> Any:
     """The name as it is listed; what is no name stays, and is not found."""
     return normal_form(name) if isinstance(name, str) else name
-
-
-def _digest(model: nn.Module) -> str:
-    """The digest of the base as it is now."""
-    identity, state = identity_of(model), base_state_dict(model)
-    return identity.state_sha256(state, identity.digests(state))

@@ -339,7 +339,7 @@ def _parted(
         x = x.contiguous(memory_format=torch.channels_last)
         shape = (8, *x.shape[1:])  # a hint; any number of samples will do
         key = (shape, str(numbers))
-        convolution = torch.ops.mkldnn._convolution_pointwise
+        convolution = torch.ops.mkldnn._convolution_pointwise.default
         parts = [
             convolution(part, _packed(use, key, numbers), bias, *numbers, "none", [], "")
             for part, use in zip(x.split(sizes), uses, strict=True)
@@ -353,7 +353,7 @@ def _packed(use: _Use, key: tuple[Any, ...], numbers: Sequence[Any]) -> Tensor:
     found = packed.get((use.name, key))
     if found is None:
         plain = use.weight.detach().contiguous(memory_format=torch.channels_last)
-        found = packed[use.name, key] = torch.ops.mkldnn._reorder_convolution_weight(plain, *numbers, key[0])
+        found = packed[use.name, key] = torch.ops.mkldnn._reorder_convolution_weight.default(plain, *numbers, key[0])
     return found
 
 

@@ -68,6 +68,66 @@ class Watch:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
 
 
+class Glance:
+    """A model's tensors as they are now, without holding on to the model.
+
+    For who remembers something of a model for as long as that lives: a module may be the model itself, or refer to it.
+    The same are: the names and classes of the modules; the names of their parameters and buffers; of each of these all
+    that `loraio.identity.BaseIdentity` compares. Their memory is held on to, so that no other tensor can come to lie
+    in its place.
+
+    Args:
+        modules: by path, under every path that they have.
+        state: the model's state dict. Where it has tensors of another origin, nothing can be told.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
+        self._marks = _marks(modules)
+        tensors = [tensor.detach() for tensor in _tensors(modules)]
+        places = {tensor.data_ptr() for tensor in tensors}
+        self._can_tell = self._marks is not None and all(tensor.data_ptr() in places for tensor in state.values())
+        groups: dict[Any, list[Tensor]] = {}
+        for tensor in tensors if self._can_tell else ():
+            if tensor.numel():
+                groups.setdefault((tensor.dtype, tensor.device), []).append(sampled(tensor))
+        self._samples = [(views, torch.cat(views)) for views in groups.values()]
+
+    def same(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether nothing has changed; False also where that cannot be told.
+
+        Args:
+            modules: of the model as it is now.
+        """
+        return (
+            self._can_tell
+            and _marks(modules) == self._marks
+            and all(torch.cat(views).equal(was) for views, was in self._samples)
+        )
+
+
+def _marks(modules: Mapping[str, nn.Module]) -> list[Any] | None:
+    """What must be the same for a model's tensors to be; None where one of them cannot be told from another."""
+    marks: list[Any] = []
+    for path, module in modules.items():
+        marks += [path, type(module)]
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                marks.append(name)
+                if tensor is None:
+                    continue
+                if type(tensor) not in _PLAIN or tensor.is_inference() or tensor.is_meta or not is_dense(tensor):
+                    return None
+                marks += [tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()]
+    return marks
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> Iterable[Tensor]:
+    held = chain.from_iterable((module._parameters, module._buffers) for module in modules.values())
+    return (tensor for tensors in held for tensor in tensors.values() if tensor is not None)
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
 _values = methodcaller("values")
 
 
