@@ -83,9 +83,10 @@ class Glance:
 
     def __init__(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
         self._marks = _marks(modules)
-        tensors = [tensor.detach() for tensor in _tensors(modules)]
-        places = {tensor.data_ptr() for tensor in tensors}
-        self._can_tell = self._marks is not None and all(tensor.data_ptr() in places for tensor in state.values())
+        tensors = [] if self._marks is None else [tensor.detach() for tensor in _tensors(modules)]
+        places = {tensor.data_ptr() for tensor in tensors if not tensor.is_meta}
+        own = all(isinstance(tensor, Tensor) and tensor.data_ptr() in places for tensor in state.values())
+        self._can_tell = own and all(map(is_dense, tensors))
         groups: dict[Any, list[Tensor]] = {}
         for tensor in tensors if self._can_tell else ():
             if tensor.numel():
@@ -112,18 +113,19 @@ def _marks(modules: Mapping[str, nn.Module]) -> list[Any] | None:
         marks += [path, type(module)]
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                marks.append(name)
                 if tensor is None:
-                    continue
-                if type(tensor) not in _PLAIN or tensor.is_inference() or tensor.is_meta or not is_dense(tensor):
+                    marks.append(name)
+                elif type(tensor) not in _PLAIN or tensor.is_inference():
                     return None
-                marks += [tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()]
+                else:
+                    form = tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+                    marks += (name, tensor.data_ptr(), tensor._version, form)
     return marks
 
 
-def _tensors(modules: Mapping[str, nn.Module]) -> Iterable[Tensor]:
-    held = chain.from_iterable((module._parameters, module._buffers) for module in modules.values())
-    return (tensor for tensors in held for tensor in tensors.values() if tensor is not None)
+def _tensors(modules: Mapping[str, nn.Module]) -> list[Tensor]:
+    held = [tensors for module in modules.values() for tensors in (module._parameters, module._buffers)]
+    return [tensor for tensors in held for tensor in tensors.values() if tensor is not None]
 
 
 _PLAIN = (Tensor, nn.Parameter)
