@@ -6,7 +6,8 @@ of the base's. Right for every layer type and every network whose samples do not
 *Layers*: the whole batch runs through the network, sorted by adapter, and only the layers with targets part it. Cheaper
 where activations are small and calls are what costs; possible where every target is used by ``F.linear`` or
 ``F.conv1d``, ``2d`` or ``3d`` and nothing else, and the samples stay along the first dimension. `find_route` finds that
-out by watching.
+out by watching. A convolution on a CPU takes its time however little it has to do: where there is little to unfold, all
+adapters' samples are multiplied in one call.
 """
 
 from __future__ import annotations
