@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from loraio.formats.pack import (
     read_range,
     stamp_of,
 )
-from loraio.identity import identity_of
+from loraio.identity import BaseIdentity, identity_of
 from loraio.layers import TargetModule, target_modules
 from loraio.mixing import (
     Folded,
@@ -43,6 +43,7 @@ from loraio.mixing import (
 )
 from loraio.names import name_clashes, normal_form
 from loraio.registry import lookup
+from loraio.watching import Glance
 
 MAX_BYTES = 2 << 30
 """What a bank keeps in memory unless told otherwise: 2 GiB."""
@@ -208,14 +209,18 @@ class Bank:
                     f"adapter {pick.name!r} brings whole tensors of its own, which a mixed batch has no place for",
                     hint="bank.swap(model, name), and a batch of its own",
                 )
-        refuse_attached(model)
-        if any(module.training for module in model.modules()):
-            raise StateError("the model is in training mode", hint="model.eval()")
         live = self._live(model)
-        digest = _digest(model)
+        every = dict(model.named_modules(remove_duplicate=False))
+        base = live.known(every)
+        if base is None:
+            refuse_attached(model)
+        if any(module.training for module in every.values()):
+            raise StateError("the model is in training mode", hint="model.eval()")
+        if base is None:
+            base = live.learn(model, every)
         for pick in picked:
-            live.check(model, pick, digest)
-        modules = target_modules(model)
+            live.check(model, pick, base.digest)
+        modules = {name: TargetModule(module=every[facts["path"]], **facts) for name, facts in base.targets.items()}
         with torch.no_grad():
             if len(distinct) < 2 and not picked:
                 return model(x)
@@ -227,7 +232,7 @@ class Bank:
             sizes = [len(group) for group in members.values()]
             rows = torch.tensor(order, device=x.device)
             groups = [None if name is None else by_choice[name, power] for name, power in distinct]
-            outputs = self._run(live, model, modules, x.index_select(0, rows), sizes, groups, digest)
+            outputs = self._run(live, model, modules, x.index_select(0, rows), sizes, groups, base.placed)
             return gathered(outputs, rows)
 
     def _load(self, name: str) -> tuple[_Version, Adapter]:
@@ -265,13 +270,13 @@ class Bank:
         x: Tensor,
         sizes: Sequence[int],
         groups: Sequence[_Picked | None],
-        digest: str,
+        placed: _Placed,
     ) -> Any:
         """The outputs of a sorted batch, by the route that the network and the size of the batch ask for."""
         adapters = [pick.adapter for pick in groups if pick is not None]
         targets = dict.fromkeys(name for adapter in adapters for name in adapter.targets)
         bases = {name: modules[name].weight for name in targets}
-        folded = (self._folded(live, bases, pick, digest) for pick in groups)
+        folded = (self._folded(live, bases, pick, placed) for pick in groups)
         plan = (frozenset(targets), x.shape[1:], x.dtype, x.device)
         bytes_of = {name: weight.nbytes for name, weight in bases.items()}
         needed = sum(bytes_of[name] for adapter in adapters for name in adapter.targets)
@@ -283,7 +288,7 @@ class Bank:
         if route is None or not takes_layers(route, len(x), sum(bytes_of.values())):
             return run_groups(model, modules, x, sizes, folded)
         held = list(folded)
-        base = self._folded(live, bases, None, digest)
+        base = self._folded(live, bases, None, placed)
         packed = [len(one.packed) for one in (*held, base)]
         try:
             outputs = run_layers(model, modules, x, sizes, held, base=base, packed=route.packed)
@@ -292,17 +297,13 @@ class Bank:
             return run_groups(model, modules, x, sizes, held)
         for pick, one, before in zip((*groups, None), (*held, base), packed, strict=True):
             if len(one.packed) > before:
-                self._keep(live, pick, digest, one)
+                self._keep(live, pick, placed, one)
         return outputs
 
-    def _folded(self, live: _Live, bases: Mapping[str, Tensor], pick: _Picked | None, digest: str) -> Folded:
+    def _folded(self, live: _Live, bases: Mapping[str, Tensor], pick: _Picked | None, placed: _Placed) -> Folded:
         """The adapter's targets with the adapter in them: kept, or computed and kept. Without a pick, the base's."""
         kept: tuple[Any, Folded] | None = self._resident.get(_key(live, pick))
-        if (
-            kept is not None
-            and kept[0] == (pick and pick.version, digest)
-            and all(weight.device == bases[name].device for name, weight in kept[1].weights.items())
-        ):
+        if kept is not None and kept[0] == (pick and pick.version, placed):
             return kept[1]
         weights = {}
         if pick is not None:
@@ -313,12 +314,12 @@ class Bank:
                     weight = pick.adapter.fold(name, base, strength=pick.strength)
                     weights[name] = weight.requires_grad_(base.requires_grad)
         folded = Folded(weights)
-        self._keep(live, pick, digest, folded)
+        self._keep(live, pick, placed, folded)
         return folded
 
-    def _keep(self, live: _Live, pick: _Picked | None, digest: str, folded: Folded) -> None:
+    def _keep(self, live: _Live, pick: _Picked | None, placed: _Placed, folded: Folded) -> None:
         """Keep what is folded, with the size that it has now."""
-        self._resident.put(_key(live, pick), ((pick and pick.version, digest), folded), folded.nbytes)
+        self._resident.put(_key(live, pick), ((pick and pick.version, placed), folded), folded.nbytes)
 
 
 def _key(live: _Live, pick: _Picked | None) -> tuple[Any, ...]:
@@ -444,12 +445,58 @@ class _Picked:
     adapter: Adapter
 
 
+_Placed = tuple[str, tuple[torch.device, ...]]
+"""What folded weights hold for: the digest of the base, and the device of each target."""
+
+
+class _Base(NamedTuple):
+    """What was learned of a model, and when it holds. Nothing here refers to the model: that would keep it alive.
+
+    Attributes:
+        glance: holds while it is the same.
+        identity: of the model.
+        forgotten: how often that had been made to forget.
+        digest: of the state dict.
+        placed: what folded weights hold for.
+        targets: what `TargetModule` says of each but its module.
+    """
+
+    glance: Glance
+    identity: BaseIdentity
+    forgotten: int
+    digest: str
+    placed: _Placed
+    targets: Mapping[str, Mapping[str, Any]]
+
+
 class _Live:
     """What a bank knows of one model."""
 
     def __init__(self) -> None:
         self.checked: dict[str, tuple[_Version, str]] = {}
         self.routes: dict[tuple[Any, ...], Route | None] = {}
+        self._base: _Base | None = None
+
+    def known(self, modules: Mapping[str, nn.Module]) -> _Base | None:
+        """What was learned of the base; None where that may have changed."""
+        base = self._base
+        if base is None or base.identity.forgotten != base.forgotten or not base.glance.same(modules):
+            return None
+        return base
+
+    def learn(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> _Base:
+        """Look at the base as it is now."""
+        identity, state = identity_of(model), base_state_dict(model)
+        forgotten, glance = identity.forgotten, Glance(modules, state)  # before its numbers are read
+        found = target_modules(model)
+        targets = {
+            name: {"name": name, "path": at.path, "parameter": at.parameter, "layer": at.layer}
+            for name, at in found.items()
+        }
+        digest = identity.state_sha256(state, identity.digests(state))
+        placed = digest, tuple(at.weight.device for at in found.values())
+        self._base = _Base(glance, identity, forgotten, digest, placed, targets)
+        return self._base
 
     def check(self, model: nn.Module, pick: _Picked, digest: str) -> None:
         """Refuse an adapter that does not belong to the model; once for each version of the two."""
@@ -504,7 +551,11 @@ def _choices(
     if x.ndim == 0 or isinstance(names, str) or len(names) != len(x):
         count = "one name" if isinstance(names, str) else f"{len(names)} names"
         raise ShapeError(f"{count} for samples of shape {tuple(x.shape)}; it takes a name, or None, for each row")
-    strengths = [strength] * len(x) if isinstance(strength, int | float) else list(strength)
+    if isinstance(strength, int | float):
+        power = check_strength(strength)
+        own = {name: (_normal(name), 0.0 if name is None else power) for name in dict.fromkeys(names)}
+        return [own[name] for name in names]
+    strengths = list(strength)
     if len(strengths) != len(x):
         raise ShapeError(f"{len(strengths)} strengths for {len(x)} samples")
     checked = [check_strength(value) for value in strengths]
@@ -514,9 +565,3 @@ def _choices(
 def _normal(name: Any) -> Any:
     """The name as it is listed; what is no name stays, and is not found."""
     return normal_form(name) if isinstance(name, str) else name
-
-
-def _digest(model: nn.Module) -> str:
-    """The digest of the base as it is now."""
-    identity, state = identity_of(model), base_state_dict(model)
-    return identity.state_sha256(state, identity.digests(state))

@@ -73,9 +73,13 @@ class BaseIdentity:
     Tensors made under ``torch.inference_mode`` have no count and are hashed every time.
 
     Methods may be called from several threads.
+
+    Attributes:
+        forgotten: how often `forget` was called.
     """
 
     def __init__(self) -> None:
+        self.forgotten = 0
         self._lock = threading.Lock()
         self._known: dict[str, _Digest] = {}
         self._whole: dict[tuple[tuple[str, str], ...], str] = {}
@@ -110,6 +114,7 @@ class BaseIdentity:
     def forget(self) -> None:
         """Hash everything again next time."""
         with self._lock:
+            self.forgotten += 1
             self._known.clear()
             self._whole.clear()
 

@@ -6,7 +6,8 @@ of the base's. Right for every layer type and every network whose samples do not
 *Layers*: the whole batch runs through the network, sorted by adapter, and only the layers with targets part it. Cheaper
 where activations are small and calls are what costs; possible where every target is used by ``F.linear`` or
 ``F.conv1d``, ``2d`` or ``3d`` and nothing else, and the samples stay along the first dimension. `find_route` finds that
-out by watching.
+out by watching. A convolution on a CPU takes its time however little it has to do: where there is little to unfold, all
+adapters' samples are multiplied in one call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from loraio.layers import TargetModule
 
 CACHE_BYTES = 1 << 22
 """Inputs and outputs of layers that are no larger, 4 MiB, are cheap to move: a few times a core's own cache."""
+
+SPARED_BYTES = 1 << 17
+"""What a convolution multiplies, unfolded, and its weights for each sample: where they are no larger than 128 KiB for
+each adapter, one call that multiplies all of them is cheaper than a call for each adapter."""
 
 PROBES = (2, 3)
 """Batch sizes that `find_route` watches the network with."""
@@ -209,7 +214,7 @@ def _no_rows(output: Any) -> StateError:
 # The layers route
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
-_USES = (F.linear, *_CONVOLUTIONS)
+_USES = frozenset((F.linear, *_CONVOLUTIONS))
 _HARMLESS = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")
 _METADATA = {getattr(Tensor, name).__get__ for name in _HARMLESS} | {Tensor.size, Tensor.dim, Tensor.numel}
 """What may be asked of a base weight without using its values."""
@@ -234,16 +239,13 @@ class _Seeing(TorchFunctionMode):
         if func in _USES and len(args) > 1 and id(args[1]) in self.targets and not self._among((args[0], *args[2:])):
             self.seen.add(id(args[1]))
             return self.use(func, args, kwargs)
-        if func not in _METADATA and (self._among(args) or self._among(kwargs.values())):
+        if (self._among(args) or (kwargs and self._among(kwargs.values()))) and func not in _METADATA:
             raise UnfitError(f"a target is an argument of {func}")
         return func(*args, **kwargs)
 
     def _among(self, values: Iterable[Any]) -> bool:
-        for value in values:
-            if isinstance(value, Tensor):
-                if id(value) in self.targets:
-                    return True
-            elif isinstance(value, tuple | list) and self._among(value):
+        for value in values:  # an id of a target is no other object's: the model holds it
+            if id(value) in self.targets or (isinstance(value, tuple | list) and self._among(value)):
                 return True
         return False
 
@@ -336,15 +338,57 @@ def _parted(
         parts = [func(part, use.weight, *rest, **kwargs) for part, use in zip(x.split(sizes), uses, strict=True)]
     else:
         bias, *numbers = settings
+        if len(uses) > 1:
+            windows = _windows(x, weight, *settings[1:], most=SPARED_BYTES * len(uses))
+            if windows is not None:
+                return _multiplied(windows, uses, sizes, bias)
         x = x.contiguous(memory_format=torch.channels_last)
         shape = (8, *x.shape[1:])  # a hint; any number of samples will do
         key = (shape, str(numbers))
-        convolution = torch.ops.mkldnn._convolution_pointwise
+        convolution = torch.ops.mkldnn._convolution_pointwise.default
         parts = [
             convolution(part, _packed(use, key, numbers), bias, *numbers, "none", [], "")
             for part, use in zip(x.split(sizes), uses, strict=True)
         ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _windows(
+    x: Tensor,
+    weight: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    most: int,
+) -> Tensor | None:
+    """What a convolution multiplies for each output, as a view (n, in, kh, kw, height, width).
+
+    None with groups, and where a copy of it and a weight for each sample would have more bytes than ``most``.
+    """
+    kernel = weight.shape[2:]
+    outs = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, p, s, d in zip(x.shape[2:], kernel, padding, stride, dilation, strict=True)
+    ]
+    window = weight[0].nbytes
+    if groups != 1 or min(outs) < 1 or len(x) * (outs[0] * outs[1] * window + weight.nbytes) > most:
+        return None
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    within = [step * d for step, d in zip(x.stride()[2:], dilation, strict=True)]
+    between = [step * s for step, s in zip(x.stride()[2:], stride, strict=True)]
+    return x.as_strided((*x.shape[:2], *kernel, *outs), (*x.stride()[:2], *within, *between))
+
+
+def _multiplied(windows: Tensor, uses: Sequence[_Use], sizes: Sequence[int], bias: Tensor | None) -> Tensor:
+    """A convolution as one matrix product for each sample, all in one call; channels_last."""
+    samples, height, width = len(windows), *windows.shape[4:]
+    columns = windows.reshape(samples, -1, height * width).transpose(1, 2)
+    flat = [use.weight.flatten(1) for use in uses]
+    weights = torch.stack([own for own, size in zip(flat, sizes, strict=True) for _ in range(size)]).transpose(1, 2)
+    rows = torch.bmm(columns, weights) if bias is None else torch.baddbmm(bias, columns, weights)
+    return rows.view(samples, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _packed(use: _Use, key: tuple[Any, ...], numbers: Sequence[Any]) -> Tensor:
@@ -353,7 +397,7 @@ def _packed(use: _Use, key: tuple[Any, ...], numbers: Sequence[Any]) -> Tensor:
     found = packed.get((use.name, key))
     if found is None:
         plain = use.weight.detach().contiguous(memory_format=torch.channels_last)
-        found = packed[use.name, key] = torch.ops.mkldnn._reorder_convolution_weight(plain, *numbers, key[0])
+        found = packed[use.name, key] = torch.ops.mkldnn._reorder_convolution_weight.default(plain, *numbers, key[0])
     return found
 
 

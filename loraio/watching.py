@@ -68,6 +68,68 @@ class Watch:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
 
 
+class Glance:
+    """A model's tensors as they are now, without holding on to the model.
+
+    For who remembers something of a model for as long as that lives: a module may be the model itself, or refer to it.
+    The same are: the names and classes of the modules; the names of their parameters and buffers; of each of these all
+    that `loraio.identity.BaseIdentity` compares. Their memory is held on to, so that no other tensor can come to lie
+    in its place.
+
+    Args:
+        modules: by path, under every path that they have.
+        state: the model's state dict. Where it has tensors of another origin, nothing can be told.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
+        self._marks = _marks(modules)
+        tensors = [] if self._marks is None else [tensor.detach() for tensor in _tensors(modules)]
+        places = {tensor.data_ptr() for tensor in tensors if not tensor.is_meta}
+        own = all(isinstance(tensor, Tensor) and tensor.data_ptr() in places for tensor in state.values())
+        self._can_tell = own and all(map(is_dense, tensors))
+        groups: dict[Any, list[Tensor]] = {}
+        for tensor in tensors if self._can_tell else ():
+            if tensor.numel():
+                groups.setdefault((tensor.dtype, tensor.device), []).append(sampled(tensor))
+        self._samples = [(views, torch.cat(views)) for views in groups.values()]
+
+    def same(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether nothing has changed; False also where that cannot be told.
+
+        Args:
+            modules: of the model as it is now.
+        """
+        return (
+            self._can_tell
+            and _marks(modules) == self._marks
+            and all(torch.cat(views).equal(was) for views, was in self._samples)
+        )
+
+
+def _marks(modules: Mapping[str, nn.Module]) -> list[Any] | None:
+    """What must be the same for a model's tensors to be; None where one of them cannot be told from another."""
+    marks: list[Any] = []
+    for path, module in modules.items():
+        marks += [path, type(module)]
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    marks.append(name)
+                elif type(tensor) not in _PLAIN or tensor.is_inference():
+                    return None
+                else:
+                    form = tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+                    marks += (name, tensor.data_ptr(), tensor._version, form)
+    return marks
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> list[Tensor]:
+    held = [tensors for module in modules.values() for tensors in (module._parameters, module._buffers)]
+    return [tensor for tensors in held for tensor in tensors.values() if tensor is not None]
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
 _values = methodcaller("values")
 
 

@@ -3,9 +3,10 @@
 usage: python scripts/bench/mixed_batches.py [--networks NAME ...] [--size PIXELS] [--rounds N] [--json]
 
 Ten adapters of rank 8 with random factors on every convolution and linear layer, 64 random images, adapters drawn at
-random, one thread: the base on the whole batch; the bank; the bank made to take each of its routes; and PEFT's
-``adapter_names``, where it can be imported, without the convolutions in groups that it refuses. Before any time is
-taken, each output must be what the attached model gives for that image alone, in float64 and then in float32.
+random, one thread: the base on the whole batch; the bank; the bank made to take each of its routes; PEFT's
+``adapter_names``, where it can be imported, without the convolutions in groups that it refuses; and where the bank goes
+by layers, as a bound, what its adapted layers take by themselves. Before any time is taken, each output must be what
+the attached model gives for that image alone, in float64 and then in float32.
 
 A batch in one piece asks the system for much fresh memory, and page faults are part of what it takes; the variables
 ``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` of the C library make it keep its memory.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from _contestants import RANK, absent, built, drawn, in_peft, left_out, module, ungrouped
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 
 import loraio
 from loraio import bank as bank_module
+from loraio import mixing
 
 ROW = "mixed_batches"
 BASE = "base"
@@ -74,6 +77,30 @@ def forced(layers: bool, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
             bank_module.takes_layers = before
 
     return forward
+
+
+def layers_alone(run: Callable[[], Tensor]) -> Callable[[], list[Tensor]] | None:
+    """The adapted layers, on the inputs that they have in a mixed batch, and nothing besides.
+
+    Returns:
+        None where the bank sends the batch by groups.
+    """
+    parted, calls, expected = mixing._parted, [], []
+
+    def noted(*call: Any) -> Tensor:
+        calls.append(call)
+        expected.append(parted(*call))
+        return expected[-1]
+
+    mixing._parted = noted
+    try:
+        run()
+    finally:
+        mixing._parted = parted
+    require(
+        all(parted(*call).equal(out) for call, out in zip(calls, expected, strict=True)), "a layer gives other bits"
+    )
+    return (lambda: [parted(*call) for call in calls]) if calls else None
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -138,13 +165,16 @@ def measure_one(network: str, options: argparse.Namespace) -> Measured:
     for who, work in works.items():
         apart = distance(work(), rows[who])
         require(apart <= tolerance, f"{case}, {who}: off by {apart:.2g} of the largest output")
-    works = {BASE: lambda: model(x), **works}
-    times = interleaved(works, rounds=rounds(options, ROUNDS[network]), clock=CLOCKS[options.clock])
+    timed: dict[str, Callable[[], Any]] = {BASE: lambda: model(x), **works}
+    alone = layers_alone(works["loraio"])
+    if alone is not None:
+        timed["bound"] = alone
+    times = interleaved(timed, rounds=rounds(options, ROUNDS[network]), clock=CLOCKS[options.clock])
     is_usual = images == IMAGES and x.shape[1:] == NETWORKS[network]
     targets = {"loraio": TARGETS[network] if is_usual else None}
     return [
         ratio_of(times, who, BASE, row=ROW, case=case, unit="x the base on the batch", target=targets.get(who))
-        for who in works
+        for who in timed
         if who != BASE
     ], notes
 

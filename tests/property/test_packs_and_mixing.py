@@ -16,6 +16,7 @@ from torch import nn
 
 import loraio
 from loraio import bank as bank_module
+from loraio import mixing
 from loraio.errors import LoraioError
 from loraio.formats.pack import read_index, read_member
 from loraio.names import name_key, name_problem
@@ -157,9 +158,10 @@ def test_a_batch_mixed_at_random_is_each_of_its_samples_alone(data: st.DataObjec
                 with bank.attach(model, name, strength):
                     rows.append(model(x[row : row + 1]))
     expected = torch.cat(rows)
-    for layers in (True, False):
+    for layers, spared in ((True, 0), (True, 1 << 40), (False, 0)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bank_module, "takes_layers", lambda *_, layers=layers: layers)
+            patch.setattr(mixing, "SPARED_BYTES", spared)
             found = bank.forward(model, x, chosen, strength=strengths)
         # a row may cancel to less than its terms: the tolerance is of the largest output
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max().clamp(min=1)

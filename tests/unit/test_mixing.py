@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,7 @@ import loraio
 from loraio import bank as bank_module
 from loraio import mixing
 from loraio.errors import BaseMismatchError, ConfigError, ShapeError, StateError, UnknownNameError
-from loraio.identity import base_reference
+from loraio.identity import base_reference, identity_of
 
 TOLERANCE = 1e-5
 """Of the largest output: float32 sums of some hundred terms, in another order. The adapters' effect is over a tenth."""
@@ -137,12 +139,23 @@ def samples(*shape: int) -> Tensor:
     return torch.randn(len(NAMES), *shape, generator=torch.Generator().manual_seed(0))
 
 
+SPARED = [0, mixing.SPARED_BYTES, 1 << 40]
+"""No convolution as a product of matrices, those of the rule, all that can be."""
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("spared", SPARED)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_layers_give_what_one_by_one_gives(
-    kind: str, packed: bool, layout: torch.memory_format, routes: list[str], monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    spared: int,
+    packed: bool,
+    layout: torch.memory_format,
+    routes: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(mixing, "SPARED_BYTES", spared)
     if not packed:
         monkeypatch.setattr(mixing, "_HAS_PACKED", False)
     model = ready(Convolutions())
@@ -150,6 +163,30 @@ def test_layers_give_what_one_by_one_gives(
         layer.to(memory_format=layout)  # type: ignore[operator,union-attr]
     assert_mixed_is_one_by_one(model, bank_for(model, kind=kind), samples(2, 12, 5))
     assert routes == ["layers"] * 2
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("kernel", "padding", "stride", "dilation"),
+    [((3, 3), [0, 0], [1, 1], [1, 1]), ((3, 2), [1, 2], [2, 1], [2, 3]), ((1, 1), [0, 0], [3, 2], [1, 1])],
+)
+def test_windows_are_what_unfold_copies_and_bounded(
+    kernel: tuple[int, int], padding: list[int], stride: list[int], dilation: list[int], layout: torch.memory_format
+) -> None:
+    x, weight = samples(3, 7, 8).to(memory_format=layout), torch.ones(5, 3, *kernel)
+    expected = F.unfold(x, kernel, dilation, padding, stride)
+    size = expected.nbytes + len(x) * weight.nbytes
+    found = mixing._windows(x, weight, padding, stride, dilation, 1, most=size)
+    assert found is not None
+    assert found.reshape(expected.shape).equal(expected)
+    assert mixing._windows(x, weight, padding, stride, dilation, 1, most=size - 1) is None
+
+
+def test_there_are_no_windows_with_groups_nor_where_a_kernel_does_not_fit() -> None:
+    x, plain = samples(4, 5, 5), ([0, 0], [1, 1], [1, 1])
+    assert mixing._windows(x, torch.ones(4, 2, 3, 3), *plain, 2, most=1 << 40) is None
+    assert mixing._windows(x, torch.ones(4, 4, 6, 3), *plain, 1, most=1 << 40) is None
+    assert mixing._windows(x, torch.ones(4, 4, 5, 3), *plain, 1, most=1 << 40) is not None
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -355,6 +392,55 @@ def test_a_base_that_is_written_to_is_noticed_by_the_next_batch(base: nn.Module,
     with pytest.raises(BaseMismatchError, match=r"conv1\.weight"):
         bank.forward(base, x, NAMES)
     assert bank.forward(base, x, [None] * 12).equal(base(x).detach())
+
+
+def test_a_base_that_was_exchanged_renamed_or_cast_is_noticed_by_the_next_batch(
+    base: nn.Module, digits_test: loraio.Dataset
+) -> None:
+    bank, x = bank_for(base), digits_test.images[:12]
+    changes: list[Callable[[Any], object]] = [
+        lambda model: setattr(model, "conv2", copy.deepcopy(model.conv2).requires_grad_(False)) or fill(model.conv2),
+        lambda model: setattr(model.fc, "weight", nn.Parameter(model.fc.weight.detach() * 2)),
+        lambda model: setattr(model.conv1.weight, "data", model.conv1.weight.data.transpose(2, 3)),
+        lambda model: model.double(),
+    ]
+    for change in changes:
+        model = copy.deepcopy(base)
+        bank.forward(model, x, NAMES)
+        change(model)
+        with pytest.raises(BaseMismatchError):
+            bank.forward(model, x, NAMES)
+
+
+def fill(layer: Any) -> None:
+    layer.weight.detach().fill_(0.1)
+
+
+def test_what_was_written_unseen_is_seen_after_the_identity_was_made_to_forget(
+    base: nn.Module, digits_test: loraio.Dataset
+) -> None:
+    bank, x = bank_for(base), digits_test.images[:12]
+    bank.forward(base, x, NAMES)
+    base.fc.weight.data[3, 7] += 1  # type: ignore[union-attr,operator,index]
+    bank.forward(base, x, NAMES)
+    identity_of(base).forget()
+    with pytest.raises(BaseMismatchError, match=r"fc\.weight"):
+        bank.forward(base, x, NAMES)
+
+
+def test_a_bank_keeps_no_model_alive_that_its_own_modules_refer_to(
+    base: nn.Module, digits_test: loraio.Dataset
+) -> None:
+    bank, model = bank_for(base), copy.deepcopy(base)
+    model.fc.whole = [model]  # type: ignore[union-attr]
+    kept, gone = bank.resident_bytes, weakref.ref(model)
+    bank.forward(model, digits_test.images[:12], NAMES)
+    folded = bank.resident_bytes - kept
+    del model
+    gc.collect()
+    assert gone() is None
+    assert folded > 0
+    assert bank.resident_bytes == sum(tensor.nbytes for name in "abc" for tensor in bank[name].all_tensors.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

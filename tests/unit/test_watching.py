@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from loraio.watching import SAMPLED, Watch, sampled
+from loraio.watching import SAMPLED, Glance, Watch, sampled
 
 
 def network() -> nn.Sequential:
@@ -35,6 +37,16 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "a cast": lambda model: model.double(),
     "a loaded state": lambda model: model.load_state_dict(network().state_dict()),
 }
+
+
+def glance(model: nn.Module) -> Callable[[], bool]:
+    """Whether a `Glance` of the model as it is now is the same when that is called."""
+    seen = Glance(modules_of(model), model.state_dict())
+    return lambda: seen.same(modules_of(model))
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules(remove_duplicate=False))
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -80,3 +92,60 @@ def test_a_sample_is_spread_over_all_of_a_tensor(count: int) -> None:
     found = sampled(torch.arange(count))
     assert len(found) <= SAMPLED
     assert found.tolist() == list(range(0, count, -(-count // SAMPLED) or 1))
+
+
+class Other(nn.Linear):
+    """A layer of another class."""
+
+
+FORMS: dict[str, Callable[[nn.Sequential], object]] = {
+    "other strides": lambda model: setattr(model[0][0].weight, "data", model[0][0].weight.data.transpose(2, 3)),
+    "another class": lambda model: setattr(model[2], "__class__", Other),
+    "another name": lambda model: model._modules.update(last=model._modules.pop("2")),
+    "no numbers any more": lambda model: model.to("meta"),
+    "made in inference mode": lambda model: setattr(model[2], "weight", inferred(model[2].weight)),
+    "of a subclass": lambda model: setattr(model[2], "weight", Marked(model[2].weight.detach())),
+}
+
+
+class Marked(nn.Parameter):
+    """A parameter of a class of its own."""
+
+
+def inferred(weight: torch.Tensor) -> nn.Parameter:
+    with torch.inference_mode():
+        return nn.Parameter(weight.clone(), requires_grad=False)
+
+
+SAME_NUMBERS = ("another parameter", "another module")
+"""These are noticed by a `Watch`, and do not count for a `Glance`: same memory under the same names."""
+
+
+@pytest.mark.parametrize("name", sorted({*CHANGES, *FORMS} - {*SAME_NUMBERS}))
+def test_a_glance_notices_every_change_of_numbers_names_and_forms(name: str) -> None:
+    model = network()
+    same = glance(model)
+    assert same()
+    {**CHANGES, **FORMS}[name](model)
+    assert not same()
+
+
+def test_a_glance_of_what_it_cannot_tell_is_never_the_same() -> None:
+    strange = network()
+    strange[2].weight = inferred(strange[2].weight)
+    assert not glance(strange)()
+    model = network()
+    foreign = Glance(modules_of(model), {**model.state_dict(), "more": torch.ones(3)})
+    assert not foreign.same(modules_of(model))
+    text = Glance(modules_of(model), {**model.state_dict(), "_extra_state": "text"})  # type: ignore[dict-item]
+    assert not text.same(modules_of(model))
+
+
+def test_a_glance_keeps_no_module_alive() -> None:
+    model = network()
+    model[2].whole = [model]  # type: ignore[assignment]
+    seen, gone = Glance(modules_of(model), model.state_dict()), weakref.ref(model)
+    assert seen.same(modules_of(model))
+    del model
+    gc.collect()
+    assert gone() is None
