@@ -70,6 +70,7 @@ class FoldedWeight(AdapterPart):
         slot: where compiled graphs read the weight from when there are no gradients; None where they fold it.
         form: what compiled graphs know of a target whose factors are padded: its rank is theirs, and its scale 1. The
             padding is zero in A and in B, so that the gradient of either, a product with the other, is zero there.
+        routes: what `loraio.backward` found out of the layer's training steps, by the form of their inputs.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class FoldedWeight(AdapterPart):
         self.trainable = trainable
         self.slot: Slot | None = None
         self.form = form
+        self.routes: dict[Any, Any] = {}
         self._kept: _Kept | None = None
         if form is not None:
             factors = {name: _padded(factors.get(name), shape) for name, shape in form.factor_shapes.items()}
@@ -102,7 +104,7 @@ class FoldedWeight(AdapterPart):
     @property
     def steps_thinly(self) -> bool:
         """Whether it is trained and of a kind whose layers have a training step of their own, `loraio.backward`."""
-        return self.target is not None and self.target.kind == "lora" and any(True for _ in self.parameters())
+        return self.target is not None and self.target.kind == "lora" and bool(self._parameters)
 
     def factors(self) -> dict[str, Tensor]:
         """The factors by short name, as they are now; without their padding."""
