@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loraio.adapter import Target
-from loraio.backward import forward_for
+from loraio.backward import forward_for, keep_freed_memory
 from loraio.errors import StateError
 from loraio.slots import Adapted, Slot
 from loraio.undoing import Undo
@@ -381,6 +381,7 @@ class Place:
             forward = forward_for(type(self.module))
             if forward is not None:
                 setattr(type(self.module), "forward", forward)  # noqa: B010  # the class is this module's alone
+                keep_freed_memory()
         self.resize(part.enabled)
 
     def resize(self, enabled: bool) -> None:

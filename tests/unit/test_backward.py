@@ -4,6 +4,10 @@ wherever something is out of the ordinary."""
 from __future__ import annotations
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -311,6 +315,31 @@ def test_a_layer_that_meets_ever_new_sizes_forgets_routes(monkeypatch: Any) -> N
         for size in (4, 5, 6, 4):
             assert model(torch.randn(1, 4, size, size)).shape[2] == size - 2
             assert 1 <= len(part.routes) <= 2
+
+
+PAGES = """
+import resource, sys, torch, loraio
+from torch import nn
+
+model = nn.Sequential(nn.Conv2d(1, 2, 3)).requires_grad_(False)
+if sys.argv[1] == "attached":
+    loraio.attach(model, loraio.new_adapter(model, loraio.TrainConfig(rank=1)), trainable=True)
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**24, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Pages that the system hands out for 16 MiB that were written to and freed just before."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's own ways")
+def test_a_training_step_gets_the_memory_of_the_last_one() -> None:
+    usual = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    pages = {
+        how: int(subprocess.run([sys.executable, "-c", PAGES, how], env=usual, capture_output=True, check=True).stdout)
+        for how in ("attached", "alone")
+    }
+    assert pages["attached"] < 100 < pages["alone"]
 
 
 # the plain way
