@@ -23,7 +23,7 @@ parametrized weight, whenever anything is out of the ordinary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,9 @@ COLUMNS = 3
 
 SMALL = 32
 """How many times as many numbers the input must have as the hidden channels that are kept with it."""
+
+KEPT = 2**25 - 2**17
+"""Bytes, just below the 32 MiB up to which glibc raises its thresholds by what is freed: mallopt(3)."""
 
 _EXACT = (torch.float32, torch.float64)
 """Dtypes in which a sum of products is not rounded to less than factors have."""
@@ -78,11 +81,6 @@ class Pair(NamedTuple):
         return grad_A.to(self.lora_A.dtype), grad_B.to(self.lora_B.dtype)
 
 
-def _pair(tensors: Sequence[Tensor], scale: float) -> Pair:
-    weight, lora_A, lora_B = tensors
-    return Pair(weight, lora_A, lora_B, scale)
-
-
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of these images come last in memory, and would not in another order too."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -110,29 +108,30 @@ class Geometry(NamedTuple):
         none = (0,) * len(self.stride)
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups)
 
-    def met_by_a_point(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """What a kernel of one point is multiplied with, as (batch, channels, points); of the weight only shape counts.
+    def is_product(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the convolution is computed as matrix products; of the weight only the shape counts.
 
-        None where something else is to be done: more than a point, groups, padding; memory in which the channels come
-        last; other devices than a CPU, where oneDNN takes longer on one core than matrix products (seen in v3.12).
+        It is where a kernel has one point. Not where something else is to be done: more than a point, groups, padding;
+        memory in which the channels come last; other devices than a CPU, where oneDNN takes longer on one core than
+        matrix products (seen in v3.12).
         """
         plain = self.groups == 1 and not any(self.padding) and weight.numel() == weight.shape[0] * weight.shape[1]
-        if not plain or x.device.type != "cpu" or not x.is_contiguous():
-            return None
-        if max(self.stride) > 1:
-            x = x[self._met_points()]
-        return x.flatten(2)
+        return plain and x.device.type == "cpu" and x.is_contiguous()
 
-    def unmet(self, gradient: Tensor, x: Tensor, spatial: Sequence[int]) -> Tensor:
+    def met(self, x: Tensor) -> Tensor:
+        """What a kernel of one point is multiplied with, as (batch, channels, points)."""
+        return (x[self._met_points()] if max(self.stride) > 1 else x).flatten(2)
+
+    def unmet(self, gradient: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """The gradient of the input of a kernel of one point, from that of what it met: none where strides skip.
 
         Args:
-            gradient: as `met_by_a_point`.
+            gradient: as `met`.
             x: the input, for its shape.
-            spatial: sizes of the output.
+            sizes: of the output.
         """
-        gradient = gradient.unflatten(2, tuple(spatial))
-        if gradient.shape == x.shape:
+        gradient = gradient.view(*gradient.shape[:2], *sizes)
+        if max(self.stride) == 1:
             return gradient
         whole = torch.zeros_like(x)
         whole[self._met_points()] = gradient
@@ -151,8 +150,7 @@ class Geometry(NamedTuple):
         oneDNN is several times as fast at weight gradients of depthwise convolutions where the kernel is three wide and
         nothing is left to pad (seen in v3.12 with 5 x 5 kernels), so that wider kernels are parted.
         """
-        depthwise = self.groups == x.shape[1] == len(weight) and x.dim() == 4 and self.dilation == (1, 1)
-        if not depthwise or weight.shape[3] <= COLUMNS or x.device.type != "cpu":
+        if not self.is_parted(x, weight):
             return self._gradients(grad, x, weight, (False, True, False))[1]
         inside = self._replace(padding=(0, 0))
         part = weight.new_empty(len(weight), 1, weight.shape[2], COLUMNS)
@@ -163,6 +161,17 @@ class Geometry(NamedTuple):
             margins = (columns - start, width - x.shape[3] - columns + start, rows, rows)
             parts.append(inside._gradients(grad, F.pad(x, margins), part, (False, True, False))[1])
         return torch.cat(parts, 3)[..., : weight.shape[3]]
+
+    def is_parted(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the gradient of the weight is computed for some columns of the kernel at a time."""
+        depthwise = self.groups == x.shape[1] == len(weight) and x.dim() == 4 and self.dilation == (1, 1)
+        return depthwise and weight.shape[3] > COLUMNS and x.device.type == "cpu"
+
+    def both_gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of input and weight: together in less time where both want the same order of memory."""
+        if self.is_parted(x, weight):
+            return self.input_gradient(grad, x, weight), self.weight_gradient(grad, x, weight)
+        return self._gradients(grad, x, weight, (True, True, False))[:2]
 
     def _gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
@@ -220,6 +229,59 @@ def folding_is_cheaper(*, positions: int, width: int) -> bool:
     return positions > width
 
 
+class Route(NamedTuple):
+    """How the steps of a convolution go for inputs of one form: found out once, which takes as long as a small layer.
+
+    Attributes:
+        margins: what is padded beforehand, as `torch.nn.functional.pad` takes it; None where nothing is.
+        geometry: how the convolution is moved over what is then there.
+        sizes: of its output, without batch and channels.
+        rows: whether it is one product with a matrix of rows, one for each point: nothing below counts then.
+        product: as `Geometry.is_product`.
+        thin: whether the factors' gradients come by way of the rank.
+        adds: whether the forward pass adds a thin product rather than folds.
+        adds_back: whether the backward pass does.
+    """
+
+    margins: tuple[int, ...] | None
+    geometry: Geometry
+    sizes: tuple[int, ...]
+    rows: bool
+    product: bool
+    thin: bool
+    adds: bool
+    adds_back: bool
+
+    @classmethod
+    def of(cls, module: Any, x: Tensor, pair: Pair) -> Route:
+        """For inputs that have shape, strides, dtype and device of this one."""
+        margins, padding = _margins(module)
+        padded = x if margins is None else F.pad(x, margins, mode=_MODES.get(module.padding_mode, module.padding_mode))
+        geometry = Geometry(module.stride, padding, module.dilation, module.groups)
+        sizes = geometry.sizes(padded, pair.weight)
+        (out, rank), fan_in = pair.lora_B.shape, pair.lora_A.shape[1]
+        positions = len(x) * math.prod(sizes)
+        point = pair.weight.numel() == padded.shape[1] * out and not any(padding)  # without groups
+        in_order = is_channels_last(padded) and x.device.type == "cpu" and max(geometry.stride) == 1
+        thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=geometry.groups, positions=positions)
+        addable = thin and geometry.groups == 1 and pair.in_one_dtype(padded)
+        is_small = SMALL * rank * positions <= padded.numel()
+        return cls(
+            margins,
+            geometry,
+            sizes,
+            rows=point and (in_order or padded.numel() == padded.shape[0] * padded.shape[1]),
+            product=geometry.is_product(padded, pair.weight),
+            thin=thin,
+            adds=addable and is_small and not folding_is_cheaper(positions=positions, width=fan_in),
+            adds_back=addable and not folding_is_cheaper(positions=positions, width=out),
+        )
+
+
+_MODES = {"zeros": "constant"}
+"""What `torch.nn.functional.pad` calls a padding mode of convolutions, where it has another name for it."""
+
+
 class _Convolution(torch.autograd.Function):
     """A convolution with an adapted weight. Its backward pass is made of differentiable operations only."""
 
@@ -232,19 +294,16 @@ class _Convolution(torch.autograd.Function):
         lora_B: Tensor,
         bias: Tensor | None,
         scale: float,
-        geometry: Geometry,
+        route: Route,
     ) -> Tensor:
-        ctx.scale, ctx.geometry = scale, geometry
+        ctx.scale, ctx.route = scale, route
         pair = Pair(weight, lora_A, lora_B, scale)
-        ctx.thin, positions = _thin_convolution(pair, geometry, x)
-        ctx.addable = ctx.thin and geometry.groups == 1 and pair.in_one_dtype(x)
         hidden = None
-        is_small = SMALL * len(lora_A) * positions <= x.numel()
-        if not ctx.addable or not is_small or folding_is_cheaper(positions=positions, width=lora_A.shape[1]):
-            y = geometry.convolve(x, pair.fold(x.dtype), bias)
+        if not route.adds:
+            y = route.geometry.convolve(x, pair.fold(x.dtype), bias)
         else:
-            hidden = _hidden(pair, geometry, x)
-            y = geometry.convolve(x, weight, bias)
+            hidden = _hidden(pair, route, x)
+            y = route.geometry.convolve(x, weight, bias)
             y.add_(_times(lora_B, hidden.flatten(2)).view(y.shape), alpha=scale)
         ctx.save_for_backward(x, weight, lora_A, lora_B, hidden)
         return y
@@ -256,29 +315,30 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> Any:
         """One for each argument of `forward`."""
-        x, *tensors, hidden = ctx.saved_tensors
-        pair, geometry = _pair(tensors, ctx.scale), ctx.geometry
+        x, weight, lora_A, lora_B, hidden = ctx.saved_tensors
+        pair, route = Pair(weight, lora_A, lora_B, ctx.scale), ctx.route
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
-        grad_x = grad_A = grad_B = across = None
-        if needs_x:
-            grad_x, across = _input_gradient(pair, geometry, grad, x, addable=ctx.addable)
-        if not ctx.thin and (needs_A or needs_B):
-            grad_A, grad_B = pair.from_full(geometry.weight_gradient(grad, x, pair.weight.to(x.dtype)))
-        else:
-            if needs_A:
-                grad_A = _down_gradient(pair, geometry, grad, x, across)
+        learns = needs_A or needs_B
+        grad_x = grad_A = grad_B = across = full = None
+        if route.thin and (needs_A or (needs_x and route.adds_back)):
+            across = _across(pair, route.geometry, grad)
+        if needs_x and learns and not route.thin and not route.product:
+            grad_x, full = route.geometry.both_gradients(grad, x, pair.fold(x.dtype))
+        elif needs_x:
+            grad_x = _input_gradient(pair, route, grad, x, across)
+        if learns and not route.thin:
+            full = route.geometry.weight_gradient(grad, x, weight.to(x.dtype)) if full is None else full
+            grad_A, grad_B = pair.from_full(full)
+        elif learns:
+            met = route.geometry.met(x) if route.product else None
+            if needs_A and across is not None:
+                grad_A = _down_gradient(pair, route, across, x, met)
             if needs_B:
-                grad_B = _up_gradient(pair, geometry, grad, x, hidden)
-        grad_bias = grad.transpose(0, 1).reshape(len(pair.lora_B), -1).sum(1) if needs_bias else None
+                if hidden is None or torch.is_grad_enabled():  # what was kept is a constant for second derivatives
+                    hidden = _hidden(pair, route, x, met)
+                grad_B = _up_gradient(pair, route, grad, hidden)
+        grad_bias = grad.transpose(0, 1).reshape(len(lora_B), -1).sum(1) if needs_bias else None
         return grad_x, None, grad_A, grad_B, grad_bias, None, None
-
-
-def _thin_convolution(pair: Pair, geometry: Geometry, x: Tensor) -> tuple[bool, int]:
-    """Whether the factors' gradients come by way of the rank, and positions of the output over the whole batch."""
-    (out, rank), fan_in = pair.lora_B.shape, pair.lora_A.shape[1]
-    positions = len(x) * math.prod(geometry.sizes(x, pair.weight))
-    thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=geometry.groups, positions=positions)
-    return thin, positions
 
 
 def _down(pair: Pair, geometry: Geometry, dtype: torch.dtype) -> Tensor:
@@ -292,12 +352,12 @@ def _times(matrix: Tensor, batch: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(len(batch), -1, -1), batch)
 
 
-def _hidden(pair: Pair, geometry: Geometry, x: Tensor) -> Tensor:
-    """What lora_A makes of the input: (batch, groups * rank, ...), as the output."""
-    met = geometry.met_by_a_point(x, pair.weight)
-    if met is not None:
-        return _times(pair.lora_A.to(x.dtype), met).view(len(x), -1, *geometry.sizes(x, pair.weight))
-    return geometry.convolve(x, _down(pair, geometry, x.dtype))
+def _hidden(pair: Pair, route: Route, x: Tensor, met: Tensor | None = None) -> Tensor:
+    """What lora_A makes of the input: (batch, groups * rank, ...), as the output; ``met`` is `Geometry.met`."""
+    if not route.product:
+        return route.geometry.convolve(x, _down(pair, route.geometry, x.dtype))
+    hidden = _times(pair.lora_A.to(x.dtype), route.geometry.met(x) if met is None else met)
+    return hidden.view(len(x), -1, *route.sizes)
 
 
 def _across(pair: Pair, geometry: Geometry, grad: Tensor) -> Tensor:
@@ -313,62 +373,57 @@ def _across(pair: Pair, geometry: Geometry, grad: Tensor) -> Tensor:
     return across.view(len(grad), -1, *grad.shape[2:])
 
 
-def _input_gradient(
-    pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, *, addable: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the input, and what lora_B makes of the output's gradient, if that came along."""
-    out, positions = len(pair.lora_B), grad.numel() // len(pair.lora_B)
-    met = geometry.met_by_a_point(x, pair.weight)
-    if addable and not folding_is_cheaper(positions=positions, width=out):
-        across = _across(pair, geometry, grad)
-        if met is None:
-            grad_x = geometry.input_gradient(grad, x, pair.weight)
-            thin = geometry.input_gradient(across, x, _down(pair, geometry, x.dtype))
-            return grad_x.add(thin, alpha=pair.scale), across
-        down = pair.lora_A.t().expand(len(x), -1, -1)
-        gradient = _times(pair.weight.flatten(1).t(), grad.flatten(2)).baddbmm(
-            down, across.flatten(2), alpha=pair.scale
-        )
-        return geometry.unmet(gradient, x, grad.shape[2:]), across
-    folded = pair.fold(x.dtype)
-    if met is None:
-        return geometry.input_gradient(grad, x, folded), None
-    folded, channels = folded.flatten(1), x.shape[1]
-    if not addable or channels > positions:
-        return geometry.unmet(_times(folded.t(), grad.flatten(2)), x, grad.shape[2:]), None
-    both = _times(torch.cat([folded, pair.lora_B], 1).t(), grad.flatten(2))  # reads the gradient once for the two
-    return geometry.unmet(both[:, :channels], x, grad.shape[2:]), both[:, channels:].unflatten(2, grad.shape[2:])
+def _input_gradient(pair: Pair, route: Route, grad: Tensor, x: Tensor, across: Tensor | None) -> Tensor:
+    """That of the input; ``across`` is `_across`, which is there where thin products are added."""
+    geometry = route.geometry
+    if not route.adds_back or across is None:
+        folded = pair.fold(x.dtype)
+        if not route.product:
+            return geometry.input_gradient(grad, x, folded)
+        return geometry.unmet(_times(folded.flatten(1).t(), grad.flatten(2)), x, route.sizes)
+    if not route.product:
+        gradient = geometry.input_gradient(grad, x, pair.weight)
+        return gradient.add(geometry.input_gradient(across, x, _down(pair, geometry, x.dtype)), alpha=pair.scale)
+    down = pair.lora_A.t().expand(len(x), -1, -1)
+    gradient = _times(pair.weight.flatten(1).t(), grad.flatten(2)).baddbmm(down, across.flatten(2), alpha=pair.scale)
+    return geometry.unmet(gradient, x, route.sizes)
 
 
-def _down_gradient(pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, across: Tensor | None) -> Tensor:
-    """That of lora_A by way of the rank; ``across`` is `_across`, if it is there."""
-    across = _across(pair, geometry, grad) if across is None else across
-    met = geometry.met_by_a_point(x, pair.weight)
+def _down_gradient(pair: Pair, route: Route, across: Tensor, x: Tensor, met: Tensor | None) -> Tensor:
+    """That of lora_A by way of the rank; ``across`` is `_across`, ``met`` is `Geometry.met`."""
     if met is not None:
-        gradient = (across.flatten(2) @ met.transpose(1, 2)).sum(0)
+        gradient = torch.bmm(across.flatten(2), met.transpose(1, 2)).sum(0)
     else:
-        full = geometry.weight_gradient(across, x, _down(pair, geometry, x.dtype))
-        gradient = full.reshape(geometry.groups, *pair.lora_A.shape).sum(0) if geometry.groups > 1 else full.flatten(1)
+        groups = route.geometry.groups
+        full = route.geometry.weight_gradient(across, x, _down(pair, route.geometry, x.dtype))
+        gradient = full.reshape(groups, *pair.lora_A.shape).sum(0) if groups > 1 else full.flatten(1)
     return pair.scale * gradient.to(pair.lora_A.dtype)
 
 
-def _up_gradient(pair: Pair, geometry: Geometry, grad: Tensor, x: Tensor, hidden: Tensor | None) -> Tensor:
-    """That of lora_B by way of the rank; ``hidden`` is `_hidden`, if it was kept: constant in second derivatives."""
-    if hidden is None or torch.is_grad_enabled():
-        hidden = _hidden(pair, geometry, x)
-    (out, rank), groups = pair.lora_B.shape, geometry.groups
+def _up_gradient(pair: Pair, route: Route, grad: Tensor, hidden: Tensor) -> Tensor:
+    """That of lora_B by way of the rank; ``hidden`` is `_hidden`."""
+    (out, rank), groups = pair.lora_B.shape, route.geometry.groups
     # the thin factor first: many times as fast as the other way round
-    if groups == 1 and is_channels_last(grad) and is_channels_last(hidden):
-        across, rows = (tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (hidden, grad))
-        gradient = across.t() @ rows
-    else:
+    if groups > 1:
         rows = grad.reshape(len(grad), groups, out // groups, -1).transpose(2, 3)
         gradient = (hidden.reshape(len(grad), groups, rank, -1) @ rows).sum(0)
-    return pair.scale * gradient.transpose(-2, -1).reshape(out, rank).to(pair.lora_B.dtype)
+    elif is_channels_last(grad) and is_channels_last(hidden):
+        gradient = _rows(hidden).t() @ _rows(grad)
+    else:
+        gradient = torch.bmm(hidden.flatten(2), grad.flatten(2).transpose(1, 2)).sum(0)
+    return (pair.scale * gradient.to(pair.lora_B.dtype)).transpose(-2, -1).reshape(out, rank)
+
+
+def _rows(images: Tensor) -> Tensor:
+    """One row of channels for each point: (points, channels)."""
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
 class _Projection(torch.autograd.Function):
-    """A matrix product with an adapted weight; also differentiable twice. Thin matrices are (rank, rows): faster."""
+    """A matrix product with an adapted weight; also differentiable twice. Thin matrices are (rank, rows): faster.
+
+    The input is a matrix of rows, or images each point of which is a row of channels.
+    """
 
     @staticmethod
     def forward(
@@ -383,17 +438,18 @@ class _Projection(torch.autograd.Function):
         ctx.scale = scale
         pair = Pair(weight, lora_A, lora_B, scale)
         (out, rank), fan_in = lora_B.shape, lora_A.shape[1]
-        ctx.thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=1, positions=len(x))
+        rows = x if x.dim() == 2 else _rows(x)
+        ctx.thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=1, positions=len(rows))
         ctx.addable = pair.in_one_dtype(x)
         hidden = None
-        if not ctx.addable or folding_is_cheaper(positions=len(x), width=fan_in):
-            y = F.linear(x, pair.fold(x.dtype), bias)
+        if not ctx.addable or folding_is_cheaper(positions=len(rows), width=fan_in):
+            y = F.linear(rows, pair.fold(x.dtype).view(out, fan_in), bias)
         else:
-            hidden = lora_A @ x.t()
-            y = F.linear(x, weight, bias).addmm_(hidden.t(), lora_B.t(), alpha=scale)
+            hidden = lora_A @ rows.t()
+            y = F.linear(rows, weight.view(out, fan_in), bias).addmm_(hidden.t(), lora_B.t(), alpha=scale)
             hidden = hidden if SMALL * rank <= fan_in else None
         ctx.save_for_backward(x, weight, lora_A, lora_B, hidden)
-        return y
+        return y if x.dim() == 2 else _images(y, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -402,27 +458,37 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> Any:
         """One for each argument of `forward`."""
-        x, *tensors, hidden = ctx.saved_tensors
-        pair = _pair(tensors, ctx.scale)
+        given, weight, lora_A, lora_B, hidden = ctx.saved_tensors
+        pair = Pair(weight, lora_A, lora_B, ctx.scale)
         needs_x, _, needs_A, needs_B, needs_bias, *_ = ctx.needs_input_grad
-        down, up = pair.lora_A.to(x.dtype), pair.lora_B.to(x.dtype)
+        x = given
+        if given.dim() > 2:
+            x, grad = _rows(given), _rows(grad)
+        down, up = lora_A.to(x.dtype), lora_B.to(x.dtype)
         adding = ctx.addable and not folding_is_cheaper(positions=len(x), width=len(up))
         grad_x = grad_A = grad_B = across = None
         if (needs_A and ctx.thin) or (needs_x and adding):
             across = up.t() @ grad.t()
         if needs_x and adding and across is not None:
-            grad_x = (grad @ pair.weight).addmm(across.t(), down, alpha=pair.scale)
+            grad_x = (grad @ weight.flatten(1)).addmm(across.t(), down, alpha=ctx.scale)
         elif needs_x:
-            grad_x = grad @ pair.fold(x.dtype)
+            grad_x = grad @ pair.fold(x.dtype).flatten(1)
         if not ctx.thin and (needs_A or needs_B):
             grad_A, grad_B = pair.from_full(grad.t() @ x)
         elif across is not None and needs_A:
-            grad_A = torch.addmm(down, across, x, beta=0, alpha=pair.scale).to(pair.lora_A.dtype)
+            grad_A = torch.addmm(down, across, x, beta=0, alpha=ctx.scale).to(lora_A.dtype)
         if ctx.thin and needs_B:
             if hidden is None or torch.is_grad_enabled():  # what was kept is a constant for second derivatives
                 hidden = down @ x.t()
-            grad_B = torch.addmm(up.t(), hidden, grad, beta=0, alpha=pair.scale).t().contiguous().to(pair.lora_B.dtype)
+            grad_B = torch.addmm(up.t(), hidden, grad, beta=0, alpha=ctx.scale).t().contiguous().to(lora_B.dtype)
+        if grad_x is not None and given.dim() > 2:
+            grad_x = _images(grad_x, given)
         return grad_x, None, grad_A, grad_B, grad.sum(0) if needs_bias else None, None
+
+
+def _images(rows: Tensor, like: Tensor) -> Tensor:
+    """`_rows` undone: images with the batch, height and width of others, their channels last in memory."""
+    return rows.view(len(like), *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
 
 
 class _FrozenNorm(torch.autograd.Function):
@@ -442,20 +508,36 @@ class _FrozenNorm(torch.autograd.Function):
         return torch.batch_norm(grad, weight, None, mean, variance, False, 0.0, ctx.eps, False), None, None
 
 
-def _pair_of(module: Any, x: Any) -> Pair | None:
-    """What the layer's weight is folded from; None where this is no ordinary training step of an attached adapter."""
+def keep_freed_memory() -> None:
+    """Let the process keep up to 64 MiB that it freed, so that steps do not ask the system for the same pages again.
+
+    glibc gives back what is free at the top of its heap beyond twice the largest block that was mapped by itself and
+    freed so far. In a small network that is less than a step's tensors, and as much as a quarter of the step goes into
+    page faults. The block here is never written to, so that it takes no memory; elsewhere nothing comes of it.
+    """
+    torch.empty(KEPT, dtype=torch.uint8)
+
+
+def _pair_of(module: Any, x: Any) -> tuple[Pair, dict[Any, Route]] | None:
+    """What the layer's weight is folded from, and the routes of its steps that are known already.
+
+    None where this is no ordinary training step of an attached adapter.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return None
-    stack = module.parametrizations._modules.get("weight") if "parametrizations" in module._modules else None
-    if stack is None or len(stack) != 1 or parametrize._cache_enabled or _is_transformed() or x.is_nested:
+    stacks = module._modules.get("parametrizations")  # not by attribute: torch looks those up in Python
+    stack = None if stacks is None else stacks._modules.get("weight")
+    if stack is None or len(stack._modules) != 1 or parametrize._cache_enabled or _is_transformed() or x.is_nested:
         return None
-    part, weight = stack[0], stack.original
+    part, weight = stack._modules["0"], stack._parameters.get("original")
     if not part.steps_thinly:  # an adapter of another kind took the place of the one that the layer's class is made for
         return None
-    pair = Pair(weight, part.lora_A, part.lora_B, part.target.scale * part.strength)
-    wanted = pair.lora_A.requires_grad or pair.lora_B.requires_grad
-    ordinary = all(type(tensor) in _PLAIN for tensor in pair[:3])
-    return pair if part.enabled and wanted and ordinary and not weight.requires_grad and x.numel() else None
+    lora_A, lora_B = part._parameters["lora_A"], part._parameters["lora_B"]
+    wanted = lora_A.requires_grad or lora_B.requires_grad
+    ordinary = type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN
+    if not (part.enabled and wanted and ordinary) or weight.requires_grad or not x.numel():
+        return None
+    return Pair(weight, lora_A, lora_B, part.target.scale * part.strength), part.routes
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -476,48 +558,57 @@ def _in_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return (x, bias) if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) else None
 
 
-def _project(x: Tensor, pair: Pair, bias: Tensor | None) -> Tensor:
-    """The product for a matrix of rows."""
-    weight = pair.weight.view(len(pair.lora_B), -1)
-    result: Tensor = _Projection.apply(x, weight, pair.lora_A, pair.lora_B, bias, pair.scale)
-    return result
-
-
-def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The input with what the convolution cannot pad by itself, and what it can."""
+def _margins(module: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
+    """What has to be padded before a convolution that cannot do so by itself, and what it can."""
     none = (0,) * len(module.stride)
-    margins = module._reversed_padding_repeated_twice
+    margins = tuple(module._reversed_padding_repeated_twice)
     if module.padding_mode != "zeros":
-        return F.pad(x, margins, mode=module.padding_mode), none
+        return margins, none
     if module.padding == "valid":
-        return x, none
+        return None, none
     if module.padding == "same":
-        if margins[::2] != margins[1::2]:
-            return F.pad(x, margins), none
-        return x, tuple(margins[::-2])
-    return x, module.padding
+        return (margins, none) if margins[::2] != margins[1::2] else (None, margins[::-2])
+    return None, module.padding
+
+
+MAX_ROUTES = 64
+"""How many forms of inputs a layer remembers a route for."""
+
+
+def _route_of(module: Any, x: Tensor, pair: Pair, known: dict[Any, Route]) -> Route:
+    form = x.shape, x.stride(), x.dtype, x.device, pair.weight.dtype, pair.lora_A.dtype, pair.lora_B.dtype
+    key = (*form, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+    route = known.get(key)
+    if route is None:
+        if len(known) >= MAX_ROUTES:
+            known.clear()
+        known[key] = route = Route.of(module, x, pair)
+    return route
 
 
 def _convolution_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     def forward(module: Any, x: Tensor) -> Tensor:
-        pair, bias = _pair_of(module, x), module.bias
-        ready = None if pair is None or x.dim() != pair.weight.dim() else _in_one_dtype(x, pair.weight, bias)
-        if pair is None or ready is None:
+        found, bias = _pair_of(module, x), module.bias
+        ready = None if found is None or x.dim() != found[0].weight.dim() else _in_one_dtype(x, found[0].weight, bias)
+        if found is None or ready is None:
             return plain(module, x)
         x, bias = ready
-        result: Tensor = _without_autocast(convolved, x.device.type, module, x, pair, bias)
+        result: Tensor = _without_autocast(convolved, x.device.type, module, x, *found, bias)
         return result
 
-    def convolved(module: Any, x: Tensor, pair: Pair, bias: Tensor | None) -> Tensor:
-        x, padding = _padded(module, x)
-        if pair.weight.numel() == x.shape[1] * len(pair.weight) and not any(padding):  # one point, without groups
-            if x.numel() == x.shape[0] * x.shape[1]:
-                return _project(x.flatten(1), pair, bias).view(len(x), -1, *x.shape[2:])
-            if is_channels_last(x) and x.device.type == "cpu" and max(module.stride) == 1:
-                rows = x.permute(0, 2, 3, 1)
-                return _project(rows.flatten(0, 2), pair, bias).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
-        geometry = Geometry(module.stride, padding, module.dilation, module.groups)
-        result: Tensor = _Convolution.apply(x, *pair[:3], bias, pair.scale, geometry)
+    def convolved(module: Any, x: Tensor, pair: Pair, known: dict[Any, Route], bias: Tensor | None) -> Tensor:
+        weight, lora_A, lora_B, scale = pair
+        route = _route_of(module, x, pair, known)
+        if route.margins is not None:
+            x = F.pad(x, route.margins, mode=_MODES.get(module.padding_mode, module.padding_mode))
+        result: Tensor
+        if not route.rows:
+            result = _Convolution.apply(x, weight, lora_A, lora_B, bias, scale, route)
+        elif x.dim() == 4 and is_channels_last(x):
+            result = _Projection.apply(x, weight, lora_A, lora_B, bias, scale)
+        else:
+            rows = _Projection.apply(x.flatten(1), weight, lora_A, lora_B, bias, scale)
+            result = rows.view(len(x), -1, *x.shape[2:])
         return result
 
     return forward
@@ -525,13 +616,14 @@ def _convolution_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[An
 
 def _linear_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     def forward(module: Any, x: Tensor) -> Tensor:
-        pair, bias = _pair_of(module, x), module.bias
-        ready = None if pair is None else _in_one_dtype(x, pair.weight, bias)
-        if pair is None or ready is None:
+        found, bias = _pair_of(module, x), module.bias
+        ready = None if found is None else _in_one_dtype(x, found[0].weight, bias)
+        if found is None or ready is None:
             return plain(module, x)
         x, bias = ready
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        result: Tensor = _without_autocast(_project, x.device.type, rows, pair, bias)
+        weight, lora_A, lora_B, scale = found[0]
+        result: Tensor = _without_autocast(_Projection.apply, x.device.type, rows, weight, lora_A, lora_B, bias, scale)
         return result if x.dim() == 2 else result.view(*x.shape[:-1], -1)
 
     return forward

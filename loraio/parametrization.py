@@ -18,7 +18,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.utils import parametrize
 
 from loraio.adapter import Target
-from loraio.backward import forward_for
+from loraio.backward import forward_for, keep_freed_memory
 from loraio.classes import give_class
 from loraio.kept import STEPS, Kept, Readings, can_be_kept, reading_key
 from loraio.slots import Adapted, Slot
@@ -65,6 +65,7 @@ class FoldedWeight(AdapterPart):
         slot: where compiled graphs read the weight from when there are no gradients; None where they fold it.
         form: what compiled graphs know of a target whose factors are padded: its rank is theirs, and its scale 1. The
             padding is zero in A and in B, so that the gradient of either, a product with the other, is zero there.
+        routes: what `loraio.backward` found out of the layer's training steps, by the form of their inputs.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class FoldedWeight(AdapterPart):
         self.trainable = trainable
         self.slot: Slot | None = None
         self.form = form
+        self.routes: dict[Any, Any] = {}
         self._kept: Kept | None = None
         if form is not None:
             factors = {name: _padded(factors.get(name), shape) for name, shape in form.factor_shapes.items()}
@@ -98,7 +100,7 @@ class FoldedWeight(AdapterPart):
     @property
     def steps_thinly(self) -> bool:
         """Whether it is trained and of a kind whose layers have a training step of their own, `loraio.backward`."""
-        return self.target is not None and self.target.kind == "lora" and any(True for _ in self.parameters())
+        return self.target is not None and self.target.kind == "lora" and bool(self._parameters)
 
     def factors(self) -> dict[str, Tensor]:
         """The factors by short name, as they are now; without their padding."""
@@ -291,12 +293,15 @@ class Place:
         with _unsafe_preserve_version_counter(tensor):  # of which the list calls set_, which writes nothing
             stack = parametrize.ParametrizationList([part], tensor, unsafe=True)
         thin = isinstance(part, FoldedWeight) and part.steps_thinly and name == "weight"
+        forward = forward_for(type(module)) if thin else None
         names = {*self._parametrized(), name}
-        give_class(module, names, forward=forward_for(type(module)) if thin else None)
+        give_class(module, names, forward=forward)
         if len(names) == 1:
             module.parametrizations = nn.ModuleDict()
         del held[name]
         cast(nn.ModuleDict, module.parametrizations)[name] = stack
+        if forward is not None:
+            keep_freed_memory()
         self.resize(part.enabled)
 
     def _parametrized(self) -> list[str]:

@@ -4,6 +4,10 @@ wherever something is out of the ordinary."""
 from __future__ import annotations
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraio
 from loraio import backward
-from loraio.backward import FORWARDS, Geometry, forward_for
+from loraio.backward import FORWARDS, Geometry, Route, forward_for
 
 
 def adapter_for(model: nn.Module, **options: Any) -> loraio.Adapter:
@@ -38,6 +42,7 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "one point": lambda: (nn.Conv2d(12, 16, 1), torch.randn(2, 12, 5, 5)),
     "one point, strided": lambda: (nn.Conv2d(12, 16, 1, stride=(2, 3)), torch.randn(2, 12, 6, 7)),
     "one point of one": lambda: (nn.Conv2d(12, 16, 1), torch.randn(3, 12, 1, 1)),
+    "depthwise 3": lambda: (nn.Conv2d(6, 6, 3, padding=1, groups=6), torch.randn(2, 6, 7, 6)),
     "depthwise 5": lambda: (nn.Conv2d(6, 6, 5, padding=2, groups=6), torch.randn(2, 6, 7, 6)),
     "depthwise 7, strided": lambda: (
         nn.Conv2d(6, 6, (3, 7), stride=(1, 2), padding=(0, 3), groups=6),
@@ -195,6 +200,15 @@ def test_one_point_kernels_of_images_whose_channels_come_last_are_one_product() 
     assert not [name for name, _ in ops.calls if "conv" in name]
 
 
+def test_gradients_of_input_and_whole_weight_come_of_one_call() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6)).requires_grad_(False)
+    with loraio.attach(model, adapter_for(model), trainable=True):
+        loss = model(torch.randn(2, 6, 7, 6).requires_grad_()).sum()
+        with Ops() as ops:
+            loss.backward()
+    assert [args[-1] for name, args in ops.calls if name == "convolution_backward"] == [[True, True, False]]
+
+
 def test_nothing_is_computed_for_an_input_that_needs_no_gradient() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).requires_grad_(False)
     for names, inputs in (("all", 1), (("2",), 0)):
@@ -255,6 +269,77 @@ def test_frozen_normalisation_has_the_gradients_of_torchs_own() -> None:
         assert next(own(model[1](y[:, [0, 1, 2, 3, 0, 1]]).grad_fn)) == "NativeBatchNormBackward0"
     torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
     assert type(model[1]).forward is nn.BatchNorm2d.forward
+
+
+def test_a_route_is_found_once_and_anew_where_anything_it_goes_by_is_another(monkeypatch: Any) -> None:
+    model, x = one_layer()
+    layer: Any = model[0]
+    found: list[Any] = []
+    real = Route.of
+    monkeypatch.setattr(Route, "of", lambda *given: found.append(given) or real(*given))
+    adapter = adapter_for(model)
+    with loraio.attach(model, adapter, trainable=True) as live:
+        changes: list[Callable[[], Any]] = [
+            lambda: None,
+            lambda: setattr(layer, "padding", (1, 1)),
+            lambda: setattr(layer, "padding_mode", "circular"),
+            lambda: setattr(layer, "stride", (2, 2)),
+            lambda: setattr(layer, "dilation", (2, 2)),
+        ]
+        for change in changes:
+            change()
+            for given in (x, x[:1], x[..., :5], x.to(memory_format=torch.channels_last)):
+                leaves = {name: factor.clone().requires_grad_() for name, factor in adapter.factors.items()}
+                expected = torch.autograd.grad(plain_layer(layer, given, adapter, leaves), list(leaves.values()))
+                for _ in range(2):
+                    result = model(given)
+                    assert is_cheap(result)
+                    gradients = torch.autograd.grad(result.square().sum(), list(live.parameters()))
+                    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
+    assert len(found) == 4 * len(changes)
+
+
+def plain_layer(layer: Any, x: Tensor, adapter: loraio.Adapter, leaves: dict[str, Tensor]) -> Tensor:
+    """The sum of squares of what the layer gives, as it is set now, with a weight folded in tensor arithmetic."""
+    delta = adapter.targets["0.weight"].scale * leaves["0.weight.lora_B"] @ leaves["0.weight.lora_A"]
+    weight = layer.parametrizations.weight.original
+    result: Tensor = layer._conv_forward(x, weight + delta.view(weight.shape), layer.bias)
+    return result.square().sum()
+
+
+def test_a_layer_that_meets_ever_new_sizes_forgets_routes(monkeypatch: Any) -> None:
+    model, _ = one_layer()
+    monkeypatch.setattr(backward, "MAX_ROUTES", 2)
+    with loraio.attach(model, adapter_for(model), trainable=True):
+        part: Any = model[0].parametrizations.weight[0]  # type: ignore[union-attr, index]
+        for size in (4, 5, 6, 4):
+            assert model(torch.randn(1, 4, size, size)).shape[2] == size - 2
+            assert 1 <= len(part.routes) <= 2
+
+
+PAGES = """
+import resource, sys, torch, loraio
+from torch import nn
+
+model = nn.Sequential(nn.Conv2d(1, 2, 3)).requires_grad_(False)
+if sys.argv[1] == "attached":
+    loraio.attach(model, loraio.new_adapter(model, loraio.TrainConfig(rank=1)), trainable=True)
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**24, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Pages that the system hands out for 16 MiB that were written to and freed just before."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's own ways")
+def test_a_training_step_gets_the_memory_of_the_last_one() -> None:
+    usual = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    pages = {
+        how: int(subprocess.run([sys.executable, "-c", PAGES, how], env=usual, capture_output=True, check=True).stdout)
+        for how in ("attached", "alone")
+    }
+    assert pages["attached"] < 100 < pages["alone"]
 
 
 # the plain way

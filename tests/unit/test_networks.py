@@ -15,6 +15,7 @@ from torch import nn
 import loraio
 from loraio import networks
 from loraio.errors import ConfigError, UnknownNameError
+from loraio.training.batches import in_order
 
 OWN = """
 import torch
@@ -287,3 +288,23 @@ def test_an_adapter_goes_on_and_off_a_network_of_torchvision(name: str, args: di
         assert parameter.equal(before[key][1])
     merged = loraio.merge(model.state_dict(), adapter)
     assert loraio.verify_weights(model.state_dict(), adapter, merged).ok
+
+
+def test_the_digit_cnn_keeps_as_little_for_the_backward_pass_in_either_order_of_memory() -> None:
+    model = loraio.build_network("digit-cnn", seed=0)
+
+    def kept(*, channels_last: bool) -> int:
+        images = in_order(torch.rand(2, 1, 28, 28), channels_last=channels_last)
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(images).sum()
+        total = sum(storage.nbytes() for storage in storages.values())
+        loss.backward()
+        return total
+
+    assert kept(channels_last=True) == kept(channels_last=False)
