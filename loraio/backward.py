@@ -441,15 +441,17 @@ class _Projection(torch.autograd.Function):
         rows = x if x.dim() == 2 else _rows(x)
         ctx.thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=1, positions=len(rows))
         ctx.addable = pair.in_one_dtype(x)
+        # no view of another tensor is returned: activations may not write to one in place
+        y = x.new_empty(len(rows), out) if x.dim() == 2 else _empty_images(x, out)
         hidden = None
         if not ctx.addable or folding_is_cheaper(positions=len(rows), width=fan_in):
-            y = F.linear(rows, pair.fold(x.dtype).view(out, fan_in), bias)
+            _project(rows, pair.fold(x.dtype).view(out, fan_in), bias, y)
         else:
             hidden = lora_A @ rows.t()
-            y = F.linear(rows, weight.view(out, fan_in), bias).addmm_(hidden.t(), lora_B.t(), alpha=scale)
+            _project(rows, weight.view(out, fan_in), bias, y).addmm_(hidden.t(), lora_B.t(), alpha=scale)
             hidden = hidden if SMALL * rank <= fan_in else None
         ctx.save_for_backward(x, weight, lora_A, lora_B, hidden)
-        return y if x.dim() == 2 else _images(y, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -484,6 +486,20 @@ class _Projection(torch.autograd.Function):
         if grad_x is not None and given.dim() > 2:
             grad_x = _images(grad_x, given)
         return grad_x, None, grad_A, grad_B, grad.sum(0) if needs_bias else None, None
+
+
+def _empty_images(like: Tensor, channels: int) -> Tensor:
+    """Room for images with the batch, height and width of others, their channels last in memory."""
+    shape = len(like), channels, *like.shape[2:]
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
+    """``rows @ weight.T + bias``, written to a matrix or to images with the channels last; gives the matrix."""
+    matrix = room if room.dim() == 2 else room.permute(0, 2, 3, 1).view(rows.shape[0], -1)
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=matrix)
+    return torch.addmm(bias, rows, weight.t(), out=matrix)
 
 
 def _images(rows: Tensor, like: Tensor) -> Tensor:

@@ -133,6 +133,24 @@ def test_gradients_are_those_of_plain_arithmetic_either_way(
         torch.testing.assert_close(gradient, other, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_an_activation_in_place_gives_the_same_gradients(
+    case: tuple[nn.Module, Tensor], memory_format: torch.memory_format
+) -> None:
+    model, x = case
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    found = []
+    with loraio.attach(model, adapter_for(model), trainable=True) as live:
+        for inplace in (False, True):
+            y = nn.ReLU(inplace)(model(x))
+            assert is_cheap(y)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *live.parameters()])])
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("thin", [0, 1e9], ids=["thin", "full"])
 def test_first_and_second_derivatives_pass_gradcheck(
     case: tuple[nn.Module, Tensor], thin: float, monkeypatch: Any
