@@ -272,8 +272,8 @@ def _read_anew(module: nn.Module, name: str, usual: Callable[[nn.Module], Tensor
     stacks = module._modules.get("parametrizations")
     stack: Any = None if stacks is None else stacks._modules.get(name)
     part: Any = None if stack is None or len(stack._modules) > 1 else stack._modules["0"]
-    # whole tensors have no such method, nor has what is not ours
-    if not hasattr(part, "at_hand") or not _nobody_looks_on():
+    # whole tensors have no such method, nor has what is not ours; replicas of torch.nn.DataParallel have no Parameters
+    if not hasattr(part, "at_hand") or "original" not in stack._parameters or not _nobody_looks_on():
         return usual(module)
     if part.trainable:
         given: Tensor | None = part.at_hand(stack._parameters["original"])

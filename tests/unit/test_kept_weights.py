@@ -331,3 +331,74 @@ def test_swapping_reads_the_base_once_and_notices_what_was_written_to_it(
     with pytest.raises(BaseMismatchError):
         loraio.attach(base, three)
     assert hashed.since() == 0
+
+
+def test_a_write_to_a_later_weight_from_within_a_pass_is_seen_in_that_pass(
+    base: nn.Module, three: loraio.Adapter, images: Tensor
+) -> None:
+    names = list(three.targets)
+    first, last = (base.get_submodule(name.rpartition(".")[0]) for name in (names[0], names[-1]))
+    assert first is not last
+    with loraio.attach(base, three):
+        outputs(base, images)
+        before = outputs(base, images)  # reads what was kept
+        stack: Any = last.parametrizations
+
+        def write(*_: Any) -> None:
+            stack.weight.original.mul_(1.5)
+
+        hook = first.register_forward_hook(write)
+        within = outputs(base, images)
+        hook.remove()
+        after = outputs(base, images)
+    assert not within.equal(before)
+    assert within.equal(after)
+
+
+def test_a_write_to_factors_from_within_a_pass_is_seen_by_the_next_one(
+    base: nn.Module, three: loraio.Adapter, images: Tensor
+) -> None:
+    name = list(three.targets)[-1]
+    last: Any = base.get_submodule(name.rpartition(".")[0])
+    with loraio.attach(base, three) as live:
+        outputs(base, images)
+        before = outputs(base, images)
+
+        def write(*_: Any) -> None:
+            last.parametrizations.weight[0].lora_B.mul_(2)
+
+        hook = last.register_forward_pre_hook(write)
+        outputs(base, images)
+        hook.remove()
+        after = outputs(base, images)
+        merged = loraio.merge(loraio.base_state_dict(base), live.adapter)
+    assert not after.equal(before)
+    base.load_state_dict(merged)
+    assert outputs(base, images).equal(after)
+
+
+def test_a_weight_that_was_read_and_written_to_is_computed_anew(
+    base: nn.Module, three: loraio.Adapter, images: Tensor
+) -> None:
+    layer: Any = base.get_submodule(next(iter(three.targets)).rpartition(".")[0])
+    with loraio.attach(base, three), torch.no_grad():
+        expected = outputs(base, images)
+        outputs(base, images)
+        layer.weight.zero_()
+        assert outputs(base, images).equal(expected)
+
+
+def test_a_replica_does_not_read_what_its_model_kept(base: nn.Module, three: loraio.Adapter, images: Tensor) -> None:
+    layer: Any = base.get_submodule(next(iter(three.targets)).rpartition(".")[0])
+    with loraio.attach(base, three), torch.no_grad():
+        outputs(base, images)
+        outputs(base, images)
+        kept = layer.weight
+        replica = layer._replicate_for_data_parallel()
+        stacks = layer.parametrizations._replicate_for_data_parallel()
+        stack = layer.parametrizations.weight._replicate_for_data_parallel()
+        stack.original = layer.parametrizations.weight.original.detach() + 1
+        stacks._modules["weight"] = stack
+        replica._modules["parametrizations"] = stacks
+        assert not replica.weight.equal(kept)
+        assert layer.weight.equal(kept)
