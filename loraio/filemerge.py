@@ -28,6 +28,7 @@ from loraio.adapter import Adapter, check_strength
 from loraio.bases import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.container import TORCH_DTYPES, Header, dtype_code, tensor_sha256
 from loraio.conversion import load_for
+from loraio.copying import Inputs, Progress, Stored, changed
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
 from loraio.finished import FinishedParts
 from loraio.formats.sources import adapter_files
@@ -41,13 +42,9 @@ from loraio.residuefile import Residue, ResidueWriter, index_text, residue_besid
 from loraio.streaming import (
     Fold,
     Folding,
-    Inputs,
-    Progress,
     SourceDiffersError,
-    Stored,
     TensorPlan,
     Written,
-    changed,
     counting,
     digests_of,
     one_thread_each,

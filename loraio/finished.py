@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loraio import container
+from loraio.copying import signature_of
 from loraio.errors import LoraioError
 from loraio.outputs import staged
-from loraio.streaming import Fold, Written, signature_of
+from loraio.streaming import Fold, Written
 from loraio.verification import FoldCheck
 
 RECEIPT = "receipt.json"

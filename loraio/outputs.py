@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import filecmp
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -146,16 +149,22 @@ def staged_folder(
             name_folder(temporary, into)
 
 
-PIECE = 1 << 20
-"""Bytes that pass through memory at once where the system cannot copy from file to file."""
+PIECE = 1 << 18
+"""Bytes that pass through memory at once: more of them, written in one call, take the system much longer for each."""
+
+PAGE = 4096
+"""What the system keeps of a file in memory comes in pieces of so many bytes, or of a multiple."""
 
 _CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
 
 
-def copy_range(source: FileIO, begin: int, target: FileIO, place: int, count: int) -> int:
+def copy_range(
+    source: FileIO, begin: int, target: FileIO, place: int, count: int, *, room: memoryview | None = None
+) -> int:
     """Copy bytes from file to file, by the system itself where it can: ``copy_file_range``, else ``sendfile``.
 
-    Some pairs of filesystems can do neither; then the bytes pass through memory.
+    Some pairs of filesystems can do neither; then the bytes pass through memory. They also do where somebody has memory
+    to spare and every page would have to be put together of two: that takes the system longer than both ways.
 
     Args:
         source: an unbuffered file.
@@ -163,12 +172,22 @@ def copy_range(source: FileIO, begin: int, target: FileIO, place: int, count: in
         target: another one.
         place: where they go.
         count: how many.
+        room: memory that may be written over.
 
     Returns:
         how many were copied: fewer than asked for only where the source ends.
     """
-    done = 0
-    for way in (_copy_file_range, _sendfile, _by_memory):
+    piece = room[:PIECE] if room is not None else memoryview(bytearray(min(count, PIECE)))
+
+    def by_memory(source: FileIO, begin: int, target: FileIO, place: int, count: int) -> int:
+        source.seek(begin)
+        read = source.readinto(piece[:count]) or 0
+        target.seek(place)
+        write_all(target, piece[:read])
+        return read
+
+    done, apart = 0, room is not None and (place - begin) % PAGE != 0
+    for way in (_copy_file_range, _sendfile, by_memory)[2 * apart :]:
         try:
             while done < count:
                 copied = way(source, begin + done, target, place + done, count - done)
@@ -196,12 +215,81 @@ def _sendfile(source: FileIO, begin: int, target: FileIO, place: int, count: int
     return os.sendfile(target.fileno(), source.fileno(), begin, count)
 
 
-def _by_memory(source: FileIO, begin: int, target: FileIO, place: int, count: int) -> int:
-    source.seek(begin)
-    piece = source.read(min(count, PIECE))
-    target.seek(place)
-    write_all(target, memoryview(piece))
-    return len(piece)
+def reserve(file: FileIO, size: int) -> None:
+    """Make a file so long, and have the system set the space for it aside, where it can.
+
+    To fill what is set aside takes the system less than to find the space block by block, and a disk without the room
+    says so before anything is written.
+
+    Raises:
+        OSError: the system refuses it.
+    """
+    file.truncate(size)
+    while _fallocate is not None and _fallocate(file.fileno(), 0, 0, size):
+        code = ctypes.get_errno()
+        if code in _CANNOT:
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def _found_fallocate() -> Callable[[int, int, int, int], int] | None:
+    """The system's own: ``os.posix_fallocate`` writes to every block where there is none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return function
+
+
+_fallocate = _found_fallocate()
+
+EARLY = 1 << 26
+"""Files from so many bytes on are flushed while they are written."""
+
+PAUSE = 0.1
+"""Seconds between two flushes."""
+
+
+@contextlib.contextmanager
+def flushed_early(path: Path, size: int) -> Iterator[None]:
+    """While the block writes a large file, let the system put on the disk what is in it, so that less is left to wait
+    for in the end.
+
+    Args:
+        path: the file.
+        size: what it will have.
+
+    Raises:
+        OSError: the disk refuses it. The system tells it once, and not to those who open the file later.
+    """
+    if size < EARLY or not hasattr(os, "fdatasync"):
+        yield
+        return
+    ended, failures = threading.Event(), []
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def flush() -> None:
+        try:
+            while not ended.wait(PAUSE):
+                os.fdatasync(descriptor)
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=flush, name="flush")
+    try:
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+    finally:
+        os.close(descriptor)
+    if failures:
+        raise failures[0]
 
 
 def write_all(target: FileIO, data: memoryview) -> None:

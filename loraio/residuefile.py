@@ -22,13 +22,14 @@ from torch import Tensor
 from loraio import container
 from loraio.adapter import Adapter, check_strength
 from loraio.container import Header, tensor_bytes
+from loraio.copying import Inputs, Stored
 from loraio.errors import ConfigError, FormatError, MissingFileError, VerificationError
 from loraio.identity import state_sha256
 from loraio.integrity import PENDING
 from loraio.outputs import write_all
 from loraio.receipts import is_sha256
 from loraio.residues import LENGTHS, block_length, residue_of, restored
-from loraio.streaming import Inputs, Stored, TensorPlan, copy_tensor, read_bytes
+from loraio.streaming import TensorPlan, copy_tensor, read_bytes
 
 FORMAT_VERSION = 2
 """Version of the metadata of a residue file."""

@@ -9,11 +9,12 @@ still at hand.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import hashlib
 import math
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -26,23 +27,12 @@ from torch import Tensor
 
 from loraio.adapter import Adapter, parts_of
 from loraio.container import TORCH_DTYPES, layout, read_header, tensor_bytes
-from loraio.errors import ConfigError, FormatError, MissingFileError, VerificationError
-from loraio.outputs import copy_range, write_all
+from loraio.copying import BLOCK, Copied, Inputs, Progress, StoppedError, Stored, changed, read_into
+from loraio.errors import ConfigError, VerificationError
+from loraio.outputs import copy_range, flushed_early, reserve, write_all
 from loraio.verification import FoldCheck, check_fold
 
 T = TypeVar("T")
-
-BLOCK = 1 << 22
-"""Bytes that are copied before they are read back: few enough to be still in the processor's cache."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """Bytes in a file: ``size`` of them, from ``begin`` on."""
-
-    path: Path
-    begin: int
-    size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,80 +179,6 @@ class SourceDiffersError(Exception):
     """The bytes of a tensor are not those that were expected."""
 
 
-class Inputs:
-    """Files that must not change while they are read.
-
-    They are read by their paths, again and again and from several threads; every time it must be the file of the first
-    time: the same inode, length and time of change.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[Path, tuple[int, ...]] = {}
-
-    def open(self, path: Path) -> FileIO:
-        """The file, unbuffered, for reading.
-
-        Raises:
-            MissingFileError: it cannot be opened any more.
-            FormatError: it changed.
-        """
-        try:
-            file = FileIO(path)
-        except OSError as error:
-            raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
-        try:
-            self._compare(path, os.fstat(file.fileno()))
-        except FormatError:
-            file.close()
-            raise
-        return file
-
-    def check(self) -> None:
-        """Raise FormatError if one of the files is no longer what it was."""
-        for path in list(self._seen):
-            self.open(path).close()
-
-    def signature(self, path: Path) -> list[int]:
-        """What is compared, as plain numbers."""
-        self.open(path).close()
-        return list(self._seen[path])
-
-    def _compare(self, path: Path, found: os.stat_result) -> None:
-        if self._seen.setdefault(path, signature_of(found)) != signature_of(found):
-            raise changed(path)
-
-
-def signature_of(found: os.stat_result) -> tuple[int, ...]:
-    """What of a file is another when somebody writes to it."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def changed(path: Path) -> FormatError:
-    """The error for a file that somebody else writes to."""
-    return FormatError("the file changed while it was being read", where=f"{str(path)!r}", hint="try again")
-
-
-class Progress:
-    """Counts bytes, from several threads, and stops all of them when one has failed."""
-
-    def __init__(self, report: Callable[[int], None] | None = None) -> None:
-        self._report = report
-        self._lock = threading.Lock()
-        self.stopped = False
-
-    def add(self, count: int) -> None:
-        """So many bytes are done.
-
-        Raises:
-            StoppedError: the work has come to nothing in another thread.
-        """
-        if self.stopped:
-            raise StoppedError
-        if self._report is not None:
-            with self._lock:
-                self._report(count)
-
-
 def counting(report: Callable[[int, int], None] | None, total: int) -> Progress:
     """Progress that is reported as bytes done, of so many in all."""
     if report is None:
@@ -291,17 +207,38 @@ def worker_count(workers: int | None) -> int:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """The workers share the processors; each operation keeps to the one of its worker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The workers share the processors; each operation keeps to the one of its worker.
+
+    For products of NumPy too: the threads of its OpenBLAS wait for each other by running in circles, and several
+    workers that call it at once wait for its threads.
+    """
+    counts = [(torch.get_num_threads, torch.set_num_threads), *_openblas()]
+    before = [get() for get, _ in counts]
     try:
+        for _, put in counts:
+            put(1)
         yield
     finally:
-        torch.set_num_threads(before)
+        for (_, put), count in zip(counts, before, strict=True):
+            put(count)
 
 
-class StoppedError(Exception):
-    """Another thread has failed."""
+@functools.cache
+def _openblas() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
+    """How many threads NumPy's OpenBLAS has, and how to set that; nothing where NumPy has another library."""
+    place = next(
+        name for name in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath") if name in sys.modules
+    )
+    try:
+        library = ctypes.CDLL(sys.modules[place].__file__)  # and those that it is linked with
+    except OSError:
+        return []
+    names = [f"{start}{{}}_num_threads{end}" for start in ("scipy_openblas_", "openblas_") for end in ("64_", "")]
+    return [
+        (getattr(library, name.format("get")), getattr(library, name.format("set")))
+        for name in names
+        if hasattr(library, name.format("set")) and hasattr(library, name.format("get"))
+    ]
 
 
 def digests_of(plans: Mapping[str, TensorPlan], inputs: Inputs, *, workers: int, progress: Progress) -> dict[str, str]:
@@ -310,8 +247,8 @@ def digests_of(plans: Mapping[str, TensorPlan], inputs: Inputs, *, workers: int,
     def job(name: str) -> str:
         plan, whole = plans[name], hashlib.sha256()
         with _opened(plan.source, inputs) as source:
-            for start in range(0, plan.size, BLOCK):
-                whole.update(source.read(start, min(BLOCK, plan.size - start)).numpy().data)
+            for block in _blocks(source, plan.size):
+                whole.update(block)
                 progress.add(0)
         return whole.hexdigest()
 
@@ -325,12 +262,14 @@ def copy_tensor(plan: TensorPlan, target: FileIO, place: int, inputs: Inputs) ->
 
 
 def read_bytes(file: FileIO, begin: int, count: int) -> Tensor:
-    """Bytes of a file, as a flat uint8 tensor.
+    """Bytes of a file, as a flat uint8 tensor that is aligned for every dtype.
 
     Raises:
         MissingFileError, FormatError: they cannot be read, or there are not so many.
     """
-    return _read(file, begin, count, Path(os.fsdecode(file.name)))
+    raw = torch.empty(count, dtype=torch.uint8)
+    read_into(file, begin, raw.numpy().data)
+    return raw
 
 
 def read_source(plan: TensorPlan, inputs: Inputs) -> Tensor:
@@ -387,9 +326,11 @@ def write_tensors(
             raise SourceDiffersError(name)
         return made
 
+    size = len(start) + sum(plan.made_size for plan in plans.values())
     with FileIO(path, "r+") as file:
-        file.truncate(len(start) + sum(plan.made_size for plan in plans.values()))
-    written = _each((name[len(prefix) :] for name in placed), job, workers=workers, progress=progress)
+        reserve(file, size)
+    with flushed_early(path, size):
+        written = _each((name[len(prefix) :] for name in placed), job, workers=workers, progress=progress)
     end, _ = layout(facts, metadata(written), where=where)
     with FileIO(path, "r+") as file:
         write_all(file, memoryview(end))
@@ -412,7 +353,7 @@ def _change(
         weight = raw.view(dtype).view(shape)
         target.seek(place + start)
         write_all(target, tensor_bytes(change.make(name, part, weight)).numpy().data)
-        raw = _read(target, place + start, shape[0] * row, Path(os.fsdecode(target.name)))
+        raw = read_bytes(target, place + start, shape[0] * row)
         after.update(raw.numpy().data)
         fold += change.look(name, part, weight, raw.view(dtype).view(shape), fold)
         progress.add(len(raw))
@@ -423,20 +364,27 @@ def _give(
     given: Tensor, plan: TensorPlan, source: _Source, target: FileIO, place: int, *, progress: Progress
 ) -> Written:
     before = hashlib.sha256()
-    for start in range(0, plan.size, BLOCK):
-        before.update(source.read(start, min(BLOCK, plan.size - start)).numpy().data)
+    for block in _blocks(source, plan.size):
+        before.update(block)
     written = _copy(replace(plan, source=given), _InMemory(tensor_bytes(given)), target, place, progress=progress)
     return replace(written, source_sha256=before.hexdigest())
 
 
 def _copy(plan: TensorPlan, source: _Source, target: FileIO, place: int, *, progress: Progress) -> Written:
-    whole = hashlib.sha256()
-    for start in range(0, plan.size, BLOCK):
-        count = min(BLOCK, plan.size - start)
-        source.copy(start, target, place + start, count)
-        whole.update(_read(target, place + start, count, Path(os.fsdecode(target.name))).numpy().data)
+    copied = Copied()
+    for count in copied.go_on(source.copy, target, place, plan.size):
         progress.add(count)
-    return Written(sha256=whole.hexdigest(), source_sha256=whole.hexdigest())
+    sha256 = copied.digest.hexdigest()
+    return Written(sha256=sha256, source_sha256=sha256)
+
+
+def _blocks(source: _Source, size: int) -> Iterator[memoryview]:
+    """The bytes of a tensor, in memory that is used again for each block."""
+    room = memoryview(bytearray(min(BLOCK, size)))
+    for start in range(0, size, BLOCK):
+        block = room[: min(BLOCK, size - start)]
+        source.fill(start, block)
+        yield block
 
 
 class _Source(Protocol):
@@ -446,8 +394,12 @@ class _Source(Protocol):
         """Some of them, as a flat uint8 tensor."""
         ...
 
-    def copy(self, start: int, target: FileIO, place: int, count: int) -> None:
-        """Put some of them into a file."""
+    def fill(self, start: int, room: memoryview) -> None:
+        """As many as there is room for."""
+        ...
+
+    def copy(self, start: int, target: FileIO, place: int, room: memoryview) -> None:
+        """Put as many into a file as there is room for in memory, of which use may be made."""
         ...
 
 
@@ -458,9 +410,12 @@ class _InMemory:
     def read(self, start: int, count: int) -> Tensor:
         return self.data[start : start + count]
 
-    def copy(self, start: int, target: FileIO, place: int, count: int) -> None:
+    def fill(self, start: int, room: memoryview) -> None:
+        room[:] = self.read(start, len(room)).numpy().data
+
+    def copy(self, start: int, target: FileIO, place: int, room: memoryview) -> None:
         target.seek(place)
-        write_all(target, self.read(start, count).numpy().data)
+        write_all(target, self.read(start, len(room)).numpy().data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,10 +424,13 @@ class _InFile:
     file: FileIO
 
     def read(self, start: int, count: int) -> Tensor:
-        return _read(self.file, self.stored.begin + start, count, self.stored.path)
+        return read_bytes(self.file, self.stored.begin + start, count)
 
-    def copy(self, start: int, target: FileIO, place: int, count: int) -> None:
-        if copy_range(self.file, self.stored.begin + start, target, place, count) < count:
+    def fill(self, start: int, room: memoryview) -> None:
+        read_into(self.file, self.stored.begin + start, room)
+
+    def copy(self, start: int, target: FileIO, place: int, room: memoryview) -> None:
+        if copy_range(self.file, self.stored.begin + start, target, place, len(room), room=room) < len(room):
             raise changed(self.stored.path)
 
 
@@ -483,22 +441,6 @@ def _opened(source: Stored | Tensor, inputs: Inputs) -> Iterator[_Source]:
         return
     with inputs.open(source.path) as file:
         yield _InFile(source, file)
-
-
-def _read(file: FileIO, begin: int, count: int, path: Path) -> Tensor:
-    """Bytes of a file, as a flat uint8 tensor that is aligned for every dtype."""
-    raw = torch.empty(count, dtype=torch.uint8)
-    rest = raw.numpy().data
-    file.seek(begin)
-    try:
-        while len(rest):
-            read = file.readinto(rest)
-            if not read:
-                raise changed(path)
-            rest = rest[read:]
-    except OSError as error:
-        raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
-    return raw
 
 
 def _each(names: Iterable[str], job: Callable[[str], T], *, workers: int, progress: Progress) -> dict[str, T]:

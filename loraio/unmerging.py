@@ -20,6 +20,7 @@ from loraio.adapter import Adapter
 from loraio.bases import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.container import TORCH_DTYPES, Header, dtype_code
 from loraio.conversion import load_for
+from loraio.copying import Inputs, Progress, Stored
 from loraio.errors import (
     AdapterError,
     BaseMismatchError,
@@ -36,9 +37,6 @@ from loraio.parts import INDEX_SUFFIX
 from loraio.receipts import Receipt
 from loraio.residuefile import ResidueFile, Unfolding, digest_of, index_text, read_residue, residue_beside
 from loraio.streaming import (
-    Inputs,
-    Progress,
-    Stored,
     TensorPlan,
     Written,
     counting,

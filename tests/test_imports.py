@@ -28,7 +28,7 @@ LINES = [
     {"adapter", "classes"},
     {"backward"},
     {"folding"},
-    {"kept", "layers", "kinds", "parts", "pickles", "slots", "undoing", "watching"},
+    {"copying", "kept", "layers", "kinds", "parts", "pickles", "slots", "undoing", "watching"},
     {"lowrank", "container", "registry"},
     {"firstbytes", "integrity", "names", "outputs", "strictjson"},
     {"limits", "temporaries"},

@@ -78,12 +78,9 @@ print(json.dumps({"import": imported - start, "merge": time.perf_counter() - imp
 """
 
 SPLIT = """
-import hashlib, json, os, sys, threading, time, types
-from loraio import outputs, streaming
-from loraio.adapter import Adapter
-import loraio
+import hashlib, json, os, sys, threading, time
 
-merge_file, lock, spent = loraio.merge_file, threading.Lock(), {}
+lock, spent = threading.Lock(), {}
 
 def timed(name, function):
     def call(*words, **options):
@@ -95,18 +92,23 @@ def timed(name, function):
                 spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
     return call
 
-class Hash:
-    def __init__(self):
-        whole = hashlib.sha256()
-        self.update, self.hexdigest = timed("hash", whole.update), whole.hexdigest
+def sha256(data=b"", real=hashlib.sha256):
+    whole = real(data)
+    return type("Hash", (), {"update": timed("hash", whole.update), "hexdigest": whole.hexdigest})()
 
-streaming.hashlib = types.SimpleNamespace(sha256=Hash)
-for name in ("copy_range", "write_all", "_read", "check_fold"):
-    setattr(streaming, name, timed(name.strip("_"), getattr(streaming, name)))
+hashlib.sha256 = sha256
+import loraio
+merge_file = timed("merge_file", loraio.merge_file)
+from loraio import copying, streaming
+from loraio.adapter import Adapter
+
+for name in ("copy_range", "write_all", "read_into", "check_fold"):
+    setattr(streaming, name, timed(name, getattr(streaming, name)))
+copying.read_into = streaming.read_into
 Adapter.fold = timed("fold", Adapter.fold)
-os.fsync = timed("fsync", os.fsync)
+os.fsync, os.fdatasync = timed("fsync", os.fsync), timed("early fsync", os.fdatasync)
 base, adapter, output, workers = sys.argv[1:]
-timed("merge_file", merge_file)(base, adapter, output, overwrite=True, workers=int(workers))
+merge_file(base, adapter, output, overwrite=True, workers=int(workers))
 print(json.dumps(spent))
 """
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import loraio
-from loraio import container, streaming
+from loraio import container, copying, streaming
 from loraio.errors import BaseMismatchError, OutputExistsError, VerificationError
 
 
@@ -84,15 +85,16 @@ def test_a_file_that_reads_back_wrong_is_not_kept(
 ) -> None:
     header = container.read_header(files / "merged.safetensors")
     damaged_byte = 8 + header.header_bytes + header.tensors[name].begin + 2
-    real = streaming._read
+    real = copying.read_into
 
-    def damaged(file: FileIO, begin: int, count: int, path: Path) -> Tensor:
-        raw = real(file, begin, count, path)
-        if path.name.startswith(".") and begin <= damaged_byte < begin + count:  # the temporary file
-            raw[damaged_byte - begin] ^= 16
-        return raw
+    def damaged(file: FileIO, begin: int, room: memoryview) -> None:
+        real(file, begin, room)
+        temporary = Path(os.fsdecode(file.name)).name.startswith(".")
+        if temporary and begin <= damaged_byte < begin + len(room):
+            room[damaged_byte - begin] ^= 16
 
-    monkeypatch.setattr(streaming, "_read", damaged)
+    for module in (copying, streaming):
+        monkeypatch.setattr(module, "read_into", damaged)
     target = tmp_path / "m.safetensors"
     target.write_bytes(b"old")
     with pytest.raises(VerificationError, match="nothing was written"):

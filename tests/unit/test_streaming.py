@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
@@ -249,6 +250,128 @@ def test_a_system_that_copies_badly_changes_no_byte(
     assert (tmp_path / "target").read_bytes() == b"kept" + data + b"after"
 
 
+@pytest.mark.parametrize("room", [7, outputs.PIECE, 2 * outputs.PIECE])
+@pytest.mark.parametrize("place", [0, 1, outputs.PAGE + 5])
+def test_bytes_pass_through_memory_only_where_pages_would_be_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, room: int
+) -> None:
+    real, calls = os.copy_file_range, []
+
+    def counted(*words: int) -> int:
+        calls.append(words)
+        return real(*words)
+
+    monkeypatch.setattr(os, "copy_file_range", counted)
+    data = os.urandom(outputs.PIECE + 99)
+    (tmp_path / "source").write_bytes(b"start" + data)
+    (tmp_path / "target").write_bytes(b"")
+    memory = memoryview(bytearray(room))
+    with FileIO(tmp_path / "source") as source, FileIO(tmp_path / "target", "r+") as target:
+        assert outputs.copy_range(source, 5, target, place, len(data), room=memory) == len(data)
+        assert outputs.copy_range(source, 5 + len(data), target, place, 1, room=memory) == 0
+    assert (tmp_path / "target").read_bytes() == bytes(place) + data
+    assert bool(calls) == (place == outputs.PAGE + 5)
+
+
+def test_space_is_set_aside_where_the_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[int] = []
+    asked: list[tuple[int, ...]] = []
+
+    def answering(*words: int) -> int:
+        asked.append(words[1:])
+        code = answers.pop(0)
+        ctypes.set_errno(code)
+        return -1 if code else 0
+
+    path = tmp_path / "file"
+    path.write_bytes(b"longer than it is to be")
+    monkeypatch.setattr(outputs, "_fallocate", answering)
+    with FileIO(path, "r+") as file:
+        for given in ([0], [errno.EINTR, errno.EINTR, 0], [errno.EOPNOTSUPP], [errno.ENOSYS]):
+            answers[:] = given
+            outputs.reserve(file, 10)
+            assert not answers
+        assert asked == [(0, 0, 10)] * 6
+        answers[:] = [errno.ENOSPC]
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            outputs.reserve(file, 10)
+        monkeypatch.setattr(outputs, "_fallocate", None)  # on other systems
+        outputs.reserve(file, 12)
+    assert path.read_bytes() == b"longer tha\0\0"
+
+
+def test_a_disk_without_the_room_says_so_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    state, adapter = case()
+    base, path = saved(state, adapter, tmp_path)
+    monkeypatch.setattr(outputs, "_fallocate", full)
+    monkeypatch.setattr(streaming, "_each", None)
+    before = names_in(tmp_path)
+    with pytest.raises(OutputError, match=os.strerror(errno.ENOSPC)):
+        loraio.merge_file(base, path, tmp_path / "m.safetensors")
+    assert names_in(tmp_path) == before
+
+
+def test_a_large_file_is_flushed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, flushed, path = os.fdatasync, threading.Semaphore(0), tmp_path / "file"
+    path.write_bytes(b"1")
+
+    def counted(file: int) -> None:
+        assert os.path.samestat(os.fstat(file), path.stat())
+        real(file)
+        flushed.release()
+
+    monkeypatch.setattr(os, "fdatasync", counted)
+    monkeypatch.setattr(outputs, "PAUSE", 0.001)
+    before = threading.active_count()
+    with outputs.flushed_early(path, outputs.EARLY):
+        for _ in range(3):  # again and again
+            assert flushed.acquire(timeout=60)
+    assert threading.active_count() == before
+    with outputs.flushed_early(path, outputs.EARLY - 1):  # small ones are not
+        assert threading.active_count() == before
+    monkeypatch.delattr(os, "fdatasync")  # on other systems
+    with outputs.flushed_early(path, outputs.EARLY):
+        assert threading.active_count() == before
+
+
+def test_what_a_disk_refuses_early_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, adapter = case()
+    base, path = saved(state, adapter, tmp_path)
+    told, real = threading.Event(), streaming.write_all
+
+    def broken(_: int) -> None:
+        told.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def waiting(*words: Any) -> None:  # it is told while there is still something to write
+        assert told.wait(60)
+        real(*words)
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    monkeypatch.setattr(streaming, "write_all", waiting)
+    monkeypatch.setattr(outputs, "EARLY", 0)
+    monkeypatch.setattr(outputs, "PAUSE", 0.001)
+    before = names_in(tmp_path)
+    with pytest.raises(OutputError, match=os.strerror(errno.EIO)):
+        loraio.merge_file(base, path, tmp_path / "m.safetensors")
+    assert names_in(tmp_path) == before
+
+
+def test_products_of_numpy_take_one_thread_each_while_workers_share_the_processors() -> None:
+    found = [get for get, _ in streaming._openblas()]
+    before = [get() for get in found]
+    with streaming.one_thread_each():
+        assert torch.get_num_threads() == 1
+        assert [get() for get in found] == [1] * len(found)
+    assert [get() for get in found] == before
+
+
 def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +384,7 @@ def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
         return real(words[0], words[1], 1000, *words[3:])
 
     monkeypatch.setattr(os, "copy_file_range", once)
+    monkeypatch.setattr(outputs, "PAGE", 1)  # nothing passes through memory without need
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
     loraio.merge_file(base, path, tmp_path / "m.safetensors", workers=1)
@@ -272,6 +396,7 @@ def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
 def test_a_disk_that_is_full_is_an_error_with_the_name_and_nothing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    monkeypatch.setattr(outputs, "PAGE", 1)  # nothing passes through memory without need
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
     monkeypatch.setattr(os, "copy_file_range", refused(number))
@@ -318,11 +443,11 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
     base, path = saved(state, adapter, tmp_path)
     real, changes, lock = streaming.copy_range, [], threading.Lock()
 
-    def disturbed(*words: Any) -> int:
+    def disturbed(*words: Any, **options: Any) -> int:
         with lock:  # one of the workers does it
             if not changes:
                 changes.append(change(base))
-        return real(*words)
+        return real(*words, **options)
 
     monkeypatch.setattr(streaming, "copy_range", disturbed)
     with pytest.raises((FormatError, loraio.errors.MissingFileError), match=r"changed while|cannot be read") as caught:
@@ -335,8 +460,8 @@ def test_a_copy_that_went_wrong_is_told_from_another_base(tmp_path: Path, monkey
     state, adapter = case()
     real = streaming.copy_range
 
-    def wrong(source: FileIO, begin: int, target: FileIO, place: int, count: int) -> int:
-        return real(source, begin - (count > 1000), target, place, count)
+    def wrong(source: FileIO, begin: int, target: FileIO, place: int, count: int, **options: Any) -> int:
+        return real(source, begin - (count > 1000), target, place, count, **options)
 
     monkeypatch.setattr(streaming, "copy_range", wrong)
     base, path = saved(state, adapter, tmp_path / "single")
