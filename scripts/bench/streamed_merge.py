@@ -78,7 +78,7 @@ print(json.dumps({"import": imported - start, "merge": time.perf_counter() - imp
 """
 
 SPLIT = """
-import hashlib, json, os, sys, threading, time
+import hashlib, json, os, sys, threading, time, types
 
 lock, spent = threading.Lock(), {}
 
@@ -94,7 +94,7 @@ def timed(name, function):
 
 def sha256(data=b"", real=hashlib.sha256):
     whole = real(data)
-    return type("Hash", (), {"update": timed("hash", whole.update), "hexdigest": whole.hexdigest})()
+    return types.SimpleNamespace(update=timed("hash", whole.update), hexdigest=whole.hexdigest)
 
 hashlib.sha256 = sha256
 import loraio
