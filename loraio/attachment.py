@@ -416,7 +416,7 @@ class Attachment:
                 if occupied_only:
                     continue
                 raise StateError(f"{name!r} has lost its parametrization to someone else", hint="live.detach()")
-            if len(place.stack) != 1 or not isinstance(place.stack[0], AdapterPart):
+            if len(place.stack._modules) != 1 or not isinstance(place.part, AdapterPart):
                 raise StateError(f"{name!r} got another parametrization on top", hint="take that one off first")
 
     def _switch(self, enabled: bool) -> None:
@@ -445,7 +445,7 @@ class Attachment:
         self._take_off([name for name in self._places if name not in stay], undo)
         recent = self._recent_parts(adapter)
         for name, place in self._places.items() if self._places.keys() != recent.keys() else ():
-            old, new = place.part, self._part(adapter, name, place.stack.original, recent)
+            old, new = place.part, self._part(adapter, name, place.base, recent)
             if isinstance(old, FoldedWeight) and isinstance(new, FoldedWeight):
                 if old.target is None and new.target is None:
                     continue
@@ -468,17 +468,12 @@ class Attachment:
         if self._reserved is not None:
             return {}
         parts = self._recent.parts(adapter)
-        stay = all(
-            factor.device == self._base_tensor(name).device
-            for name, part in parts.items()
-            for factor in part._buffers.values()
-            if factor is not None
-        )
+        stay = all(part.device in (None, self._base_tensor(name).device) for name, part in parts.items())
         return parts if stay else {}
 
     def _base_tensor(self, name: str) -> Tensor:
         if name in self._places:
-            return self._places[name].stack.original
+            return self._places[name].base
         path, _, parameter = name.rpartition(".")
         tensor: Tensor = getattr(self.model.get_submodule(path), parameter)
         return tensor
@@ -488,7 +483,7 @@ class Attachment:
             parts = {
                 name: part for name in adapter.targets if isinstance(part := self._places[name].part, FoldedWeight)
             }
-            size = sum(self._places[name].stack.original.nbytes for name in adapter.targets)
+            size = sum(self._places[name].base.nbytes for name in adapter.targets)
             self._recent.add(adapter, parts, size, strength=self._strength)
 
     def _part(

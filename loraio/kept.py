@@ -126,13 +126,14 @@ class Readings:
         """Drop those that do not hold; whether that was looked at: it need not be where none is asked for."""
         if torch.is_grad_enabled() or not _nobody_looks_on():
             return False
-        sight = self._sight
-        if sight is None or not sight.holds():
+        sight = self._sight or _Sight(list(self._last.values()))
+        if not sight.holds():
             for key, reading in list(self._last.items()):
-                if not reading.sight.holds():
+                if not reading.holds():
                     reading.drop()
                     self._last.pop(key, None)
-            self._sight = _Sight(list(self._last.values()))
+            sight = _Sight(list(self._last.values()))
+        self._sight = sight
         return True
 
     def add(self, reading: Reading) -> None:
@@ -159,28 +160,65 @@ class Reading:
         module: whose weight it is.
         key: name of the module's attribute in which this lies.
         given: the answer; None where there was none.
+        given_writes: its count of writes; somebody may write to what was read.
+        passes: as in `Readings`.
         stack: of parametrizations on the weight.
         part: ours, the only one on it.
-        given_writes: its count of writes; somebody may write to what was read.
+        state: what decides about the part.
+        factors: name, tensor and count of writes of each.
         weight: of the base.
-        writes: its count of writes.
-        passes: as in `Readings`.
-        sight: tells whether it still is the answer.
+        writes, pointer, asks: its count of writes, address, and whether it asks for gradients.
+        steps: how many steps optimizers had made.
     """
 
-    __slots__ = ("given", "given_writes", "key", "module", "part", "passes", "sight", "stack", "weight", "writes")
+    __slots__ = (
+        "asks",
+        "factors",
+        "given",
+        "given_writes",
+        "key",
+        "module",
+        "part",
+        "passes",
+        "pointer",
+        "stack",
+        "state",
+        "steps",
+        "weight",
+        "writes",
+    )
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.key = module, reading_key(name)
-        self.given: Tensor | None = None
         self.stack: Any = vars(module)["_modules"]["parametrizations"]._modules[name]
         self.part: Any = self.stack._modules["0"]
         self.weight: Tensor = self.stack._parameters["original"]
-        self.writes = self.weight._version
         self.passes: dict[int, bool] = self.part.readings.passes
-        self.sight = _Sight([self])  # first: what changes from here on is noticed
-        self.given = self.part.at_hand(self.weight)
+        # all of this before it is asked: what changes from here on is noticed
+        self.steps, self.state = STEPS.count, _STATE(vars(self.part))
+        self.writes, self.pointer, self.asks = self.weight._version, self.weight.data_ptr(), self.weight.requires_grad
+        self.factors = [
+            (name, tensor, tensor._version) for name, tensor in self.part._buffers.items() if tensor is not None
+        ]
+        self.given: Tensor | None = self.part.at_hand(self.weight)
         self.given_writes = 0 if self.given is None else self.given._version
+
+    def holds(self) -> bool:
+        """Whether it still is the answer; `_Sight` asks the same of many."""
+        stack, part, weight = self.stack, self.part, self.weight
+        return (
+            stack._parameters.get("original") is weight
+            and len(stack._modules) == 1
+            and stack._modules.get("0") is part
+            and weight._version == self.writes
+            and weight.data_ptr() == self.pointer
+            and weight.requires_grad == self.asks
+            and _STATE(vars(part)) == self.state
+            and STEPS.count == self.steps
+            and all(part._buffers.get(name) is factor and factor._version == n for name, factor, n in self.factors)
+            and not (self.asks and torch.is_autocast_enabled(weight.device.type))
+            and _nobody_looks_on()
+        )
 
     def drop(self) -> None:
         """Let the weight be read anew."""
@@ -198,21 +236,22 @@ class _Sight:
     """
 
     def __init__(self, readings: list[Reading]) -> None:
+        factors = [(reading.part._buffers, *factor) for reading in readings for factor in reading.factors]
         self._weights = [reading.weight for reading in readings]
-        held: list[tuple[dict[str, Any], str]] = [(reading.stack._parameters, "original") for reading in readings]
-        held += [(reading.stack._modules, "0") for reading in readings]
-        held += [(reading.part._buffers, name) for reading in readings for name in reading.part._buffers]
-        self._dicts, self._keys = [each for each, _ in held], [key for _, key in held]
-        self._values = list(map(getitem, self._dicts, self._keys))
+        self._tensors = [*self._weights, *(tensor for _, _, tensor, _ in factors)]
+        self._writes = [*(reading.writes for reading in readings), *(writes for *_, writes in factors)]
         self._stacks = [reading.stack._modules for reading in readings]
-        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self._parts = [vars(reading.part) for reading in readings]
-        self._asking = list(map(_ASKS, self._weights))
-        self._devices = {weight.device.type for weight, asks in zip(self._weights, self._asking, strict=True) if asks}
-        self._steps = STEPS.count
-        self._pointers = list(map(Tensor.data_ptr, self._weights))
-        self._writes = list(map(_WRITES, self._tensors))
-        self._states = list(map(_STATE, self._parts))
+        self._parts = [reading.part for reading in readings]
+        self._values = [*self._tensors, *self._parts]
+        self._dicts = [reading.stack._parameters for reading in readings]
+        self._dicts += [*(held for held, *_ in factors), *self._stacks]
+        self._keys = ["original"] * len(readings) + [name for _, name, *_ in factors] + ["0"] * len(readings)
+        self._asking = [reading.asks for reading in readings]
+        self._devices = {reading.weight.device.type for reading in readings if reading.asks}
+        self._steps = {reading.steps for reading in readings}
+        self._pointers = [reading.pointer for reading in readings]
+        self._attributes = list(map(vars, self._parts))
+        self._states = [reading.state for reading in readings]
 
     def holds(self) -> bool:
         """Whether all is the same."""
@@ -222,9 +261,9 @@ class _Sight:
                 and list(map(_WRITES, self._tensors)) == self._writes
                 and list(map(Tensor.data_ptr, self._weights)) == self._pointers
                 and list(map(_ASKS, self._weights)) == self._asking
-                and list(map(_STATE, self._parts)) == self._states
+                and list(map(_STATE, self._attributes)) == self._states
                 and all(map((1).__eq__, map(len, self._stacks)))
-                and STEPS.count == self._steps
+                and self._steps <= {STEPS.count}
                 and not any(map(torch.is_autocast_enabled, self._devices))
                 and _nobody_looks_on()
             )
@@ -258,7 +297,7 @@ def reader(name: str, usual: Callable[[nn.Module], Tensor]) -> Callable[[nn.Modu
         if reading is not None and reading.module is module:  # and not a replica's
             given = cast(Tensor, reading.given)
             if given._version == reading.given_writes and (
-                reading.weight._version == reading.writes if reading.passes.get(get_ident()) else reading.sight.holds()
+                reading.weight._version == reading.writes if reading.passes.get(get_ident()) else reading.holds()
             ):
                 return given
         return _read_anew(module, name, usual)

@@ -102,6 +102,14 @@ class FoldedWeight(AdapterPart):
         """Whether it is trained and of a kind whose layers have a training step of their own, `loraio.backward`."""
         return self.target is not None and self.target.kind == "lora" and bool(self._parameters)
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the factors are that are not trained; None where there are none."""
+        for factor in self._buffers.values():
+            if factor is not None:
+                return factor.device
+        return None
+
     def factors(self) -> dict[str, Tensor]:
         """The factors by short name, as they are now; without their padding."""
         held = self._held()
@@ -254,18 +262,25 @@ class Place:
     @property
     def occupied(self) -> bool:
         """Whether the tensor is still parametrized; someone else may have taken everything off."""
-        return parametrize.is_parametrized(self.module, self.parameter)
+        stacks = self.module._modules.get("parametrizations")  # not by attribute: torch looks those up in Python
+        return stacks is not None and self.parameter in stacks._modules
 
     @property
     def stack(self) -> parametrize.ParametrizationList:
         """The parametrizations on the weight; ours is the only one."""
-        stacks = cast(nn.ModuleDict, self.module.parametrizations)
-        return cast(parametrize.ParametrizationList, stacks[self.parameter])
+        stacks = cast(nn.ModuleDict, self.module._modules["parametrizations"])
+        return cast(parametrize.ParametrizationList, stacks._modules[self.parameter])
+
+    @property
+    def base(self) -> Tensor:
+        """The base's tensor."""
+        stack = self.stack
+        return cast(Tensor, stack._parameters.get("original", stack._buffers.get("original")))
 
     @property
     def part(self) -> AdapterPart:
         """What is on the tensor."""
-        return cast(AdapterPart, self.stack[0])
+        return cast(AdapterPart, self.stack._modules["0"])
 
     def note(self, undo: Undo) -> None:
         """Note all that `put_on` and `take_off` change."""

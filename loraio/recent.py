@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from operator import attrgetter, getitem, is_
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from loraio.adapter import Adapter, Target
 from loraio.parametrization import AdapterPart, FoldedWeight
-from loraio.watching import Watch, writes_to
+from loraio.watching import Watch
 
 KEPT_BYTES = 256 * 2**20
 """What an `Attachment` may hold of adapters that it had before, so that swapping back to one computes nothing."""
@@ -68,10 +69,9 @@ class Recent:
         entry = self._entries.get(id(adapter))
         if entry is None:
             return {}
-        for held, name, factor, writes in entry.factors:
-            if held.get(name) is not factor or writes_to(factor) != writes:
-                del self._entries[id(adapter)]
-                return {}
+        if not entry.factors.same():
+            del self._entries[id(adapter)]
+            return {}
         self._entries.move_to_end(id(adapter))
         return entry.parts
 
@@ -88,10 +88,8 @@ class Recent:
             size: bytes of the weights that they compute.
             strength: at which they overflow none.
         """
-        held: list[Mapping[str, Any]] = [adapter.factors, *(part._buffers for part in parts.values())]
-        factors = [(each, name, factor, writes_to(factor)) for each in held for name, factor in each.items()]
-        size += sum(factor.nbytes for _, _, factor, _ in factors)
-        self._entries[id(adapter)] = _Entry(adapter, parts, factors, size, strength)
+        factors = _Factors(adapter.factors, *(part._buffers for part in parts.values()))
+        self._entries[id(adapter)] = _Entry(adapter, parts, factors, size + factors.nbytes, strength)
         while self._entries and sum(entry.size for entry in self._entries.values()) > KEPT_BYTES:
             self._entries.popitem(last=False)
 
@@ -103,11 +101,38 @@ class Recent:
         return Recent()  # a copy of the model has parts of its own
 
 
+class _Factors:
+    """The tensors in some dicts as they are now. Looking again is a few calls: a network has two hundred of them."""
+
+    def __init__(self, *held: Mapping[str, Any]) -> None:
+        self._dicts = [each for each in held for _ in each]
+        self._names = [name for each in held for name in each]
+        self._tensors = [tensor for each in held for tensor in each.values()]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]  # others are never trained
+        self._writes = list(map(_WRITES, self._counted))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    def same(self) -> bool:
+        """Whether they are the same tensors, and nobody wrote to them."""
+        try:
+            there = all(map(is_, map(getitem, self._dicts, self._names), self._tensors))
+        except KeyError:  # somebody has taken one off
+            return False
+        return there and list(map(_WRITES, self._counted)) == self._writes
+
+
+_WRITES = attrgetter("_version")
+
+
 class _Entry(NamedTuple):
-    """An adapter, its parts, the factors of both as dict, key, tensor and count of writes, the bytes, the strength."""
+    """An adapter, its parts, the factors of both, the bytes, the strength."""
 
     adapter: Adapter
     parts: dict[str, FoldedWeight]
-    factors: list[tuple[Mapping[str, Any], str, Tensor, int]]
+    factors: _Factors
     size: int
     strength: float
