@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from loraio.folding import SlicedFold
+
 SCALE_RULES: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, rank: alpha / rank,
     "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
@@ -162,30 +164,43 @@ class Target:
         """
         import torch
 
-        from loraio.folding import fold_by_slices
-        from loraio.lowrank import is_plain_memory, round_once
+        from loraio.lowrank import round_once
 
         if strength == 0:
             return weight.detach().clone()
-        wide = torch.float64 if exact else torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
             if weight.device.type == "mps" and exact:  # has no float64
                 moved = {name: factor.cpu() for name, factor in factors.items()}
                 return self.fold(weight.cpu(), moved, strength=strength).to(weight.device)
-            if is_plain_memory(weight, *factors.values()):
-                return fold_by_slices(
-                    weight.detach(),
-                    factors,
-                    layer=self._layer,
-                    kind=self._kind,
-                    groups=self.groups,
-                    scale=self.scale,
-                    strength=strength,
-                    wide=wide,
-                )
-            folded = self._fold_in(wide, weight, factors, strength)  # an accelerator gains nothing from slices
+            sliced = self.sliced_fold(weight, factors, strength=strength, exact=exact)
+            if sliced is not None:
+                return sliced.write(torch.empty_like(weight))  # with its strides: channels_last runs other kernels
+            folded = self._fold_in(_sums(weight, exact), weight, factors, strength)
             folded = round_once(folded, weight.dtype) if exact else folded.to(weight.dtype)
             return folded if folded.stride() == weight.stride() else torch.empty_like(weight).copy_(folded)
+
+    def sliced_fold(
+        self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0, exact: bool = True
+    ) -> SlicedFold | None:
+        """The fold that `fold` makes, before it is made; None where the memory is not plain, or not a CPU's.
+
+        An accelerator gains nothing from slices.
+        """
+        from loraio.folding import SlicedFold
+        from loraio.lowrank import is_plain_memory
+
+        if not is_plain_memory(weight, *factors.values()):
+            return None
+        return SlicedFold(
+            weight.detach(),
+            factors,
+            layer=self._layer,
+            kind=self._kind,
+            groups=self.groups,
+            scale=self.scale,
+            strength=strength,
+            wide=_sums(weight, exact),
+        )
 
     def stays_finite(self, peaks: Mapping[str, float], dtype: torch.dtype, *, strength: float) -> bool:
         """Whether `fold` surely makes no finite number infinite, told from the factors alone.
@@ -473,6 +488,13 @@ def fold_finite(
     if suspect and bool((weight.isfinite() & ~folded.isfinite()).any()):
         raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
     return folded
+
+
+def _sums(weight: Tensor, exact: bool) -> torch.dtype:
+    """The dtype that a weight's sums are made in."""
+    import torch
+
+    return torch.float64 if exact else torch.promote_types(weight.dtype, torch.float32)
 
 
 def _rebuilt(parts: dict[str, Any]) -> Adapter:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from loraio.kinds import Kind
@@ -53,29 +53,28 @@ def share(at: slice, factors: Mapping[str, Tensor], layer: LayerType, kind: Kind
         factors: of the whole weight, by short name.
         layer, kind: of the weight and the adapter.
     """
+    return _share(at, factors, _axes(layer, kind))
+
+
+def _axes(layer: LayerType, kind: Kind) -> dict[str, int | None]:
+    """Along which of its axes each factor is parted with the weight; None for one that all slices need."""
     along = {"rows": _OUT, "columns": _FAN_IN}.get(layer.slices)
-    axes = kind.shapes(_OUT, _FAN_IN, _RANK)
+    shapes = kind.shapes(_OUT, _FAN_IN, _RANK)
+    return {short: shape.index(along) if along in shape else None for short, shape in shapes.items()}
+
+
+def _share(at: slice, factors: Mapping[str, Tensor], axes: Mapping[str, int | None]) -> dict[str, Tensor]:
     return {
-        short: factor[tuple(at if axis == along else slice(None) for axis in axes[short])]
+        short: factor if (axis := axes[short]) is None else factor.narrow(axis, at.start, at.stop - at.start)
         for short, factor in factors.items()
     }
 
 
-def fold_by_slices(
-    weight: Tensor,
-    factors: Mapping[str, Tensor],
-    *,
-    layer: LayerType,
-    kind: Kind,
-    groups: int,
-    scale: float,
-    strength: float,
-    wide: torch.dtype,
-) -> Tensor:
-    """The new weight, each number a sum in a wider dtype that is rounded once, to nearest, ties to even.
+class SlicedFold:
+    """A weight on its way to the new weight, each number a sum in a wider dtype that is rounded once, ties to even.
 
     Every slice is widened into one piece of memory of its own: the bits of a float64 sum do not depend on where in
-    memory the weight lies, nor in which order.
+    memory the weight lies, nor in which order. Each is written by one operation.
 
     Args:
         weight: on the CPU, plain memory; any float dtype and strides.
@@ -84,33 +83,90 @@ def fold_by_slices(
         kind: how factors change it.
         scale, strength: as `Kind.fold` takes them.
         wide: the dtype of the sums: float64, or float32 for weights that have no more.
-
-    Returns:
-        a new tensor, shape, dtype and strides of ``weight``.
     """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        factors: Mapping[str, Tensor],
+        *,
+        layer: LayerType,
+        kind: Kind,
+        groups: int,
+        scale: float,
+        strength: float,
+        wide: torch.dtype,
+    ) -> None:
+        self.weight = weight
+        self.slices = slices(weight.shape, layer, kind)
+        self._factors = {short: factor.to(wide, copy=True).contiguous() for short, factor in factors.items()}
+        self._layer, self._kind, self._groups = layer, kind, groups
+        self._scale, self._strength, self._wide = scale, strength, wide
+
+    def write(self, folded: Tensor, start: int = 0) -> Tensor:
+        """Fold the slices from one on.
+
+        Args:
+            folded: where they go, shape and dtype of the weight; the weight itself, perhaps.
+            start: the number of the first.
+        """
+        import torch
+
+        from loraio.lowrank import ready_to_round
+
+        layer, groups, wide, same = self._layer, self._groups, self._wide, folded is self.weight
+        direct = wide == folded.dtype == torch.float32 and (self._kind.writes_once or not same)
+        if direct and _shares_memory(layer.to_matrix(folded, groups), folded):
+            return self._write_directly(folded, start)
+        in_halves = wide == torch.float64 and folded.dtype in (torch.float16, torch.bfloat16)
+        scratch = _scratch(self.slices[0].stop * math.prod(folded.shape[1:]), wide)
+        room: Tensor | None = None
+        for old, new, mine in self._parts(folded, start):
+            if room is None or room.shape != old.shape:  # but the last slice all have one shape
+                room = scratch[: old.numel()].view(old.shape)
+                matrix = layer.to_matrix(room, groups)
+                result = layer.from_matrix(matrix, old.shape, groups)
+                views = _shares_memory(matrix, room) and _shares_memory(result, room)
+            room.copy_(old)
+            if not views:
+                matrix = layer.to_matrix(room, groups)
+            self._fold(matrix, mine)
+            if not views:
+                result = layer.from_matrix(matrix, old.shape, groups)
+            new.copy_(ready_to_round(result, folded.dtype) if in_halves else result)
+        return folded
+
+    def _write_directly(self, folded: Tensor, start: int) -> Tensor:
+        """Sum where the result is to be."""
+        for old, new, mine in self._parts(folded, start):
+            if new is not old:
+                new.copy_(old)
+            self._fold(self._layer.to_matrix(new, self._groups), mine)
+        return folded
+
+    def _parts(self, folded: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor, Mapping[str, Tensor]]]:
+        """Old and new memory of each slice from one on, and its share of the factors."""
+        weight, factors = self.weight, self._factors
+        if len(self.slices) == 1:
+            yield from [(weight, folded, factors)][start:]
+            return
+        axes = _axes(self._layer, self._kind)
+        for at in self.slices[start:]:
+            old = weight[at]
+            yield old, old if folded is weight else folded[at], _share(at, factors, axes)
+
+    def _fold(self, matrix: Tensor, factors: Mapping[str, Tensor]) -> None:
+        with _no_autocast():
+            self._kind.fold_(matrix, factors, scale=self._scale, strength=self._strength)
+
+
+def _no_autocast() -> AbstractContextManager[object]:
     import torch
 
-    from loraio.lowrank import ready_to_round
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else _NOTHING
 
-    folded = torch.empty_like(weight)  # with its strides: channels_last runs other kernels
-    cast = {short: factor.to(wide, copy=True).contiguous() for short, factor in factors.items()}
-    parts = slices(weight.shape, layer, kind)
-    in_place = wide == weight.dtype == torch.float32 and _shares_memory(layer.to_matrix(folded, groups), folded)
-    in_halves = wide == torch.float64 and weight.dtype in (torch.float16, torch.bfloat16)
-    scratch = None if in_place else _scratch(parts[0].stop * math.prod(weight.shape[1:]), wide)
-    off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
-    with off:
-        for at in parts:
-            mine, old, new = cast, weight, folded
-            if len(parts) > 1:
-                mine, old, new = share(at, cast, layer, kind), weight[at], folded[at]
-            block = (new if scratch is None else scratch[: old.numel()].view(old.shape)).copy_(old)
-            matrix = layer.to_matrix(block, groups)
-            kind.fold_(matrix, mine, scale=scale, strength=strength)
-            if scratch is not None:
-                result = layer.from_matrix(matrix, old.shape, groups)
-                new.copy_(ready_to_round(result, weight.dtype) if in_halves else result)
-    return folded
+
+_NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 def _scratch(numbers: int, dtype: torch.dtype) -> Tensor:
@@ -120,7 +176,7 @@ def _scratch(numbers: int, dtype: torch.dtype) -> Tensor:
     if numbers > BLOCK:
         return torch.empty(numbers, dtype=dtype)
     kept: Tensor | None = getattr(_thread, "scratch", None)
-    if kept is None:
+    if kept is None or len(kept) < BLOCK:
         with torch.inference_mode(False):  # or else it could be written to in that mode alone
             kept = _thread.scratch = torch.empty(BLOCK, dtype=torch.float64)
     return kept.view(dtype)[:numbers]

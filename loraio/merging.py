@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraio.adapter import Adapter, check_strength
 from loraio.container import tensor_bytes
+from loraio.overwriting import overwrite, planned
 from loraio.receipts import Receipt, check_merge
 
 
@@ -24,6 +25,7 @@ def merge(
     exact: bool = True,
     receipts: Sequence[Receipt] = (),
     force: bool = False,
+    in_place: bool = False,
 ) -> dict[str, Tensor]:
     """The weights with the adapter folded in for good: W + strength * scale * (B @ A) for every target.
 
@@ -32,7 +34,7 @@ def merge(
     model computes with, unless ``exact`` is false.
 
     Args:
-        state_dict: the base model's, on any device; not changed.
+        state_dict: the base model's, on any device; not changed, unless in place.
         adapter: from `loraio.load` or `loraio.train`.
         strength: multiplies the adapter's scale.
         allow_base_mismatch: go on where values or dtypes of the base are others; names and shapes must fit.
@@ -40,24 +42,33 @@ def merge(
         receipts: what was merged into the state dict before. It does not say so itself: ``read_base(path).receipts``
             does for a file, and without them nothing but the base's digest stands against a second merge.
         force: merge the same adapter again, or one into a base in which others are.
+        in_place: write the new weights over the old ones, which takes no further memory and less time; a model whose
+            state dict this is is then the merged one. An exception that comes once this has begun, Ctrl-C for one, is
+            raised when all is written. No forward pass may run meanwhile. `receipt` needs the base as it was, and so a
+            merge into new tensors.
 
     Returns:
         a new dict, same names in the same order; what the adapter changes are new tensors, all others are the tensors
-        passed in.
+        passed in. In place all are.
 
     Raises:
         AlreadyMergedError: by its receipts, the state dict has this adapter in it, or others, and not ``force``.
         BaseMismatchError: the adapter was made for another base; every target that differs is listed.
         AdapterError: a sum overflows the weight's dtype.
         ConfigError: the strength is not a finite number.
+        StateError: in place, and tensors that would be written over share memory, or a head is another one's size.
     """
     strength = check_strength(strength)
     check_merge(adapter, state_dict, receipts, force=force, allow_base_mismatch=allow_base_mismatch)
-    with torch.no_grad():
-        folded = {
-            name: adapter.fold(name, state_dict[name], strength=strength, exact=exact) for name in adapter.targets
-        }
-        folded |= {name: adapter.replace(name, state_dict[name]) for name in adapter.whole}
+    folded: dict[str, Tensor] = {}
+    if in_place:
+        overwrite(planned(state_dict, adapter, strength=strength, exact=exact))
+    else:
+        with torch.no_grad():
+            folded |= {
+                name: adapter.fold(name, state_dict[name], strength=strength, exact=exact) for name in adapter.targets
+            }
+            folded |= {name: adapter.replace(name, state_dict[name]) for name in adapter.whole}
     merged: dict[str, Tensor] = OrderedDict((name, folded.get(name, tensor)) for name, tensor in state_dict.items())
     versions = getattr(state_dict, "_metadata", None)
     if versions is not None:  # module versions, which load_state_dict looks at

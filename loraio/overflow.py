@@ -11,7 +11,12 @@ from loraio.adapter import Target, fold_finite
 
 
 def refuse_overflow(
-    targets: Mapping[str, Target], factors: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, strength: float
+    targets: Mapping[str, Target],
+    factors: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    *,
+    strength: float,
+    exact: bool = True,
 ) -> None:
     """Refuse an adapter with which a weight would overflow, as `loraio.merge` does.
 
@@ -24,6 +29,7 @@ def refuse_overflow(
         factors: by the weight's name and the factor's, as `Adapter.factors`.
         weights: the base weights, by name.
         strength: multiplies the scale.
+        exact: as `Target.fold` takes it.
 
     Raises:
         AdapterError: a sum overflows the weight's dtype.
@@ -43,7 +49,7 @@ def refuse_overflow(
             peaks = {short: _peak([factor]) for short, factor in own[name].items()}
             weight = weights[name]
             if not target.stays_finite(peaks, weight.dtype, strength=strength):
-                fold_finite(name, target, weight, own[name], strength=strength)
+                fold_finite(name, target, weight, own[name], strength=strength, exact=exact)
 
 
 def _peak(tensors: list[Tensor]) -> float:

@@ -24,6 +24,7 @@ LINES = [
     {"attachment", "conversion", "merging", "mixing"},
     {"formats", "bases", "basestate", "recent", "sharing"},
     {"receipts"},
+    {"overwriting"},
     {"identity", "networks", "overflow", "parametrization", "residues"},
     {"adapter", "classes"},
     {"backward"},

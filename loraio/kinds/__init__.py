@@ -30,6 +30,11 @@ class Kind(Protocol):
         """Whether a column of the new matrix needs that column of the old one alone; of rows that is always so."""
         ...
 
+    @property
+    def writes_once(self) -> bool:
+        """Whether `fold_` writes to the matrix by a single operation of torch's."""
+        ...
+
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
         """The factors' names and shapes, for a weight matrix (out, fan_in)."""
         ...

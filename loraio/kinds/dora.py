@@ -25,6 +25,7 @@ class Dora:
 
     name = "dora"
     columns_apart = False  # a row's length is that of all its columns
+    writes_once = False
     _lora = Lora()
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ class Lora:
 
     name = "lora"
     columns_apart = True
+    writes_once = True
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Factor names and shapes.

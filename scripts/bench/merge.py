@@ -3,10 +3,12 @@
 usage: python scripts/bench/merge.py [--networks NAME ...] [--dtypes NAME ...] [--rounds N] [--json]
 
 The pass is ``W.add_(0)``: it reads and writes each weight once. Rank 8 on every convolution and linear layer, one
-thread. Ways to fold: `Adapter.fold` of every target, rounded once; the same with ``exact=False``; PEFT's
+thread. Ways to fold: what ``loraio.merge(.., in_place=True)`` does once it knows the base, rounded once and with
+``exact=False``; the same into new tensors, as without ``in_place``, for which the system has to give memory; PEFT's
 ``merge_adapter``, in place, and what minLoRA's ``merge_lora`` does to each layer, where they can be imported (float32
-only). Bounds: one in-place float32 addmm for each weight; and, for each slice in which a weight is folded, nothing but
-the casts to and from float64 and the product of matrices in float64.
+only). Then the whole of ``loraio.merge(.., in_place=True)``, which hashes the base first. Bounds: one in-place
+float32 addmm for each weight; and, for each slice in which a weight is folded, nothing but the casts to and from
+float64 and the product of matrices in float64, in place.
 
 Before any time is taken, every exactly folded weight is verified to be rounded correctly, and the others to be near.
 How many folded weights are not rounded correctly is a figure of its own.
@@ -15,6 +17,7 @@ How many folded weights are not rounded correctly is a figure of its own.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +28,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import loraio
+from loraio.overwriting import overwrite, planned
 
 ROW = "merge"
 DTYPES = ("float32", "bfloat16", "float16")
 BASELINE = "W.add_(0)"
-TARGETS = {("torchvision:resnet50", "loraio"): 4.0, ("torchvision:resnet50", "loraio fast"): 1.6}
+FAST, NEW, NEW_FAST, WHOLE = "loraio fast", "loraio, new tensors", "loraio fast, new tensors", "loraio, base hashed"
+TARGETS = {("torchvision:resnet50", "loraio"): 4.0, ("torchvision:resnet50", FAST): 1.6}
 """Where passes over the weights are what it costs; in smaller networks it is the number of calls."""
 ROUNDS = {"digit-cnn": 200, "torchvision:mobilenet_v3_small": 60, "torchvision:resnet50": 15}
 
@@ -44,6 +49,12 @@ def fold(adapter: loraio.Adapter, weights: State, *, exact: bool) -> State:
     return {name: adapter.fold(name, weight, exact=exact) for name, weight in weights.items()}
 
 
+def in_place(adapter: loraio.Adapter, state: State, *, exact: bool) -> Callable[[], object]:
+    """Every target over itself: the adapter is added in one round and taken away in the next."""
+    mine, strengths = {name: tensor.clone() for name, tensor in state.items()}, itertools.cycle((1.0, -1.0))
+    return lambda: overwrite(planned(mine, adapter, strength=next(strengths), exact=exact))
+
+
 def addmm(adapter: loraio.Adapter, weights: State) -> Callable[[], object]:
     """One float32 product for each weight, added to a copy of it in place: this rounds more than once."""
     there = {name: weight.clone() for name, weight in weights.items()}
@@ -55,20 +66,21 @@ def addmm(adapter: loraio.Adapter, weights: State) -> Callable[[], object]:
 
 
 def casts(adapter: loraio.Adapter, weights: State) -> Callable[[], object]:
-    """Slice by slice a cast to float64, a product and a cast back, in memory that is there."""
+    """Slice by slice a cast to float64, a product and a cast back, in place."""
     most = max(weights[name][at].numel() for name, target in adapter.targets.items() for at in target.slices())
     wide = torch.empty(most, dtype=torch.float64)
     parts = []
     for name, target in adapter.targets.items():
         B, A = (adapter.factors[f"{name}.{factor}"].double() for factor in ("lora_B", "lora_A"))
-        new = torch.empty_like(weights[name]).flatten(1)
+        mine = weights[name].clone().flatten(1)
         for at in target.slices():
-            old = weights[name][at].flatten(1)
-            parts.append((wide[: old.numel()].view(old.shape), old, new[at], B[at], A, target.scale))
+            parts.append((wide[: mine[at].numel()].view(mine[at].shape), mine[at], B[at], A, target.scale))
+    signs = itertools.cycle((1.0, -1.0))
 
     def work() -> None:
-        for matrix, old, new, B, A, scale in parts:
-            new.copy_(matrix.copy_(old).addmm_(B, A, alpha=scale))
+        sign = next(signs)
+        for matrix, mine, B, A, scale in parts:
+            mine.copy_(matrix.copy_(mine).addmm_(B, A, alpha=sign * scale))
 
     return work
 
@@ -108,18 +120,21 @@ def measure_one(network: str, dtype: str, count: int, clock: Callable[[], float]
     require(report.ok, f"{case}: {'; '.join(report.problems)}")
     require(all(merged[name].equal(exact[name]) for name in exact), f"{case}: merge and fold differ")
     require_near(fast, exact, what=f"{case}, exact=False")
-    wrong = {
-        "loraio": report.not_correctly_rounded / report.values,
-        "loraio fast": not_correct(state, adapter, fast),
-    }
+    over = {name: tensor.clone() for name, tensor in state.items()}
+    loraio.merge(over, adapter, in_place=True)
+    require(all(over[name].equal(merged[name]) for name in merged), f"{case}: in place it is another merge")
+    wrong = {"loraio": report.not_correctly_rounded / report.values, FAST: not_correct(state, adapter, fast)}
     require(wrong["loraio"] == 0, f"{case}: {wrong['loraio']:.2g} of the weights are not rounded correctly")
     works: dict[str, Callable[..., Any]] = {
         BASELINE: lambda: [weight.add_(0) for weight in weights.values()],
-        "loraio": lambda: fold(adapter, weights, exact=True),
-        "loraio fast": lambda: fold(adapter, weights, exact=False),
+        "loraio": in_place(adapter, state, exact=True),
+        FAST: in_place(adapter, state, exact=False),
+        NEW: lambda: fold(adapter, weights, exact=True),
+        NEW_FAST: lambda: fold(adapter, weights, exact=False),
+        WHOLE: lambda _: loraio.merge(over, adapter, in_place=True),
         "bound: casts and dgemm": casts(adapter, weights),
     }
-    before: dict[str, Callable[[], Any]] = {}
+    before: dict[str, Callable[[], Any]] = {WHOLE: lambda: [over[name].copy_(state[name]) for name in weights]}
     if dtype == "float32":
         works["bound: addmm"] = addmm(adapter, weights)
         if module("peft") is None:

@@ -21,7 +21,7 @@ from small import Small, outputs, small_adapters, small_base
 from torch import Tensor, nn
 
 import loraio
-from loraio import classes
+from loraio import classes, folding
 from loraio.container import tensor_bytes
 from loraio.parametrization import AdapterPart
 
@@ -281,3 +281,24 @@ def test_bank_swap(model: nn.Module, adapters: dict[str, loraio.Adapter]) -> Non
 def test_merge(model: nn.Module, adapters: dict[str, loraio.Adapter]) -> None:
     state = model.state_dict()
     assert_all_or_nothing(model, None, lambda: loraio.merge(state, adapters["head"]), lambda: None)
+
+
+def test_merge_in_place_is_done_to_the_end_or_not_begun(
+    model: nn.Module, adapters: dict[str, loraio.Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "BLOCK", 8)  # some slices for each weight
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = loraio.merge(base, adapters["lora"])
+    assert not expected["fc.weight"].equal(base["fc.weight"])
+    with Tracer() as tracer:
+        loraio.merge({name: tensor.clone() for name, tensor in base.items()}, adapters["lora"], in_place=True)
+    outcomes = []
+    for moment, (file, _) in enumerate(tracer.lines):
+        if Path(file).name in ("merging.py", "overwriting.py", "folding.py"):
+            state = {name: tensor.clone() for name, tensor in base.items()}
+            with Tracer(moment, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+                loraio.merge(state, adapters["lora"], in_place=True)
+            merged, untouched = ([state[n].equal(other[n]) for n in state] for other in (expected, base))
+            assert all(merged) or all(untouched), tracer.lines[moment]
+            outcomes.append(all(merged))
+    assert {True, False} == set(outcomes)
