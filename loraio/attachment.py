@@ -349,7 +349,7 @@ class Attachment:
         refuse_shared(self.model, [*adapter.targets, *adapter.whole])
         if self._reserved is not None:
             self._check_reserved(adapter, self._reserved)
-        self._check_finite(adapter.targets, adapter.factors, self._strength)
+        refuse_overflow(adapter.targets, adapter.factors, state, strength=self._strength)
 
     def _check_reserved(self, adapter: Adapter, reserved: Sequence[str]) -> None:
         outside = [name for name in adapter.targets if name not in reserved]
@@ -541,9 +541,11 @@ class Attachment:
         undo: Undo,
         recent: Mapping[str, FoldedWeight] = MappingProxyType({}),
     ) -> None:
+        names = list(names)
+        modules = dict(self.model.named_modules(remove_duplicate=False)) if names else {}
         for name in names:
             path, _, parameter = name.rpartition(".")
-            module = self.model.get_submodule(path)
+            module = modules[path]
             # a module with several targets has lost the others from its own by now
             orders = [place.order for place in self._places.values() if place.module is module]
             order = orders[0] if orders else (*module._parameters, *module._buffers)

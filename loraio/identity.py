@@ -99,8 +99,9 @@ class BaseIdentity:
             if stale or len(state) != len(self._known):
                 self._whole.clear()
                 self._known = {name: digest for name, digest in self._known.items() if name in state}
+            samples = _samples({name: state[name] for name in found})
             for name, sha256 in found.items():
-                self._known[name] = _Digest.of(state[name], sha256)
+                self._known[name] = _Digest.of(state[name], sha256, samples[name])
             return {name: self._known[name].sha256 for name in state}
 
     def state_sha256(self, state: Mapping[str, Tensor], known: Mapping[str, str]) -> str:
@@ -133,12 +134,24 @@ class _Digest:
     sample: Tensor
 
     @classmethod
-    def of(cls, tensor: Tensor, sha256: str) -> _Digest:
+    def of(cls, tensor: Tensor, sha256: str, sample: Tensor) -> _Digest:
         # a detached view shares memory and count of writes with the tensor, but not its graph
-        return cls(sha256, tensor.detach(), _write_key(tensor), sampled(tensor).clone())
+        return cls(sha256, tensor.detach(), _write_key(tensor), sample)
 
     def holds_for(self, tensor: Tensor) -> bool:
         return self.key is not None and self.key == _write_key(tensor) and self.sample.equal(sampled(tensor))
+
+
+def _samples(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Some numbers of each tensor, copied: those of one dtype on one device by one call."""
+    samples = {name: sampled(tensor) for name, tensor in state.items()}
+    groups: dict[Any, list[str]] = {}
+    for name, sample in samples.items():
+        groups.setdefault((sample.dtype, sample.device), []).append(name)
+    for names in groups.values():
+        views = [samples[name] for name in names]
+        samples |= zip(names, torch.cat(views).split(list(map(len, views))), strict=True)
+    return samples
 
 
 def _write_key(tensor: Tensor) -> tuple[Any, ...] | None:

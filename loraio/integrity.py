@@ -156,8 +156,11 @@ def state_digest(rows: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
     """
     whole = hashlib.sha256()
     for name, dtype, shape, digest in sorted(rows):
-        whole.update(json.dumps([name, dtype, list(shape), digest], separators=(",", ":")).encode("ascii") + b"\n")
+        whole.update(_line([name, dtype, list(shape), digest]).encode("ascii") + b"\n")
     return whole.hexdigest()
+
+
+_line = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _entries(text: bytes) -> list[tuple[int, bytes]]:

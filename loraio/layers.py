@@ -165,8 +165,12 @@ def target_modules(model: nn.Module) -> dict[str, TargetModule]:
 
     types = [(getattr(nn, name), layer) for name, layer in LAYER_TYPES.items()]
     found: dict[str, TargetModule] = {}
+    by_class: dict[type[nn.Module], LayerType | None] = {}
     for path, module in model.named_modules():
-        layer = next((layer for cls, layer in types if isinstance(module, cls)), None)
+        cls = type(module)
+        if cls not in by_class:
+            by_class[cls] = next((layer for known, layer in types if issubclass(cls, known)), None)
+        layer = by_class[cls]
         for parameter in layer.parameters if layer else ():
             if layer and _holds(module, parameter):
                 name = f"{path}.{parameter}" if path else parameter

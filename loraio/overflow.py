@@ -27,7 +27,7 @@ def refuse_overflow(
     Args:
         targets: of the adapter, by name.
         factors: by the weight's name and the factor's, as `Adapter.factors`.
-        weights: the base weights, by name.
+        weights: the base weights, by name, among others.
         strength: multiplies the scale.
         exact: as `Target.fold` takes it.
 
@@ -41,7 +41,7 @@ def refuse_overflow(
         }
         shorts = {short for each in own.values() for short in each}
         peaks = {short: _peak([each[short] for each in own.values() if short in each]) for short in shorts}
-        dtypes = {weight.dtype for weight in weights.values()}
+        dtypes = {weights[name].dtype for name in targets}
         forms = {(target.kind, target.rank, target.scale): target for target in targets.values()}.values()
         if all(form.stays_finite(peaks, dtype, strength=strength) for form in forms for dtype in dtypes):
             return

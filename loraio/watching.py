@@ -72,9 +72,9 @@ class Glance:
     """A model's tensors as they are now, without holding on to the model.
 
     For who remembers something of a model for as long as that lives: a module may be the model itself, or refer to it.
-    The same are: the names and classes of the modules; the names of their parameters and buffers; of each of these all
-    that `loraio.identity.BaseIdentity` compares. Their memory is held on to, so that no other tensor can come to lie
-    in its place.
+    The same are: the names and classes of the modules; the names of their parameters and buffers; of each of these the
+    address, shape, strides, dtype, device and count of writes, and some numbers. Their memory is held on to, so that no
+    other tensor can come to lie in its place.
 
     Args:
         modules: by path, under every path that they have.

@@ -210,7 +210,7 @@ def measure_one(network: str, count: int, options: argparse.Namespace) -> Measur
     figures = []
     for who in models:
         if who != "full":
-            target = TARGETS[network] if who == "loraio" else None
+            target = TARGETS[network] if who in ("loraio", OWN_LAST) else None
             unit = "x step of full fine-tuning"
             figures.append(ratio_of(times, who, "full", row=ROW, case=case, unit=unit, target=target))
     for who in models:

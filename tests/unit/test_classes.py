@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import loraio
+from loraio.parametrization import parametrization_list
 
 
 class Twice(nn.Module):
@@ -36,6 +38,24 @@ def live(model: nn.Sequential) -> Iterator[loraio.Attachment]:
 def folded(live: loraio.Attachment, number: int) -> Tensor:
     name = f"{number}.weight"
     return live.adapter.fold(name, loraio.base_state_dict(live.model)[name])
+
+
+def test_a_list_of_parametrizations_is_as_torch_makes_it(model: nn.Sequential) -> None:
+    adapter, weight = small_adapter(model, 1, "0", rank=2), model[0].weight
+    with loraio.attach(model, adapter):
+        ours: Any = model[0].parametrizations.weight
+        for tensor in (weight, weight.detach().clone()):
+            own = parametrization_list(ours[0], tensor)
+            theirs = parametrize.ParametrizationList([ours[0]], tensor, unsafe=True)
+            assert vars(own).keys() == vars(theirs).keys()
+            for name, value in vars(theirs).items():
+                assert type(vars(own)[name]) is type(value)
+                assert name.startswith("_") or vars(own)[name] == value
+            for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+                assert list(vars(own)[kind]) == list(vars(theirs)[kind])
+            assert own.original is theirs.original is tensor
+            assert own().equal(theirs())
+            assert own.state_dict().keys() == theirs.state_dict().keys()
 
 
 def test_modules_of_a_class_share_one(model: nn.Sequential, live: loraio.Attachment) -> None:
