@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BLOCK = 2**18
 """Numbers of a weight that are folded at a time on the CPU: in float64 they fill two megabytes."""
 
+_SCRATCH = BLOCK
 _thread = threading.local()  # what each thread keeps: `_scratch`
 
 _OUT, _FAN_IN, _RANK = -1, -2, -3  # stand for sizes, to learn which axis of a factor is which
@@ -173,12 +174,12 @@ def _scratch(numbers: int, dtype: torch.dtype) -> Tensor:
     """Memory to sum in: that of the thread's last fold, where a block is enough. The system need not give it anew."""
     import torch
 
-    if numbers > BLOCK:
+    if numbers > _SCRATCH:
         return torch.empty(numbers, dtype=dtype)
     kept: Tensor | None = getattr(_thread, "scratch", None)
-    if kept is None or len(kept) < BLOCK:
+    if kept is None:
         with torch.inference_mode(False):  # or else it could be written to in that mode alone
-            kept = _thread.scratch = torch.empty(BLOCK, dtype=torch.float64)
+            kept = _thread.scratch = torch.empty(_SCRATCH, dtype=torch.float64)
     return kept.view(dtype)[:numbers]
 
 

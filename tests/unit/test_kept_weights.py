@@ -263,6 +263,7 @@ def test_threads_see_one_strength_or_the_other(base: nn.Module, three: loraio.Ad
 def test_swapping_back_computes_nothing_unless_something_changed(
     base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, images: Tensor, folds: Counter
 ) -> None:
+    seven = copy.deepcopy(seven)  # it is written to
     live = loraio.attach(base, three)
     first = outputs(base, images)
     live.swap(seven)
