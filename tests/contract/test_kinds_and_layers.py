@@ -198,3 +198,24 @@ def test_folding_rows_in_blocks_gives_what_folding_at_once_gives(
         torch.testing.assert_close(found, folds[0], rtol=1e-14 if dtype == torch.float64 else 0, atol=0)
     assert weight.equal(before)
     assert not folds[0].equal(weight)
+
+
+@every_kind
+@every_layer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+def test_folding_over_the_weight_gives_the_same_and_writes_to_it_once_for_each_slice(
+    kind: Kind, layer: LayerType, dtype: torch.dtype, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "BLOCK", 7)
+    for strength in (1.0, -0.5):
+        weight = weight_of(layer, dtype)
+        target = target_of(kind, layer, weight)
+        factors = trained(kind, layer.to_matrix(weight).double(), torch.float32)
+        expected = target.fold(weight, factors, strength=strength, exact=exact)
+        sliced = target.sliced_fold(weight, factors, strength=strength, exact=exact)
+        assert sliced is not None
+        writes = weight._version
+        sliced.write(sliced.weight)
+        assert weight._version - writes == len(sliced.slices)
+        assert weight.equal(expected)
