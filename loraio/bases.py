@@ -23,7 +23,7 @@ from loraio.errors import (
     StateError,
     UnknownNameError,
 )
-from loraio.identity import state_sha256
+from loraio.identity import identity_of, state_sha256
 from loraio.networks import (
     NAME_FORMS,
     NETWORKS,
@@ -59,6 +59,8 @@ class BaseCheckpoint:
         document: the file's loraio metadata; empty for files from elsewhere.
         stripped: what stood before every name in the file and was taken off: "module.", "module._orig_mod.".
         parts: the files of a parted checkpoint; empty for others.
+        digests: SHA-256 of each tensor's bytes under ``stripped`` and its name, where the file says it and the tensors
+            were compared with it.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class BaseCheckpoint:
     document: Mapping[str, Any] = field(default_factory=dict)
     stripped: str = ""
     parts: tuple[Path, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
@@ -102,7 +105,8 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
         return _without_prefix(BaseCheckpoint(path=path, state=read_pickle(path)))
     checkpoint, headers = _described(path)
     tensors = {name: tensor for header in headers for name, tensor in container.read_tensors(header).items()}
-    return _named(replace(checkpoint, state={name: tensors[name] for name in checkpoint.state}))
+    digests = {name: digest for header in headers for name, digest in (header.digests or {}).items()}
+    return _named(replace(checkpoint, state={name: tensors[name] for name in checkpoint.state}, digests=digests))
 
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
@@ -186,6 +190,9 @@ def model_from(
     network = network_for(checkpoint, model=model, model_args=model_args)
     checkpoint = fitted(checkpoint, network.state_dict())
     load_state(network, checkpoint.state, where=f"{str(checkpoint.path)!r}")
+    names = {name: checkpoint.stripped + name for name in checkpoint.state}
+    known = {name: checkpoint.digests[stated] for name, stated in names.items() if stated in checkpoint.digests}
+    identity_of(network).learn(network.state_dict(), checkpoint.state, known)
     object.__setattr__(network, "loraio_stripped", checkpoint.stripped)
     return network
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference
-from loraio.container import dtype_code, tensor_sha256
+from loraio.container import dtype_code, tensor_bytes, tensor_sha256
 from loraio.errors import BaseMismatchError, StateError
 from loraio.integrity import state_digest
 from loraio.layers import STATISTICS
@@ -103,6 +103,20 @@ class BaseIdentity:
             for name, sha256 in found.items():
                 self._known[name] = _Digest.of(state[name], sha256, samples[name])
             return {name: self._known[name].sha256 for name in state}
+
+    def learn(self, state: Mapping[str, Tensor], read: Mapping[str, Tensor], known: Mapping[str, str]) -> None:
+        """Take over digests that came with a file: of each tensor that holds the bytes that were read.
+
+        Args:
+            state: the model's state dict.
+            read: the tensors of the file, by name.
+            known: their digests, which were compared when they were read.
+        """
+        same = [name for name in known if tensor_bytes(state[name]).equal(tensor_bytes(read[name]))]
+        samples = _samples({name: state[name] for name in same})
+        with self._lock:
+            for name in same:
+                self._known[name] = _Digest.of(state[name], known[name], samples[name])
 
     def state_sha256(self, state: Mapping[str, Tensor], known: Mapping[str, str]) -> str:
         """As the function `state_sha256`, remembered for as long as no digest changes."""

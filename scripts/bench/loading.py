@@ -3,8 +3,9 @@
 usage: python scripts/bench/loading.py [--networks NAME ...] [--rounds N] [--json]
 
 Rank 8 on every convolution and linear layer, float32, one thread; what it is against is ``load_file`` of safetensors
-on the same file. A fresh model is a copy of the base that was never looked at. Beside it: the same model a second time,
-when the digests of the base are remembered; PEFT's `PeftModel.from_pretrained` of the folder that it saves itself; and
+on the same file. A fresh model is a copy of the base that was never looked at. Beside it: a model fresh from
+`loraio.load_base`, which compared its tensors with the digests in their file; the same model a second time, when the
+digests are remembered; PEFT's `PeftModel.from_pretrained` of the folder that it saves itself; and
 minLoRA's parametrizations with the factors loaded into them. The share of the time in which the base is hashed, and
 that in which the file is read and checked, are figures of their own; neither peer looks at the base at all.
 
@@ -56,7 +57,8 @@ from loraio.identity import digests
 
 ROW = "loading"
 BASELINE = "load_file"
-AGAIN, HASHING, READING = "loraio, same model again", "hashing the base", "reading and checking the file"
+AGAIN, FROM_FILE = "loraio, same model again", "loraio, from load_base"
+HASHING, READING = "hashing the base", "reading and checking the file"
 TARGET = 10.0
 ROUNDS = {"digit-cnn": 200, "torchvision:mobilenet_v3_small": 40, "torchvision:resnet50": 20}
 
@@ -86,15 +88,22 @@ def measure_one(network: str, folder: Path, count: int, clock: Callable[[], floa
     works: dict[str, Callable[..., Any]] = {
         BASELINE: lambda: load_file(file),
         "loraio": ours,
+        FROM_FILE: ours,
         AGAIN: once_more,
         HASHING: lambda: digests(state),
         READING: lambda: loraio.load(file),
     }
-    before: dict[str, Callable[[], Any]] = {"loraio": fresh, AGAIN: lambda: held["live"].detach()}
+    before: dict[str, Callable[[], Any]] = {
+        "loraio": fresh,
+        FROM_FILE: lambda: loraio.load_base(folder / "base.safetensors"),
+        AGAIN: lambda: held["live"].detach(),
+    }
     expected = merged(model, adapter)(x)
-    other = fresh()
-    ours(other)
-    require_outputs(other(x), expected, what=f"{case}, loraio", tolerance=0)
+    loraio.save_base(model, folder / "base.safetensors", overwrite=True)
+    for who in ("loraio", FROM_FILE):
+        other = before[who]()
+        ours(other)
+        require_outputs(other(x), expected, what=f"{case}, {who}", tolerance=0)
     require_outputs(again(x), expected, what=f"{case}, {AGAIN}", tolerance=0)
     require(not model(x).equal(expected), f"{case}: the adapter does nothing")
     peft = module("peft")
@@ -127,7 +136,7 @@ def measure_one(network: str, folder: Path, count: int, clock: Callable[[], floa
             row=ROW,
             case=case,
             unit=f"x {BASELINE}",
-            target=TARGET if who == "loraio" else None,
+            target=TARGET if who in ("loraio", FROM_FILE) else None,
         )
         for who in works
         if who not in (BASELINE, HASHING, READING)

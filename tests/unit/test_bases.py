@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import loraio
-from loraio import container
+from loraio import container, identity
 from loraio.bases import fitted, stripped_of
 from loraio.errors import (
     BaseMismatchError,
@@ -406,3 +406,62 @@ def test_weights_that_are_one_stay_one_when_a_checkpoint_is_loaded() -> None:
     with pytest.raises(BaseMismatchError, match=r"'b\.weight' and 'a\.weight' are one tensor in the network, and two"):
         loraio.bases.load_state(model, {**state, "b.weight": state["b.weight"] + 1})
     assert all(model.state_dict()[name].equal(kept[name]) for name in kept)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The tensors of models that were hashed."""
+    seen: list[torch.Tensor] = []
+    real = identity.tensor_sha256
+
+    def counted(tensor: torch.Tensor) -> str:
+        seen.append(tensor)
+        return real(tensor)
+
+    monkeypatch.setattr(identity, "tensor_sha256", counted)
+    return seen
+
+
+def test_what_was_compared_with_its_digest_when_it_was_read_is_not_hashed_again(
+    files: Path, three: loraio.Adapter, seven: loraio.Adapter, hashed: list[torch.Tensor]
+) -> None:
+    model = loraio.load_base(files / "base.safetensors")
+    with loraio.attach(model, three):
+        assert not hashed
+    with torch.no_grad():
+        model.get_parameter("conv2.weight").view(-1)[5].mul_(1.5)
+    with pytest.raises(BaseMismatchError, match="conv2"):
+        loraio.attach(model, seven)
+    assert len(hashed) == 1
+
+
+def test_what_a_file_does_not_say_or_a_network_changed_is_hashed(
+    files: Path, three: loraio.Adapter, tmp_path: Path, hashed: list[torch.Tensor]
+) -> None:
+    state = dict(loraio.read_base(files / "base.safetensors").state)
+    save_file(state, tmp_path / "plain.safetensors")
+    model = loraio.load_base(tmp_path / "plain.safetensors", model="digit-cnn")
+    with loraio.attach(model, three):
+        assert len(hashed) == len(state)
+    known = identity.digests(state)
+    changed = {name: tensor + 1 if name == "fc.bias" else tensor.clone() for name, tensor in state.items()}
+    learned = identity.BaseIdentity()
+    learned.learn(changed, state, known)
+    hashed.clear()
+    found = learned.digests(changed)
+    assert found["fc.bias"] != known["fc.bias"]
+    assert [name for name in found if found[name] != known[name]] == ["fc.bias"]
+    assert len(hashed) == 1
+
+
+def test_a_parted_base_brings_its_digests_along(
+    files: Path, three: loraio.Adapter, tmp_path: Path, hashed: list[torch.Tensor], write_parts: WriteParts
+) -> None:
+    state = dict(loraio.read_base(files / "base.safetensors").state)
+    parts = write_parts({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "parts")
+    loraio.merge_file(parts, files / "three.safetensors", tmp_path / "merged")
+    model = loraio.load_base(tmp_path / "merged", model="digit-cnn")
+    hashed.clear()
+    found = identity.identity_of(model).digests(model.state_dict())
+    assert not hashed
+    assert found == identity.digests(loraio.merge(state, three))
