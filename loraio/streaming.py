@@ -226,11 +226,12 @@ def one_thread_each() -> Iterator[None]:
 @functools.cache
 def _openblas() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
     """How many threads NumPy's OpenBLAS has, and how to set that; nothing where NumPy has another library."""
-    place = next(
-        name for name in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath") if name in sys.modules
-    )
+    modules = (sys.modules.get(f"numpy.{core}._multiarray_umath") for core in ("_core", "core"))
+    module = next((module for module in modules if module is not None), None)
+    if module is None:
+        return []
     try:
-        library = ctypes.CDLL(sys.modules[place].__file__)  # and those that it is linked with
+        library = ctypes.CDLL(module.__file__)  # and those that it is linked with
     except OSError:
         return []
     names = [f"{start}{{}}_num_threads{end}" for start in ("scipy_openblas_", "openblas_") for end in ("64_", "")]
