@@ -27,7 +27,12 @@ COMMANDS = {
     "loraio inspect --json": [sys.executable, "-m", "loraio", "inspect", str(ADAPTER), "--json"],
     "import torch": [sys.executable, "-c", "import torch"],
 }
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    # pip compiles what it installs
+    **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
 TARGET = 0.25
 ROUNDS = 15
 

@@ -133,7 +133,7 @@ def all_figures(results: Mapping[str, Any]) -> list[Figure]:
 
 def label(figure: Figure) -> str:
     """Row, case and, where it is not plain loraio, the way of it."""
-    way = figure.who.removeprefix("loraio").strip()
+    way = figure.who.removeprefix("loraio").strip(" ,")
     return f"{figure.row}: {figure.case}{f', {way}' if way else ''}"
 
 
