@@ -39,13 +39,15 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
     """`tensor_sha256` of every tensor, by name.
 
     Raises:
-        StateError: an entry is no tensor (a module's extra state), or has no values (the meta device).
+        StateError: an entry is no tensor (a module's extra state), has no values (the meta device), or is sparse.
     """
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise StateError(f"{name!r} of the state dict is {type(tensor).__name__}, only tensors have an identity")
         if tensor.is_meta:
             raise StateError(f"{name!r} is on the meta device and has no values yet", hint="load the base model first")
+        if tensor.layout != torch.strided:
+            raise StateError(f"{name!r} is a tensor of layout {tensor.layout}, only dense ones have an identity")
     return {name: tensor_sha256(tensor) for name, tensor in state.items()}
 
 

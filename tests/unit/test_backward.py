@@ -354,7 +354,10 @@ print(look().field3 - before)
 """Whether 16 MiB come from the system by themselves, and go back to it at once: mallinfo(3)."""
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="of glibc's own ways")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="of glibc's own ways",
+)
 @pytest.mark.parametrize(("how", "count"), [("attached", 0), ("alone", 1)])
 def test_a_training_step_keeps_its_memory_for_the_next_one(how: str, count: int) -> None:
     usual = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}

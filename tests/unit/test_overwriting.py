@@ -206,6 +206,19 @@ def test_what_cannot_be_written_over_is_refused_by_name(how: str, words: str) ->
     assert same_bits({name: tensor.clone() for name, tensor in state.items()}, before)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_sparse_tensor_has_no_place_in_a_base(in_place: bool) -> None:
+    model = small_base()
+    adapter = small_adapters(model)["lora"]
+    state = copied(model.state_dict())
+    before = copied(state)
+    state["fc.weight"] = state["fc.weight"].to_sparse()
+    with pytest.raises(StateError, match=r"'fc\.weight' is a tensor of layout torch\.sparse_coo"):
+        loraio.merge(state, adapter, in_place=in_place, allow_base_mismatch=True)
+    assert state["conv.weight"].equal(before["conv.weight"])
+    assert state["fc.weight"].to_dense().equal(before["fc.weight"])
+
+
 def test_what_safetensors_has_read_can_be_written_over(tmp_path: Path) -> None:
     model = small_base()
     adapter = small_adapters(model)["lora"]
