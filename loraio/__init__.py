@@ -12,59 +12,59 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from loraio.adapter import Adapter, BaseReference, Target, WholeTensor
-    from loraio.attachment import Attachment, adapter_from, attach, attachment_of
-    from loraio.bank import Bank
-    from loraio.bases import BaseCheckpoint, load_base, read_base, save_base
-    from loraio.basestate import base_state_dict
-    from loraio.checking import Checked, check
-    from loraio.conversion import Conversion, convert
+    from loraio.bases.checkpoints import BaseCheckpoint, load_base, read_base, save_base
+    from loraio.bases.networks import build_network
+    from loraio.bases.receipts import Receipt, receipt
     from loraio.errors import LoraioError
-    from loraio.exporting import Exported, ExportedOutput, export
-    from loraio.filemerge import MergedFile, merge_file
-    from loraio.formats import load, save
+    from loraio.exporting.export import Exported, ExportedOutput, export
+    from loraio.formats.checking import Checked, check
+    from loraio.formats.conversion import Conversion, convert
+    from loraio.formats.dialects import load, save
     from loraio.formats.pack import pack, unpack
-    from loraio.merging import Landing, landing, merge
-    from loraio.networks import build_network
-    from loraio.receipts import Receipt, receipt
+    from loraio.live.attachment import Attachment, adapter_from, attach, attachment_of
+    from loraio.live.base_state import base_state_dict
+    from loraio.merging.in_memory import Landing, landing, merge
+    from loraio.merging.on_files import MergedFile, merge_file
+    from loraio.merging.unmerging import UnmergedFile, unmerge_file
+    from loraio.merging.verification import OutputReport, Report, WeightReport, verify, verify_weights
+    from loraio.serving.bank import Bank
     from loraio.training.config import PretrainConfig, TrainConfig
-    from loraio.training.data import Dataset, load_dataset
+    from loraio.training.datasets import Dataset, load_dataset
     from loraio.training.evaluation import Evaluation, evaluate, evaluate_each, predict
-    from loraio.training.folders import ImageForm, image_form
+    from loraio.training.image_folders import ImageForm, image_form
     from loraio.training.images import read_image
     from loraio.training.loop import pretrain, train, train_each
     from loraio.training.optimizing import Progress
-    from loraio.training.recording import RunFiles
-    from loraio.training.starting import new_adapter, parameter_report, plan_targets, plan_whole
-    from loraio.unmerging import UnmergedFile, unmerge_file
-    from loraio.verification import OutputReport, Report, WeightReport, verify, verify_weights
+    from loraio.training.planning import new_adapter, parameter_report, plan_targets, plan_whole
+    from loraio.training.run_files import RunFiles
 
 _PLACES = {
     "adapter": ("Adapter", "BaseReference", "Target", "WholeTensor"),
-    "attachment": ("Attachment", "adapter_from", "attach", "attachment_of"),
-    "bank": ("Bank",),
-    "bases": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
-    "basestate": ("base_state_dict",),
-    "checking": ("Checked", "check"),
-    "conversion": ("Conversion", "convert"),
+    "live.attachment": ("Attachment", "adapter_from", "attach", "attachment_of"),
+    "serving.bank": ("Bank",),
+    "bases.checkpoints": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
+    "live.base_state": ("base_state_dict",),
+    "formats.checking": ("Checked", "check"),
+    "formats.conversion": ("Conversion", "convert"),
     "errors": ("LoraioError",),
-    "exporting": ("Exported", "ExportedOutput", "export"),
-    "filemerge": ("MergedFile", "merge_file"),
-    "formats": ("load", "save"),
+    "exporting.export": ("Exported", "ExportedOutput", "export"),
+    "merging.on_files": ("MergedFile", "merge_file"),
+    "formats.dialects": ("load", "save"),
     "formats.pack": ("pack", "unpack"),
-    "merging": ("Landing", "landing", "merge"),
-    "networks": ("build_network",),
-    "receipts": ("Receipt", "receipt"),
+    "merging.in_memory": ("Landing", "landing", "merge"),
+    "bases.networks": ("build_network",),
+    "bases.receipts": ("Receipt", "receipt"),
     "training.config": ("PretrainConfig", "TrainConfig"),
-    "training.data": ("Dataset", "load_dataset"),
+    "training.datasets": ("Dataset", "load_dataset"),
     "training.evaluation": ("Evaluation", "evaluate", "evaluate_each", "predict"),
-    "training.folders": ("ImageForm", "image_form"),
+    "training.image_folders": ("ImageForm", "image_form"),
     "training.images": ("read_image",),
     "training.loop": ("pretrain", "train", "train_each"),
     "training.optimizing": ("Progress",),
-    "training.recording": ("RunFiles",),
-    "training.starting": ("new_adapter", "parameter_report", "plan_targets", "plan_whole"),
-    "unmerging": ("UnmergedFile", "unmerge_file"),
-    "verification": ("OutputReport", "Report", "WeightReport", "verify", "verify_weights"),
+    "training.run_files": ("RunFiles",),
+    "training.planning": ("new_adapter", "parameter_report", "plan_targets", "plan_whole"),
+    "merging.unmerging": ("UnmergedFile", "unmerge_file"),
+    "merging.verification": ("OutputReport", "Report", "WeightReport", "verify", "verify_weights"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 

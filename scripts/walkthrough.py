@@ -21,7 +21,7 @@ import os
 import torch
 
 import loraio
-from loraio.lowrank import effective_rank, truncated_svd
+from loraio.adapter.lowrank import effective_rank, truncated_svd
 
 DATASET = os.environ.get("LORAIO_DATASET", "digits")
 DIGIT = 1

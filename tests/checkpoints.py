@@ -13,9 +13,9 @@ from torch import Tensor
 
 import loraio
 from loraio.adapter import Adapter, BaseReference, Target
-from loraio.container import dtype_code
-from loraio.identity import state_sha256, tensor_sha256
-from loraio.parts import INDEX_SUFFIX
+from loraio.bases.identity import state_sha256, tensor_sha256
+from loraio.files.sharded import INDEX_SUFFIX
+from loraio.files.tensorfile import dtype_code
 
 State = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import loraio
-from loraio.parts import INDEX_SUFFIX
+from loraio.files.sharded import INDEX_SUFFIX
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,10 +20,12 @@ from safetensors.torch import save
 from torch import nn
 
 import loraio
-from loraio import bases, container, formats, parts, pickles, strictjson
 from loraio.adapter import Adapter, BaseReference, Target
-from loraio.container import DTYPE_BITS, METADATA_KEY, Header
+from loraio.bases import checkpoints
 from loraio.errors import LoraioError
+from loraio.files import pickles, sharded, strictjson, tensorfile
+from loraio.files.tensorfile import DTYPE_BITS, METADATA_KEY, Header
+from loraio.formats import dialects
 from loraio.formats.foreign import Options, bind
 from loraio.formats.native import read_metadata
 from loraio.formats.pack import check_index, is_pack
@@ -78,17 +80,17 @@ def examined(header: Header) -> None:
     document = header.document() or {}
     if "targets" in document:
         read_metadata(header)
-        formats.NATIVE.read(header)
+        dialects.NATIVE.read(header)
     elif is_pack(header):
         check_index(header, stamp=())
     else:
-        bases._stated(document, where="here")
+        checkpoints._stated(document, where="here")
         foreign(source_of(header))
 
 
 def foreign(source: Source) -> None:
     """What each dialect that may be the file's makes of it, also on a base."""
-    found = formats.recognised(source)
+    found = dialects.recognised(source)
     if found is None or found.dialect is None:
         return
     if not found.dialect.read(source).refusals:
@@ -98,7 +100,7 @@ def foreign(source: Source) -> None:
 def whole_file(data: bytes) -> None:
     """A safetensors file."""
     with contextlib.suppress(LoraioError):
-        examined(container.parse_file(data, ANYWHERE))
+        examined(tensorfile.parse_file(data, ANYWHERE))
 
 
 def header(data: bytes) -> None:
@@ -139,17 +141,17 @@ def dialect(data: bytes) -> None:
         settings = strictjson.parse_json(config.decode("utf-8", "replace"), where="config") if config else None
         text = json.dumps({"__metadata__": strings, **entries}).encode("utf-8", "surrogatepass")
         values = (b"\x00\x00\x80\x3f" * (position // 4 + 1))[:position]  # ones, as float32
-        header = container.parse_file(len(text).to_bytes(8, "little") + text + values, ANYWHERE)
+        header = tensorfile.parse_file(len(text).to_bytes(8, "little") + text + values, ANYWHERE)
         if settings is None or isinstance(settings, dict):
             foreign(source_of(header, config=settings))
 
 
 def index(data: bytes) -> None:
     """The index of a parted checkpoint, beside one part."""
-    path = FOLDER / f"a{parts.INDEX_SUFFIX}"
+    path = FOLDER / f"a{sharded.INDEX_SUFFIX}"
     path.write_bytes(data)
     with contextlib.suppress(LoraioError):
-        bases.scan_base(path)
+        checkpoints.scan_base(path)
 
 
 def pickled(data: bytes) -> None:
@@ -157,7 +159,7 @@ def pickled(data: bytes) -> None:
     path = FOLDER / "some.pt"
     path.write_bytes(data)
     with contextlib.suppress(LoraioError):
-        foreign(formats.open_source(path))
+        foreign(dialects.open_source(path))
         pickles.read_pickle(path)
 
 

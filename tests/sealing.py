@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from loraio.integrity import PENDING
+from loraio.files.integrity import PENDING
 
 _ENTRY = re.compile(rb'(integrity\\?": ?\{\\?"file\\?": ?\\?")[0-9a-f]{64}')
 

@@ -13,10 +13,12 @@ import jsonschema
 import pytest
 
 import loraio
-from loraio import container, integrity
+from loraio.adapter.kinds import KINDS
+from loraio.adapter.layers import LAYER_TYPES
 from loraio.cli import main
-from loraio.container import METADATA_KEY
-from loraio.formats import DIALECTS
+from loraio.files import integrity, tensorfile
+from loraio.files.tensorfile import METADATA_KEY
+from loraio.formats.dialects import DIALECTS
 from loraio.formats.native import (
     _BASE_KEYS,
     _BASE_OPTIONS,
@@ -28,8 +30,6 @@ from loraio.formats.native import (
     _WHOLE_KEYS,
     _WHOLE_OPTIONS,
 )
-from loraio.kinds import KINDS
-from loraio.layers import LAYER_TYPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -140,8 +140,8 @@ def test_the_specification_and_the_schema_name_the_keys_of_the_reader() -> None:
     assert set(whole["properties"]["role"]["enum"]) == set(loraio.adapter.ROLES)
     assert set(whole["properties"]["dtype"]["enum"]) == set(loraio.adapter.WHOLE_DTYPES)
     assert set(SCHEMA["properties"]["base"]["required"]) == set(_BASE_KEYS)
-    assert set(target["properties"]["kind"]["enum"]) == set(loraio.kinds.KINDS)
-    assert set(target["properties"]["layer"]["enum"]) == set(loraio.layers.LAYER_TYPES)
+    assert set(target["properties"]["kind"]["enum"]) == set(loraio.adapter.kinds.KINDS)
+    assert set(target["properties"]["layer"]["enum"]) == set(loraio.adapter.layers.LAYER_TYPES)
     assert set(target["properties"]["dtype"]["enum"]) == set(loraio.adapter.FLOAT_DTYPES)
     assert set(target["properties"]["scale_rule"]["enum"]) == set(loraio.adapter.SCALE_RULES)
     keys = {*_TARGET_KEYS, *_TARGET_OPTIONS, *_DOCUMENT_KEYS, *_BASE_KEYS, *_BASE_OPTIONS, METADATA_KEY}
@@ -153,7 +153,7 @@ def test_what_is_written_satisfies_the_schema(three: loraio.Adapter, seven: lora
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     for adapter in (three, seven):
         loraio.save(adapter, tmp_path / "file", overwrite=True)
-        text = container.read_header(tmp_path / "file").metadata[METADATA_KEY]
+        text = tensorfile.read_header(tmp_path / "file").metadata[METADATA_KEY]
         jsonschema.validate(json.loads(text), SCHEMA)
 
 

@@ -1,4 +1,4 @@
-"""The module map: imports go down it only, and foreign packages are used in their own rooms only."""
+"""The map of rooms: imports go down it only, and foreign packages are used in their own rooms only."""
 
 from __future__ import annotations
 
@@ -16,26 +16,20 @@ PACKAGE = Path(loraio.__file__).parent
 LINES = [
     {"__main__"},
     {"cli"},
-    {"training"},
-    {"filemerge", "unmerging"},
-    {"finished", "residuefile"},
-    {"streaming"},
-    {"bank", "checking", "exporting", "verification"},
-    {"attachment", "conversion", "merging", "mixing"},
-    {"formats", "bases", "basestate", "recent", "sharing"},
-    {"receipts"},
-    {"overwriting"},
-    {"identity", "networks", "overflow", "parametrization", "residues"},
-    {"adapter", "classes"},
-    {"backward"},
-    {"folding"},
-    {"copying", "kept", "layers", "kinds", "parts", "pickles", "slots", "undoing", "watching"},
-    {"lowrank", "container", "registry"},
-    {"firstbytes", "integrity", "names", "outputs", "strictjson"},
-    {"limits", "temporaries"},
+    {"training", "serving", "merging", "exporting"},
+    {"formats", "live"},
+    {"bases"},
+    {"adapter"},
+    {"files"},
+    {"registry"},
     {"errors"},
 ]
-"""From the top down; modules of one line do not import each other."""
+"""From the top down; rooms of one line do not import each other."""
+
+ASIDE = {
+    ("formats.foreign", "live.parametrization"): "a file is not bound to a model that carries an adapter",
+}
+"""Imports between rooms of one line, each with its reason."""
 
 ROOMS = {
     "click": {"cli"},
@@ -44,18 +38,18 @@ ROOMS = {
     "onnx": {"exporting"},
     "onnxruntime": {"exporting"},
     "onnxscript": {"exporting"},
-    "timm": {"networks"},
-    "torchvision": {"networks", "training"},
+    "timm": {"bases"},
+    "torchvision": {"bases", "training"},
     "sklearn": {"training"},
     "PIL": {"training"},
 }
-"""Foreign packages and the modules that may import them."""
+"""Foreign packages and the rooms that may import them."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def module_of(file: Path) -> str:
-    """The name in the map: "container", or "training" for everything in that folder."""
+def room_of(file: Path) -> str:
+    """Return the room of a file: "files" for everything in that folder, "errors" for a module at the top."""
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -71,31 +65,33 @@ def imports_of(file: Path) -> set[str]:
     return found
 
 
-def line_of(module: str) -> int:
-    return next(number for number, line in enumerate(LINES) if module in line)
+def line_of(room: str) -> int:
+    return next(number for number, line in enumerate(LINES) if room in line)
 
 
-def test_the_map_names_every_module() -> None:
-    assert {module_of(file) for file in FILES} - {"__init__"} == set.union(*LINES)
+def test_the_map_names_every_room() -> None:
+    assert {room_of(file) for file in FILES} - {"__init__"} == set.union(*LINES)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_down_only(file: Path) -> None:
-    module = module_of(file)
-    if module == "__init__":  # the package itself names everything, lazily
+    room = room_of(file)
+    if room == "__init__":  # the package itself names everything, lazily
         return
+    module = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
     for name in imports_of(file):
         parts = name.split(".")
-        if parts[0] != "loraio" or len(parts) < 2 or parts[1] == module or parts[1] in loraio.__all__:
+        if parts[0] != "loraio" or len(parts) < 2 or parts[1] == room or parts[1] in loraio.__all__:
             continue
-        assert line_of(parts[1]) > line_of(module), f"{module} imports {name}"
+        if (module, ".".join(parts[1:3])) not in ASIDE:
+            assert line_of(parts[1]) > line_of(room), f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_foreign_packages_stay_in_their_rooms(file: Path) -> None:
     for name in imports_of(file):
         allowed = ROOMS.get(name.split(".")[0])
-        assert allowed is None or module_of(file) in allowed, f"{file.name} imports {name}"
+        assert allowed is None or room_of(file) in allowed, f"{file.name} imports {name}"
 
 
 def test_the_lazy_names_are_the_exported_ones() -> None:

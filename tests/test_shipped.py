@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import loraio
-from loraio import container
+from loraio.files import tensorfile
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "adapters"
@@ -77,6 +77,6 @@ def test_saving_it_again_gives_the_same_bytes(digit: int, tmp_path: Path) -> Non
 
 def test_nothing_personal_is_in_the_files() -> None:
     for path in FOLDER.glob("*.safetensors"):
-        text = str(container.read_header(path).metadata).lower()
+        text = str(tensorfile.read_header(path).metadata).lower()
         for word in ("/home", "/root", "date", "time", "host", "user"):
             assert word not in text, (path.name, word)

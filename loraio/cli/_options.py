@@ -131,7 +131,7 @@ class KeywordOptions(click.ParamType):  # type: ignore[type-arg]  # generic from
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
         """The object; duplicate keys, NaN and infinities are refused."""
         from loraio.errors import FormatError
-        from loraio.strictjson import parse_json
+        from loraio.files.strictjson import parse_json
 
         if isinstance(value, dict):
             return value

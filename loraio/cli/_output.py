@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraio.names import shown
+from loraio.files.names import shown
 from loraio.registry import known
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def note_landings(
     """A line for each adapter on what it does to the network's weights, and how the base differs if that is allowed."""
     if as_json:
         return
-    from loraio.identity import check_base
-    from loraio.merging import landing, merge
+    from loraio.bases.identity import check_base
+    from loraio.merging.in_memory import landing, merge
 
     state = network.state_dict()
     for name, adapter in adapters.items():

@@ -11,7 +11,7 @@ import click
 from loraio.cli import _options, _output
 
 if TYPE_CHECKING:
-    from loraio.checking import Checked
+    from loraio.formats.checking import Checked
 
 FAILED = 3
 """Exit code when the check ran and says no."""
@@ -28,8 +28,8 @@ def check(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
     with the digests that they hold; of a folder all. Exit code 3 says no, and which tensor is damaged. The digests
     notice damage, not who wrote the file.
     """
-    from loraio import checking
     from loraio.errors import MissingFileError
+    from loraio.formats import checking
 
     paths = [path for file in files for path in (checking.checkable(file) if Path(file).is_dir() else [Path(file)])]
     if not paths:

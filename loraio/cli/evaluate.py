@@ -44,7 +44,7 @@ def evaluate(
     The adapters are swapped on one live model, which is the base again at the end.
     """
     import loraio
-    from loraio.bases import stripped_of
+    from loraio.bases.checkpoints import stripped_of
 
     files = _named(_files(adapters))
     network = loraio.load_base(base, model=model, model_args=model_args)
@@ -72,8 +72,8 @@ def evaluate(
 
 def _files(paths: Iterable[str]) -> list[Path]:
     """Adapters as given, and those in the folders; what else is in a folder is passed over."""
-    from loraio import formats
     from loraio.errors import MissingFileError
+    from loraio.formats import dialects
     from loraio.formats.sources import is_adapter_folder
 
     files: list[Path] = []
@@ -84,7 +84,7 @@ def _files(paths: Iterable[str]) -> list[Path]:
         inside = [
             one
             for one in sorted(path.iterdir())
-            if (one.suffix == ".safetensors" or one.is_dir()) and formats.is_adapter(one)
+            if (one.suffix == ".safetensors" or one.is_dir()) and dialects.is_adapter(one)
         ]
         if not inside:
             raise MissingFileError(f"there is no adapter in the folder {str(path)!r}")

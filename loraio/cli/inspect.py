@@ -13,7 +13,7 @@ from loraio.registry import known
 
 if TYPE_CHECKING:
     from loraio.adapter import Target
-    from loraio.container import Header, TensorInfo
+    from loraio.files.tensorfile import Header, TensorInfo
     from loraio.formats.foreign import Dialect
     from loraio.formats.sources import Source
 
@@ -26,11 +26,11 @@ def inspect(file: str, as_json: bool) -> None:
 
     Of a base that is parted into several files FILE is the index, or its folder.
     """
-    from loraio import parts
+    from loraio.files import sharded
     from loraio.formats.sources import is_adapter_folder
 
-    if parts.is_parted(file) and not is_adapter_folder(file):
-        parted = parts.read_parted_header(file)
+    if sharded.is_parted(file) and not is_adapter_folder(file):
+        parted = sharded.read_parted_header(file)
         facts = _base_facts(parted.tensors, parted.document(), parts=list(parted.headers))
         facts = {"bytes": parted.file_bytes, "header_bytes": parted.header_bytes, **facts}
     else:
@@ -50,12 +50,12 @@ def inspect(file: str, as_json: bool) -> None:
 
 def _facts(file: str) -> dict[str, Any]:
     """What a file or an adapter's folder is."""
-    from loraio import formats
+    from loraio.formats import dialects
     from loraio.formats.pack import is_pack
     from loraio.formats.sources import open_source
 
     source = open_source(file)
-    found, header = formats.recognised(source), source.header
+    found, header = dialects.recognised(source), source.header
     if found is not None and found.dialect is not None:
         facts = _foreign_facts(found.dialect, source)
     elif found is not None and header is not None:

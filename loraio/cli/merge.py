@@ -10,7 +10,7 @@ import click
 from loraio.cli import _options, _output
 
 if TYPE_CHECKING:
-    from loraio.residuefile import Residue
+    from loraio.merging.residue_files import Residue
 
 
 LARGE = 0.5

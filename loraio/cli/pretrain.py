@@ -38,11 +38,11 @@ def pretrain(
 ) -> None:
     """Train a base network with Adam and save it."""
     import loraio
-    from loraio import outputs
-    from loraio.networks import find_network
-    from loraio.training.records import base_record
+    from loraio.bases.networks import find_network
+    from loraio.files import atomic
+    from loraio.training.provenance import base_record
 
-    outputs.check_output(output, overwrite=force)
+    atomic.check_output(output, overwrite=force)
     find_network(model, model_args)
     config = loraio.PretrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     fresh = loraio.build_network(model, args=model_args, seed=seed)

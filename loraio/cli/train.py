@@ -52,9 +52,9 @@ def train(
 ) -> None:
     """Train LoRA factors on a frozen BASE and save them alone."""
     import loraio
-    from loraio.bases import stripped_of
-    from loraio.outputs import make_folder
-    from loraio.parts import checkpoint_files
+    from loraio.bases.checkpoints import stripped_of
+    from loraio.files.atomic import make_folder
+    from loraio.files.sharded import checkpoint_files
 
     if digit is not None and class_name is not None:
         raise click.UsageError("--digit and --class exclude each other")
@@ -112,8 +112,8 @@ def train(
 def _check_outputs(base: str, output: str, *, every: bool, force: bool) -> None:
     """Refuse before the training what could not be written after it."""
     from loraio.errors import OutputError
-    from loraio.outputs import check_output
-    from loraio.parts import checkpoint_files
+    from loraio.files.atomic import check_output
+    from loraio.files.sharded import checkpoint_files
 
     inputs = checkpoint_files(base)
     if not every:

@@ -10,7 +10,7 @@ import click
 from loraio.cli import _options, _output
 
 if TYPE_CHECKING:
-    from loraio.verification import Report
+    from loraio.merging.verification import Report
 
 FAILED = 3
 """Exit code when the check ran and says no."""
@@ -51,8 +51,8 @@ def verify(
     Every weight is checked, and the outputs. Exit code 3 says no.
     """
     import loraio
-    from loraio.bases import fitted, network_for
-    from loraio.conversion import load_for
+    from loraio.bases.checkpoints import fitted, network_for
+    from loraio.formats.conversion import load_for
 
     if dataset is not None and samples is not None:
         raise click.UsageError("--dataset and --random exclude each other")

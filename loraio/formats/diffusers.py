@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter
+from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError, FormatError
+from loraio.files.strictjson import parse_json
 from loraio.formats.foreign import (
     ORIGIN,
     Encoded,
@@ -29,9 +31,7 @@ from loraio.formats.patterns import PatternTable
 from loraio.formats.peft import MEANT, PEFT, layer_of, refused_settings, tables_of, unmatched
 from loraio.formats.report import Report, settings, tensors
 from loraio.formats.sources import Source
-from loraio.layers import TargetModule
 from loraio.registry import known, lookup
-from loraio.strictjson import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

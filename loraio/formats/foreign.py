@@ -11,14 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loraio import container
-from loraio.adapter import FLOAT_DTYPES, SCALE_RULES, WHOLE_DTYPES, Adapter, Target, WholeTensor
-from loraio.container import METADATA_KEY
-from loraio.errors import AdapterError, BaseMismatchError, LoraioError, StateError
-from loraio.formats.native import FORMAT_VERSION, NativeMetadata, read_document, to_document
-from loraio.formats.report import Line, Report, settings, tensors
-from loraio.formats.sources import Source
-from loraio.layers import (
+from loraio.adapter.adapter import FLOAT_DTYPES, SCALE_RULES, WHOLE_DTYPES, Adapter, Target, WholeTensor
+from loraio.adapter.layers import (
     AFFINE,
     HEAD_LAYERS,
     STATISTICS,
@@ -28,6 +22,12 @@ from loraio.layers import (
     refuse_unusable,
     target_modules,
 )
+from loraio.errors import AdapterError, BaseMismatchError, LoraioError, StateError
+from loraio.files import tensorfile
+from loraio.files.tensorfile import METADATA_KEY
+from loraio.formats.native import FORMAT_VERSION, NativeMetadata, read_document, to_document
+from loraio.formats.report import Line, Report, settings, tensors
+from loraio.formats.sources import Source
 from loraio.registry import known, nearest
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ForeignLayer:
             factors, "alpha" for a tensor that holds alpha.
         rank: r, from a shape.
         alpha: None where the file does not say it.
-        kind: a name in `loraio.kinds.KINDS`.
+        kind: a name in `loraio.adapter.kinds.KINDS`.
         scale_rule: a name in `loraio.adapter.SCALE_RULES`.
         implied_alpha: what the tool itself takes where its file does not say alpha; None where that cannot be told.
         product: the method, where it is no plain pair and only an approximation is one; empty for plain pairs.
@@ -400,12 +400,12 @@ class _Binding:
         self._deltas: list[tuple[str, str, Tensor]] = []
 
     def add_layer(self, layer: ForeignLayer, place: TargetModule, made: Factors) -> None:
-        from loraio.identity import sketch
+        from loraio.bases.identity import sketch
 
         weight = self.state[place.name]
         alpha = made.alpha if made.alpha is not None else layer.alpha
         assert alpha is not None  # it was given, or the file would have been refused
-        code = container.dtype_code(weight.dtype)
+        code = tensorfile.dtype_code(weight.dtype)
         if code not in FLOAT_DTYPES:
             self.problems.append(f"{place.name!r} of the base is {code}, not one of {', '.join(FLOAT_DTYPES)}")
             return
@@ -418,7 +418,7 @@ class _Binding:
             dtype=code,
             layer=place.layer.name,
             groups=place.groups,
-            base_sha256=container.tensor_sha256(weight),
+            base_sha256=tensorfile.tensor_sha256(weight),
             sketch=sketch(weight),
         )
         for short, shape in target.factor_shapes.items():
@@ -443,7 +443,7 @@ class _Binding:
         if value.dtype != base.dtype and value.is_floating_point() and base.is_floating_point():
             how = f"from {value.dtype} to the base's {base.dtype}"
             value = value.to(base.dtype)
-        if value.dtype != base.dtype or container.dtype_code(base.dtype) not in WHOLE_DTYPES:
+        if value.dtype != base.dtype or tensorfile.dtype_code(base.dtype) not in WHOLE_DTYPES:
             self.problems.append(f"{key!r} is {value.dtype}, {name!r} of the base {base.dtype}")
             return
         if _same(value, base):
@@ -476,7 +476,7 @@ class _Binding:
 
     def add_deltas(self) -> None:
         """What is added to a tensor of the base becomes part of it, and replaces it: strength has no hold on it."""
-        from loraio.lowrank import round_once
+        from loraio.adapter.lowrank import round_once
 
         for name, key, delta in self._deltas:
             base = self.tensors.get(name, self.state.get(name))
@@ -507,8 +507,8 @@ class _Binding:
         self.whole[name] = WholeTensor(
             role=role,
             shape=tuple(value.shape),
-            dtype=container.dtype_code(base.dtype),
-            base_sha256=container.tensor_sha256(base),
+            dtype=tensorfile.dtype_code(base.dtype),
+            base_sha256=tensorfile.tensor_sha256(base),
             base_shape=tuple(base.shape),
         )
         self.tensors[name] = value.contiguous()
@@ -557,8 +557,8 @@ def _finished(dialect: Dialect, foreign: Foreign, source: Source, binding: _Bind
 
     Whatever became of the rest since the export, the adapter stays with the base that it was exported for.
     """
-    from loraio.identity import base_reference
-    from loraio.networks import heads_of, network_args_of, network_of
+    from loraio.bases.identity import base_reference
+    from loraio.bases.networks import heads_of, network_args_of, network_of
 
     kept = _kept(source)
     if kept is not None:
@@ -606,7 +606,7 @@ def _is_about(kept: NativeMetadata, binding: _Binding) -> bool:
 
 
 def _check_base(adapter: Adapter, state: Mapping[str, Tensor], where: str, options: Options) -> None:
-    from loraio.identity import check_base
+    from loraio.bases.identity import check_base
 
     try:
         check_base(adapter, state, allow_mismatch=options.allow_base_mismatch)
@@ -615,7 +615,7 @@ def _check_base(adapter: Adapter, state: Mapping[str, Tensor], where: str, optio
 
 
 def _state_of(base: nn.Module) -> dict[str, Tensor]:
-    from loraio.parametrization import AdapterPart
+    from loraio.live.parametrization import AdapterPart
 
     if any(isinstance(module, AdapterPart) for module in base.modules()):
         raise StateError("the base carries an adapter", hint="live.detach() first")
@@ -623,4 +623,4 @@ def _state_of(base: nn.Module) -> dict[str, Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and container.tensor_bytes(a).equal(container.tensor_bytes(b))
+    return a.shape == b.shape and tensorfile.tensor_bytes(a).equal(tensorfile.tensor_bytes(b))

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter, Target
+from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.sources import Source
 from loraio.formats.statedicts import Export, at_other_rank, joined, lone_biases, module_and_parameter
-from loraio.layers import TargetModule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from loraio import container
-from loraio.adapter import FLOAT_DTYPES, Adapter, BaseReference, Target, WholeTensor, check_tensors
-from loraio.container import METADATA_KEY, Header
+from loraio.adapter.adapter import FLOAT_DTYPES, Adapter, BaseReference, Target, WholeTensor, check_tensors
 from loraio.errors import AdapterError, FormatError, LoraioError
+from loraio.files import tensorfile
+from loraio.files.tensorfile import METADATA_KEY, Header
 
 FORMAT_VERSION = 2
 """Of files that are written; those of version 1, which say everything in each target and have no digests, are read too.
@@ -76,7 +76,7 @@ class Native:
     def read(self, header: Header) -> Adapter:
         """The adapter; see `loraio.load`."""
         metadata = read_metadata(header)
-        tensors = container.read_tensors(header)
+        tensors = tensorfile.read_tensors(header)
         names = [f"{name}.{short}" for name, target in metadata.targets.items() for short in target.factor_shapes]
         try:
             return Adapter(
@@ -95,12 +95,12 @@ class Native:
         """Write the adapter; see `loraio.save`."""
         document = to_document(adapter)
         try:
-            kept = json.loads(container.canonical_json(document)) == document
+            kept = json.loads(tensorfile.canonical_json(document)) == document
         except (TypeError, ValueError, RecursionError) as error:
             raise AdapterError(f"the adapter's metadata is not plain JSON: {error}") from error
         if not kept:  # JSON makes a list of a tuple and a string of a key that is a number
             raise AdapterError("the adapter's metadata is not plain JSON: a tuple, or a key that is no string")
-        container.write(adapter.all_tensors, path, document=document, overwrite=overwrite)
+        tensorfile.write(adapter.all_tensors, path, document=document, overwrite=overwrite)
 
 
 def to_document(adapter: Adapter) -> dict[str, Any]:

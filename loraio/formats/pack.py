@@ -1,7 +1,7 @@
 """Many adapter files in one: a pack. Any of them is read without the others; `SPEC.md`, section 8, says it in words.
 
 A pack is a safetensors file with one tensor of bytes for each adapter file, so that the strict reader of
-`loraio.container` guards it too. Nothing here needs torch.
+`loraio.files.tensorfile` guards it too. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from loraio import container, integrity
-from loraio.container import Header
 from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
-from loraio.firstbytes import open_file
+from loraio.files import integrity, tensorfile
+from loraio.files.atomic import check_output, make_folder, staged
+from loraio.files.names import name_clashes, name_key, name_problem, normal_form, refuse_link
+from loraio.files.sniffing import open_file
+from loraio.files.temporaries import remove_stale
+from loraio.files.tensorfile import Header
 from loraio.formats.native import read_metadata
-from loraio.names import name_clashes, name_key, name_problem, normal_form, refuse_link
-from loraio.outputs import check_output, make_folder, staged
 from loraio.registry import lookup
-from loraio.temporaries import remove_stale
 
 PACK_VERSION = 2
 """Of packs that are written; those of version 1, which have no digest of the index, are read too."""
@@ -82,7 +82,7 @@ def read_index(path: str | os.PathLike[str]) -> Pack:
         FormatError: it is no pack, or its index contradicts itself.
     """
     stamp = _stamp(path)
-    header = container.read_header(path)
+    header = tensorfile.read_header(path)
     pack = check_index(header, stamp=stamp)
     if _stamp(path) != stamp:
         raise FormatError("the pack changed while its index was being read", where=f"{str(header.path)!r}")
@@ -303,7 +303,7 @@ def _adapter_files(files: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     paths = [Path(file) for file in files]
     if len(paths) == 1 and paths[0].is_dir():
         paths = [Path(entry.path) for entry in listed_files(paths[0])]
-        paths = [path for path in paths if _is_adapter(container.read_header(path))]
+        paths = [path for path in paths if _is_adapter(tensorfile.read_header(path))]
     if not paths:
         raise ConfigError(
             "there is nothing to pack",
@@ -323,7 +323,7 @@ def _is_adapter(header: Header) -> bool:
 
 def _examined(path: Path) -> tuple[int, str]:
     """Size and digest of a file that must be an adapter."""
-    header = container.read_header(path)
+    header = tensorfile.read_header(path)
     if not _is_adapter(header):
         raise FormatError(f"{str(path)!r} is not an adapter")
     read_metadata(header)
@@ -348,7 +348,7 @@ def _header(members: Mapping[str, tuple[int, str]]) -> bytes:
     """The pack's header, laid out as the safetensors library lays one out."""
     index = {name: sha256 for name, (_, sha256) in members.items()}
     document = {"format_version": PACK_VERSION, "pack": index}
-    header: dict[str, object] = {"__metadata__": container.metadata_of(document, {}, None, where="the pack")}
+    header: dict[str, object] = {"__metadata__": tensorfile.metadata_of(document, {}, None, where="the pack")}
     position = 0
     for name, (size, _) in members.items():
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}

@@ -4,7 +4,7 @@ Python's ``re`` goes back and tries again: ``(a+)+$`` against thirty letters tak
 pattern is parsed and looked at first. One that cannot cost much is left to ``re``. Any other is matched here by sets of
 places, in which nothing is tried twice: for every part of the pattern, from the places where it may begin to all places
 where it may end. That is bounded by the lengths of pattern and text. What this has no form for, such as references to
-groups, and what goes beyond `loraio.limits`, is refused by an error.
+groups, and what goes beyond `loraio.files.limits`, is refused by an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from loraio.errors import FormatError, quoted
-from loraio.limits import limits, raising
+from loraio.files.limits import limits, raising
 
 _PARSER: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 

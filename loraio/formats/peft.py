@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter, Target
+from loraio.adapter.layers import TargetModule, target_modules
 from loraio.errors import AdapterError, FormatError, quoted
 from loraio.formats.foreign import (
     ORIGIN,
@@ -30,7 +31,6 @@ from loraio.formats.foreign import (
 from loraio.formats.patterns import Budget, Pattern, PatternTable
 from loraio.formats.report import Line, Report, settings, tensors
 from loraio.formats.sources import Source
-from loraio.layers import TargetModule, target_modules
 from loraio.registry import known
 
 if TYPE_CHECKING:

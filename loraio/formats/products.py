@@ -110,7 +110,7 @@ def nearest_pair(product: Product, rank: int) -> Pair:
 
     Eckart and Young 1936, The approximation of one matrix by another of lower rank.
     """
-    from loraio.lowrank import truncated_svd
+    from loraio.adapter.lowrank import truncated_svd
 
     full = min(product.delta.shape)
     if rank >= min(product.rank, full):

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraio import container
-from loraio.container import Header, TensorInfo
 from loraio.errors import FormatError, MissingFileError
-from loraio.pickles import is_saved_by_torch, read_pickle
+from loraio.files import tensorfile
+from loraio.files.pickles import is_saved_by_torch, read_pickle
+from loraio.files.tensorfile import Header, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ class Source:
     def read(self) -> dict[str, Tensor]:
         """All tensors, on the CPU."""
         if self.header is not None:
-            return container.read_tensors(self.header)
+            return tensorfile.read_tensors(self.header)
         return dict(self.loaded or {})
 
     def number(self, name: str) -> int | float:
@@ -128,17 +128,17 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             )
         file = found[0]
     beside = file.parent / CONFIG
-    config = container.read_json(beside) if file.name in WEIGHTS and beside.is_file() else None
+    config = tensorfile.read_json(beside) if file.name in WEIGHTS and beside.is_file() else None
     if config is not None and not isinstance(config, dict):
         raise FormatError("not a JSON object", where=f"{str(beside)!r}")
     if is_saved_by_torch(file):
         loaded = read_pickle(file)
         tensors = {
-            name: TensorInfo(container.dtype_code(tensor.dtype), tuple(tensor.shape), 0, 0)
+            name: TensorInfo(tensorfile.dtype_code(tensor.dtype), tuple(tensor.shape), 0, 0)
             for name, tensor in loaded.items()
         }
         return Source(path=path, file=file, tensors=tensors, config=config, loaded=loaded)
-    return source_of(container.read_header(file), path=path, config=config)
+    return source_of(tensorfile.read_header(file), path=path, config=config)
 
 
 def source_of(header: Header, *, path: Path | None = None, config: Mapping[str, Any] | None = None) -> Source:

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter
+from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.report import settings
 from loraio.formats.sources import Source
 from loraio.formats.statedicts import Export, joined, lone_biases, module_and_parameter
-from loraio.layers import TargetModule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

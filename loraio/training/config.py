@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from loraio.adapter import SCALE_RULES
+from loraio.adapter.adapter import SCALE_RULES
+from loraio.adapter.kinds import KINDS
+from loraio.adapter.kinds.lora import INITS
 from loraio.errors import ConfigError
-from loraio.kinds import KINDS
-from loraio.kinds.lora import INITS
 from loraio.registry import lookup
 
 MAX_SEED = 2**32 - 1
@@ -70,9 +70,9 @@ class TrainConfig:
         amp: mixed precision, a name in `AMP`; fp16 is for CUDA only. None computes in the model's own dtype.
         device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one; None trains where the model is.
         compile: train through torch.compile.
-        init: start distribution of lora_A, a name in `loraio.kinds.lora.INITS`.
+        init: start distribution of lora_A, a name in `loraio.adapter.kinds.lora.INITS`.
         seed: of the factors, the batches and the validation images.
-        kind: adapter kind, a name in `loraio.kinds.KINDS`.
+        kind: adapter kind, a name in `loraio.adapter.kinds.KINDS`.
         scale_rule: "alpha/r", or "alpha/sqrt(r)" for rank-stabilised LoRA.
 
     Raises:

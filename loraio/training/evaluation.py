@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Adapter
-from loraio.attachment import Attachment, attach
-from loraio.classes import mode_of
 from loraio.errors import BaseMismatchError, DataError
-from loraio.training.data import Dataset
+from loraio.live.attachment import Attachment, attach
+from loraio.live.module_classes import mode_of
+from loraio.training.datasets import Dataset
 
 BATCH = 1000
 """Images in one forward pass."""

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from loraio.errors import DataError
-from loraio.firstbytes import open_file
+from loraio.files.sniffing import open_file
 
 SIDE = 28
 """Height and width of the result, in pixels."""

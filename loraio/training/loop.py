@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Adapter
-from loraio.attachment import Attachment, attach
+from loraio.bases.networks import NETWORKS, build_network, find_network
 from loraio.errors import DataError, TrainingError
-from loraio.networks import NETWORKS, build_network, find_network
+from loraio.live.attachment import Attachment, attach
 from loraio.training.batches import epoch_batches, focused_batches, stratified_split
 from loraio.training.config import PretrainConfig, TrainConfig
-from loraio.training.data import Dataset
+from loraio.training.datasets import Dataset
 from loraio.training.evaluation import Evaluation, evaluate, has_outputs, kept_modes, predict
 from loraio.training.optimizing import Observer, OnProgress, Optimization, Plan, optimize
 from loraio.training.placement import placed, takes_channels_last
-from loraio.training.recording import MetricsLog, RunFiles, TensorBoardLog
-from loraio.training.records import adapter_record
+from loraio.training.planning import new_adapter
+from loraio.training.provenance import adapter_record
 from loraio.training.resuming import SideFile, identity_of
-from loraio.training.starting import new_adapter
+from loraio.training.run_files import MetricsLog, RunFiles, TensorBoardLog
 from loraio.training.together import Member, optimize_together, reason_to_part
 from loraio.training.validation import Validation
 
@@ -41,7 +41,7 @@ def pretrain(
     """A network by name, trained from fresh weights with Adam; in eval mode.
 
     Args:
-        network: its name, as `loraio.networks.find_network` takes it.
+        network: its name, as `loraio.bases.networks.find_network` takes it.
         config: epochs, batch size, learning rate, seed.
         dataset: what it learns; its classes must be as many as the network's.
         network_args: keyword options of the network: ``{"num_classes": 10}``.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from loraio.errors import ConfigError, TrainingError
 from loraio.training.batches import drawn
 from loraio.training.config import SCHEDULES, TrainConfig
-from loraio.training.data import Dataset
+from loraio.training.datasets import Dataset
 
 REPORT_EVERY = 100
 """Steps between two reports of the running loss."""

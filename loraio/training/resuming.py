@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from loraio.container import tensor_sha256
 from loraio.errors import BaseMismatchError, ConfigError, DataError, FormatError, LoraioError, MissingFileError
-from loraio.outputs import staged
-from loraio.pickles import load_weights_only
+from loraio.files.atomic import staged
+from loraio.files.pickles import load_weights_only
+from loraio.files.tensorfile import tensor_sha256
 from loraio.training.config import TrainConfig
-from loraio.training.data import Dataset
+from loraio.training.datasets import Dataset
 from loraio.training.optimizing import Moment, Optimization
 from loraio.training.validation import Validation
 

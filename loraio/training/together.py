@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loraio.errors import TrainingError
 from loraio.training.batches import MAX_DRAWS, drawn
 from loraio.training.config import TrainConfig
-from loraio.training.data import Dataset
+from loraio.training.datasets import Dataset
 from loraio.training.optimizing import REPORT_EVERY, Observer, Optimization, Plan, seeded
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraio.errors import DataError, TrainingError
-from loraio.training.data import Dataset
+from loraio.training.datasets import Dataset
 from loraio.training.evaluation import predict
 from loraio.training.optimizing import Moment, Optimization
 

@@ -52,8 +52,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loraio
-from loraio.basestate import base_state_dict
-from loraio.identity import digests
+from loraio.bases.identity import digests
+from loraio.live.base_state import base_state_dict
 
 ROW = "loading"
 BASELINE = "load_file"

@@ -37,8 +37,8 @@ from _paired import (
 from torch import Tensor, nn
 
 import loraio
-from loraio import bank as bank_module
-from loraio import mixing
+from loraio.serving import bank as bank_module
+from loraio.serving import mixed_batches
 
 ROW = "mixed_batches"
 BASE = "base"
@@ -85,18 +85,18 @@ def layers_alone(run: Callable[[], Tensor]) -> Callable[[], list[Tensor]] | None
     Returns:
         None where the bank sends the batch by groups.
     """
-    parted, calls, expected = mixing._parted, [], []
+    parted, calls, expected = mixed_batches._parted, [], []
 
     def noted(*call: Any) -> Tensor:
         calls.append(call)
         expected.append(parted(*call))
         return expected[-1]
 
-    mixing._parted = noted
+    mixed_batches._parted = noted
     try:
         run()
     finally:
-        mixing._parted = parted
+        mixed_batches._parted = parted
     require(
         all(parted(*call).equal(out) for call, out in zip(calls, expected, strict=True)), "a layer gives other bits"
     )

@@ -24,12 +24,12 @@ from _paired import CLOCKS, Measured, exactly, gathered, interleaved, parser, ra
 from torch import Tensor
 
 import loraio
-from loraio.adapter import Adapter, parts_of
-from loraio.bases import write_base
-from loraio.container import dtype_code
-from loraio.identity import base_reference, tensor_sha256
-from loraio.kinds import KINDS
-from loraio.residues import predicted, steps_between
+from loraio.adapter.adapter import Adapter, parts_of
+from loraio.adapter.kinds import KINDS
+from loraio.bases.checkpoints import write_base
+from loraio.bases.identity import base_reference, tensor_sha256
+from loraio.files.tensorfile import dtype_code
+from loraio.merging.residues import predicted, steps_between
 
 ROW = "residues"
 ROUNDS = 5

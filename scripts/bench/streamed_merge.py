@@ -44,10 +44,10 @@ from _paired import (
 )
 
 import loraio
-from loraio import container
 from loraio.adapter import Adapter, BaseReference, Target
-from loraio.container import tensor_sha256
-from loraio.identity import state_sha256
+from loraio.bases.identity import state_sha256
+from loraio.files import tensorfile
+from loraio.files.tensorfile import tensor_sha256
 
 ROW = "streamed_merge"
 RANK = 16
@@ -131,7 +131,7 @@ def make_base(path: Path, size: float, width: int) -> dict[str, str]:
         for k in range(max(round(size * 1e9 / block), 1))
         for name, shape in matrices.items()
     }
-    start, placed = container.layout(facts, {}, where="the base")
+    start, placed = tensorfile.layout(facts, {}, where="the base")
     most = max(math.prod(info.shape) for info in placed.values())
     pool = (torch.randn(most + len(placed), generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     known: dict[str, str] = {}
@@ -139,14 +139,14 @@ def make_base(path: Path, size: float, width: int) -> dict[str, str]:
         file.write(start)
         for number, (name, info) in enumerate(placed.items()):
             weight = pool[number : number + math.prod(info.shape)]
-            file.write(container.tensor_bytes(weight).numpy().data)
+            file.write(tensorfile.tensor_bytes(weight).numpy().data)
             known[name] = tensor_sha256(weight)
     return known
 
 
 def make_adapter(base: Path, known: dict[str, str], choice: str, path: Path) -> float:
     """Writes an adapter; gives the share of the base's bytes that it folds."""
-    placed = container.read_header(base).tensors
+    placed = tensorfile.read_header(base).tensors
     generator = torch.Generator().manual_seed(1)
     targets: dict[str, Target] = {}
     factors: dict[str, torch.Tensor] = {}
@@ -229,7 +229,7 @@ def measure_one(base: Path, adapter: Path, case: str, target: float | None, opti
     clear()
     printed, _ = work("merge"), work("cp")
     require(filecmp.cmp(base, copy, shallow=False), "the copy is another file")
-    sha256 = (container.read_header(merged).document() or {})["sha256"]
+    sha256 = (tensorfile.read_header(merged).document() or {})["sha256"]
     require(sha256 == json.loads(printed)["sha256"], "the merged file names another digest")
     for row in (*processors.values(), inside):
         row.clear()

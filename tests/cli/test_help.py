@@ -205,7 +205,7 @@ def test_an_interrupt_ends_with_the_exit_code_of_shells(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraio.container.read_header", interrupt)
+    monkeypatch.setattr("loraio.files.tensorfile.read_header", interrupt)
     result = run("inspect", files / "three.safetensors", *flags, code=130)
     assert result.stdout == ""
     assert "interrupted" in result.stderr.lower()

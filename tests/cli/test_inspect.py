@@ -14,7 +14,7 @@ from click.testing import Result
 from torch import nn
 
 import loraio
-from loraio import container
+from loraio.files import tensorfile
 
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
@@ -153,7 +153,7 @@ def test_a_file_from_elsewhere_is_a_base_without_a_name(run: Run, run_json: RunJ
 )
 def test_odd_metadata_is_shown_not_stumbled_over(run: Run, tmp_path: Path, entries: dict[str, Any]) -> None:
     path = tmp_path / "odd.safetensors"
-    container.write({"a": torch.zeros(2)}, path, document={"format_version": 2, **entries})
+    tensorfile.write({"a": torch.zeros(2)}, path, document={"format_version": 2, **entries})
     assert "base model" in run("inspect", path).stdout
 
 

@@ -15,10 +15,10 @@ import torch
 from click.testing import Result
 
 import loraio
-from loraio import container
 from loraio.cli import _output
 from loraio.errors import OutputError
-from loraio.finished import FinishedParts
+from loraio.files import tensorfile
+from loraio.merging.finished_shards import FinishedParts
 
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
@@ -76,7 +76,7 @@ def test_a_fast_merge_says_so_in_the_file_and_is_verified_as_one(
     claims = dict(checkpoint.document)
     claims["merged"] = [{key: value for key, value in claims["merged"][0].items() if key != "sums"}]
     lying = tmp_path / "lying.safetensors"
-    container.write(checkpoint.state, lying, document=claims)
+    tensorfile.write(checkpoint.state, lying, document=claims)
     assert "weights: WRONG" in run(*words("verify", files, lying), code=3).stdout
 
 
@@ -255,7 +255,7 @@ def test_verify_exits_3_on_a_wrong_merge(
 ) -> None:
     base, merged = (dict(loraio.read_base(files / f"{name}.safetensors").state) for name in ("base", "merged"))
     path = tmp_path / "wrong.safetensors"
-    container.write(mutant(base, merged), path, document={"format_version": 1})
+    tensorfile.write(mutant(base, merged), path, document={"format_version": 1})
     found = run_json(*words("verify", files, path), code=3)
     assert found["ok"] is False
     assert found["weights"]["ok"] is False
@@ -268,7 +268,7 @@ def test_verify_exits_3_on_a_wrong_merge(
 def test_numbers_that_json_lacks_are_null(run_json: RunJson, files: Path, tmp_path: Path) -> None:
     merged = dict(loraio.read_base(files / "merged.safetensors").state)
     path = tmp_path / "wrong.safetensors"
-    container.write(not_a_number({}, merged), path, document={"format_version": 1})
+    tensorfile.write(not_a_number({}, merged), path, document={"format_version": 1})
     found = run_json(*words("verify", files, path), code=3)
     assert (found["weights"]["max_ulp"], found["outputs"]["max_abs"]) == (None, None)
     assert found["outputs"]["ok"] is False

@@ -43,7 +43,7 @@ def test_an_existing_output_is_refused_before_any_work(
 ) -> None:
     path = tmp_path / "base.safetensors"
     path.write_bytes(b"mine")
-    monkeypatch.setattr("loraio.training.data.load_dataset", None)
+    monkeypatch.setattr("loraio.training.datasets.load_dataset", None)
     monkeypatch.setattr(loraio, "load_dataset", None, raising=False)
     monkeypatch.setattr(loraio, "pretrain", None, raising=False)
     assert "--force" in run("pretrain", "-o", path, *BASICS, code=1).stderr

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import loraio
-from loraio.kinds import KINDS
-from loraio.layers import LAYER_TYPES
+from loraio.adapter.kinds import KINDS
+from loraio.adapter.layers import LAYER_TYPES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -107,7 +107,11 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
 def random_adapter(model: nn.Module, kind: str) -> loraio.Adapter:
     """An adapter for every target, with random factors; magnitudes near the weight's own."""
     rank = min(
-        2, *(min(t.layer.matrix_shape(t.weight.shape, t.groups)) for t in loraio.layers.target_modules(model).values())
+        2,
+        *(
+            min(t.layer.matrix_shape(t.weight.shape, t.groups))
+            for t in loraio.adapter.layers.target_modules(model).values()
+        ),
     )
     adapter = loraio.new_adapter(model, loraio.TrainConfig(kind=kind, rank=rank, alpha=3, targets=("all",)))
     generator = torch.Generator().manual_seed(1)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import loraio
-from loraio import container
 from loraio.errors import OutputError
+from loraio.files import tensorfile
 
 SHIPPED = Path(__file__).parents[2] / "adapters"
 
@@ -36,7 +36,7 @@ def cases(folder: Path) -> dict[str, tuple[str, Write]]:
     (folder / "parts").mkdir()
     places = {name: f"a-{n % 2 + 1}-of-2.safetensors" for n, name in enumerate(state)}
     for file in set(places.values()):
-        container.write({n: state[n] for n in state if places[n] == file}, folder / "parts" / file, metadata={})
+        tensorfile.write({n: state[n] for n in state if places[n] == file}, folder / "parts" / file, metadata={})
     index = json.dumps({"metadata": {}, "weight_map": places})
     (folder / "parts/a.safetensors.index.json").write_text(index)
     return {

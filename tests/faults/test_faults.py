@@ -27,9 +27,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import loraio
-from loraio import container, exporting, residuefile, streaming
 from loraio.errors import LoraioError
-from loraio.formats import DIALECTS
+from loraio.exporting import export
+from loraio.files import tensorfile
+from loraio.formats.dialects import DIALECTS
+from loraio.merging import residue_files, streaming
 from loraio.training.resuming import SideFile
 
 FUNCTIONS = (
@@ -128,7 +130,7 @@ class Faults:
             patch.setattr(io, "open", opened)
             patch.setattr(builtins, "open", opened)
             patch.setattr(streaming, "FileIO", File)
-            patch.setattr(residuefile, "FileIO", File)
+            patch.setattr(residue_files, "FileIO", File)
             yield
 
 
@@ -281,7 +283,7 @@ def unmerge_case(things: Path, *, parted: bool) -> Case:
         if parted:
             shutil.copytree(bases[True], bases[False])
         name = min(bases[False].glob("*-1-of-2.safetensors")) if parted else bases[False]
-        inside = container.read_header(name).tensors if parted else state
+        inside = tensorfile.read_header(name).tensors if parted else state
         save_file({key: state[key] + 1 if key == "conv1.bias" else state[key].clone() for key in inside}, name)
     merged = {new: base.with_name(f"merged-{base.name}") for new, base in bases.items()}
     for new, base in bases.items():
@@ -299,9 +301,9 @@ def export_case(request: pytest.FixtureRequest, base: Path) -> Case:
     network = nn.Linear(784, 10)
     programs = {new: torch.export.export(network, (torch.zeros(2 + new, 784),), strict=False) for new in (True, False)}
     wanted: dict[str, Any] = {}
-    patch.setattr(exporting, "_traced", lambda *_: programs[wanted["new"]])
-    patch.setattr(exporting, "_found", lambda *_: [])
-    patch.setattr(exporting, "_compare", lambda *_, **__: ())
+    patch.setattr(export, "_traced", lambda *_: programs[wanted["new"]])
+    patch.setattr(export, "_found", lambda *_: [])
+    patch.setattr(export, "_compare", lambda *_, **__: ())
 
     def write(path: Path, new: bool) -> None:
         wanted["new"] = new
@@ -464,5 +466,5 @@ def test_a_folder_that_vanishes_while_it_is_written_into_is_an_error_of_ours(tmp
     folder = tmp_path / "folder"
     folder.mkdir()
     with pytest.raises(LoraioError, match="its folder has gone"):
-        container.write({}, folder / "file", check=lambda _: shutil.rmtree(folder))
+        tensorfile.write({}, folder / "file", check=lambda _: shutil.rmtree(folder))
     assert not folder.exists()

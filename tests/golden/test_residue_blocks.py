@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loraio.adapter import Adapter, BaseReference, Target
-from loraio.residues import restored
+from loraio.merging.residues import restored
 
 BLOCKS = {
     "lora": "0000000007000000070000000f000000636060606400009b3e7dc1f4e90051f17533dc18efe2b23309f19537da",

@@ -29,8 +29,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from loraio import container, integrity
 from loraio.adapter import Adapter, BaseReference, Target
+from loraio.files import integrity, tensorfile
 from loraio.formats.native import to_document
 
 PAYLOAD = "the-payload-ran"
@@ -367,10 +367,10 @@ def native(document: Any, tensors: dict[str, Tensor]) -> bytes:
     if isinstance(document, str) or document.get("format_version") != integrity.SEALED:
         text = document if isinstance(document, str) else json.dumps(document)
         return save({name: tensor.clone() for name, tensor in tensors.items()}, metadata={"loraio": text})
-    facts = {name: (container.dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    metadata = container.metadata_of(document, facts, lambda name: container.tensor_sha256(tensors[name]), where="it")
-    start, placed = container.layout(facts, metadata, where="it")
-    return start + b"".join(container.tensor_bytes(tensors[name]).numpy().tobytes() for name in placed)
+    facts = {name: (tensorfile.dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    metadata = tensorfile.metadata_of(document, facts, lambda name: tensorfile.tensor_sha256(tensors[name]), where="it")
+    start, placed = tensorfile.layout(facts, metadata, where="it")
+    return start + b"".join(tensorfile.tensor_bytes(tensors[name]).numpy().tobytes() for name in placed)
 
 
 def changed(tree: Any, way: tuple[Any, ...], value: Any) -> Any:

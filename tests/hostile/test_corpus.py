@@ -25,7 +25,7 @@ from safetensors.torch import save, save_file
 
 import loraio
 from loraio.cli import main
-from loraio.limits import Limits
+from loraio.files.limits import Limits
 
 HANGS = 60
 """Seconds after which a command hangs."""

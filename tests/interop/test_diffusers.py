@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loraio
-from loraio import formats
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, FormatError, LoraioError
+from loraio.formats import dialects
 from loraio.formats.diffusers import Diffusers
 from loraio.formats.foreign import ORIGIN, Options
 from loraio.formats.report import Report
@@ -90,7 +90,7 @@ def ours(base: nn.Module, **settings: Any) -> Adapter:
 
 def written(adapter: Adapter, base: nn.Module, path: Path, **options: Any) -> Report:
     encoded = DIFFUSERS.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))
-    formats.write(DIFFUSERS, encoded, path)
+    dialects.write(DIFFUSERS, encoded, path)
     return encoded.report
 
 
@@ -190,7 +190,7 @@ def test_files_of_every_era_give_its_outputs_here(
             tensors[f"unet.{start}.alpha"] = torch.tensor(5.0)
             given[f"{path}.alpha"] = 5.0
     save_file(tensors, tmp_path / "file")
-    adapter, report = formats.load_reported(tmp_path / "file", base=base, options=Options())
+    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=Options())
     theirs = loaded(
         base, plain, **({"network_alphas": {f"unet.{key}": value for key, value in given.items()}} if alphas else {})
     )

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loraio
-from loraio import formats
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError
+from loraio.formats import dialects
 from loraio.formats.foreign import Options
 from loraio.formats.lycoris import Lycoris
 from loraio.formats.report import Report
@@ -106,7 +106,7 @@ def ours(base: nn.Module, *targets: str, **settings: Any) -> Adapter:
 
 def written(adapter: Adapter, base: nn.Module, path: Path, **options: Any) -> Report:
     encoded = LYCORIS.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))
-    formats.write(LYCORIS, encoded, path)
+    dialects.write(LYCORIS, encoded, path)
     return encoded.report
 
 
@@ -163,7 +163,7 @@ def test_a_product_is_exact_at_the_rank_of_its_structure(
         loraio.load(tmp_path / "file", base=base)
     assert "--approximate" in str(caught.value)
     options = Options(approximate=True, rank=1000)
-    adapter, report = formats.load_reported(tmp_path / "file", base=base, options=options)
+    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=options)
     assert report is not None
     assert {line.fate for line in report.lines if line.what == "tensor" and not line.name.endswith("alpha")} == {
         "changed"
@@ -176,7 +176,7 @@ def test_a_product_is_exact_at_the_rank_of_its_structure(
 def test_the_error_of_an_approximation_is_the_one_that_it_has(base: nn.Module, tmp_path: Path) -> None:
     trained(base, tmp_path / "file", algo="loha")
     exact, rough = (
-        formats.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=rank))
+        dialects.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=rank))
         for rank in (1000, None)
     )
     assert rough[1] is not None
@@ -194,7 +194,7 @@ def test_the_error_of_an_approximation_is_the_one_that_it_has(base: nn.Module, t
 
 def test_a_whole_change_may_be_approximated_too(base: nn.Module, tmp_path: Path) -> None:
     trained(base, tmp_path / "file", algo="full")
-    adapter, report = formats.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=2))
+    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=2))
     assert adapter.targets["mid.fc.weight"].rank == 2
     assert report is not None
     assert any("approximated at rank 2" in line.how for line in report.lines)
@@ -248,7 +248,7 @@ def test_whole_changes_give_our_outputs_in_lycoris(kind: str, base: nn.Module, x
 
 def with_bias(adapter: Adapter, base: nn.Module, value: Tensor) -> Mapping[str, Any]:
     from loraio.adapter import WholeTensor
-    from loraio.container import tensor_sha256
+    from loraio.files.tensorfile import tensor_sha256
 
     old = base.state_dict()["mid.fc.bias"]
     shape = tuple(old.shape)

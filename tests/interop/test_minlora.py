@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import loraio
-from loraio import formats
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError
+from loraio.formats import dialects
 from loraio.formats.foreign import Options
 from loraio.formats.minlora import MinLora
 
@@ -162,7 +162,7 @@ def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, t
     adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
     dialect = MinLora()
     for name in ("one.pt", "two.pt"):
-        formats.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
+        dialects.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
     net = adapted(base, 2)
     loaded = net.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True), strict=False)
@@ -180,7 +180,7 @@ def test_its_own_alpha_is_said_where_none_is_given(base: nn.Module, tmp_path: Pa
     path = saved(adapted(base, 2), tmp_path / "file.pt")
     with pytest.raises(AdapterError, match="minLoRA's lora_alpha is 1 unless"):
         loraio.load(path, base=base)
-    assert formats.identify(path).dialect is formats.DIALECTS["minlora"]
+    assert dialects.identify(path).dialect is dialects.DIALECTS["minlora"]
 
 
 @pytest.mark.parametrize(

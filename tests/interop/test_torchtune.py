@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import loraio
-from loraio import formats
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError, LoraioError
+from loraio.formats import dialects
 from loraio.formats.foreign import ORIGIN, Options
 from loraio.formats.torchtune import Torchtune
 
@@ -90,7 +90,7 @@ CONFIG: dict[str, Any] = {"r": 2, "lora_alpha": 16, "target_modules": ["q_proj"]
 def test_what_torchtune_trained_gives_its_outputs_here(config: dict[str, Any], base: nn.Module, tmp_path: Path) -> None:
     net = adapted(base, rank=2, alpha=16)
     path = written(tmp_path / "folder", pairs(net), **config)
-    assert formats.identify(path).dialect is formats.DIALECTS["torchtune"]
+    assert dialects.identify(path).dialect is dialects.DIALECTS["torchtune"]
     adapter = loraio.load(path, base=base, alpha=None if config else 16)
     assert adapter.training[ORIGIN] == {"dialect": "torchtune", "settings": config}
     x = torch.randn(4, 5)
@@ -122,7 +122,7 @@ def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, t
     adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
     dialect = Torchtune()
     for name in ("one.pt", "two.pt"):
-        formats.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
+        dialects.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
     net = adapted(base, rank=2, alpha=5)
     loaded = net.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True), strict=False)

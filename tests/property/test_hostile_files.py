@@ -17,8 +17,8 @@ from strategies import json_values, tensor
 
 import loraio
 from loraio.adapter import Adapter, BaseReference, Target
-from loraio.container import read_header
 from loraio.errors import LoraioError
+from loraio.files.tensorfile import read_header
 
 HOSTILE = settings(max_examples=250, deadline=None)
 

@@ -20,8 +20,8 @@ from small import Small, given, outputs, small_adapter, small_adapters, small_ba
 from torch import Tensor
 
 import loraio
-from loraio.container import tensor_bytes
 from loraio.errors import AdapterError, BaseMismatchError, ConfigError, StateError
+from loraio.files.tensorfile import tensor_bytes
 
 MOVES = int(os.environ.get("MOVES", "400"))
 IN_A_ROW = 100 if "MOVES" in os.environ else 25

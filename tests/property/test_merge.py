@@ -14,10 +14,10 @@ from torch import Tensor
 
 import loraio
 from loraio.adapter import Adapter
-from loraio.bases import write_base
-from loraio.kinds import KINDS
-from loraio.layers import LAYER_TYPES
-from loraio.lowrank import round_once
+from loraio.adapter.kinds import KINDS
+from loraio.adapter.layers import LAYER_TYPES
+from loraio.adapter.lowrank import round_once
+from loraio.bases.checkpoints import write_base
 
 ROUNDED = (torch.float32, torch.float16, torch.bfloat16)  # float64 has no wider dtype to sum in
 

@@ -14,11 +14,11 @@ from strategies import FLOATS, seeds, states_and_adapters
 from torch import Tensor
 
 import loraio
-from loraio.adapter import Adapter, parts_of
-from loraio.bases import write_base
-from loraio.container import tensor_bytes
+from loraio.adapter.adapter import Adapter, parts_of
+from loraio.bases.checkpoints import write_base
 from loraio.errors import AdapterError, FormatError
-from loraio.residues import decode, encode, residue_of, restored
+from loraio.files.tensorfile import tensor_bytes
+from loraio.merging.residues import decode, encode, residue_of, restored
 
 RUNS = settings(max_examples=50, deadline=None)
 strengths = st.floats(-4, 4, width=32) | st.sampled_from([1.0, 0.0, -1.0, 0.5, 1e-30, 1e30])

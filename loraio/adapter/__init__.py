@@ -1,0 +1,5 @@
+"""What an adapter is, and what it does to one weight."""
+
+from loraio.adapter.adapter import Adapter, BaseReference, Target, WholeTensor
+
+__all__ = ["Adapter", "BaseReference", "Target", "WholeTensor"]

@@ -1,0 +1,59 @@
+"""Whether a weight overflows when an adapter is folded into it: told from the factors alone, where that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from loraio.adapter.adapter import Target, fold_finite
+
+
+def refuse_overflow(
+    targets: Mapping[str, Target],
+    factors: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    *,
+    strength: float,
+    exact: bool = True,
+) -> None:
+    """Refuse an adapter with which a weight would overflow, as `loraio.merge` does.
+
+    Rounding to nearest, no finite weight becomes infinite by a change of less than half of the spacing of numbers at
+    the upper end of its dtype: 1e31 in float32, 16 in float16. Only where the factors may change a weight by more is
+    it folded, and looked at.
+
+    Args:
+        targets: of the adapter, by name.
+        factors: by the weight's name and the factor's, as `Adapter.factors`.
+        weights: the base weights, by name, among others.
+        strength: multiplies the scale.
+        exact: as `Target.fold` takes it.
+
+    Raises:
+        AdapterError: a sum overflows the weight's dtype.
+    """
+    with torch.no_grad():
+        own = {
+            name: {short: factors[f"{name}.{short}"] for short in target.factor_shapes}
+            for name, target in targets.items()
+        }
+        shorts = {short for each in own.values() for short in each}
+        peaks = {short: _peak([each[short] for each in own.values() if short in each]) for short in shorts}
+        dtypes = {weights[name].dtype for name in targets}
+        forms = {(target.kind, target.rank, target.scale): target for target in targets.values()}.values()
+        if all(form.stays_finite(peaks, dtype, strength=strength) for form in forms for dtype in dtypes):
+            return
+        for name, target in targets.items():
+            peaks = {short: _peak([factor]) for short, factor in own[name].items()}
+            weight = weights[name]
+            if not target.stays_finite(peaks, weight.dtype, strength=strength):
+                fold_finite(name, target, weight, own[name], strength=strength, exact=exact)
+
+
+def _peak(tensors: list[Tensor]) -> float:
+    """The largest magnitude, in one pass for all of them; NaN where there is one."""
+    if len({tensor.device for tensor in tensors}) > 1:
+        return max(_peak([tensor]) for tensor in tensors)
+    return float(torch.cat([tensor.detach().flatten() for tensor in tensors]).abs_().max())

@@ -1,0 +1,1 @@
+"""The network before any adapter: checkpoints, networks by name, identity and receipts."""

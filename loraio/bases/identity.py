@@ -1,0 +1,344 @@
+"""The identity of a base model: digests of its weights, and how a model differs from an adapter's own base."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from loraio.adapter.adapter import FLOAT_DTYPES, Adapter, BaseReference
+from loraio.adapter.layers import STATISTICS
+from loraio.bases.writes import sampled
+from loraio.errors import BaseMismatchError, StateError
+from loraio.files.integrity import state_digest
+from loraio.files.tensorfile import dtype_code, tensor_bytes, tensor_sha256
+from loraio.registry import nearest
+
+PROJECTIONS = 8
+"""Random projections in a `sketch`."""
+
+RESOLUTION = 1e-5
+"""Relative distance below which two sketches are the same: they have six digits."""
+
+SAME = 0.02
+"""Relative distance up to which a cast or rounded weight counts as the same: bfloat16 rounds by 0.002."""
+
+SAME_ORIGIN = 0.5
+"""Relative distance up to which a weight counts as changed, not as another one altogether."""
+
+
+def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """`tensor_sha256` of every tensor, by name.
+
+    Raises:
+        StateError: an entry is no tensor (a module's extra state), has no values (the meta device), or is sparse.
+    """
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise StateError(f"{name!r} of the state dict is {type(tensor).__name__}, only tensors have an identity")
+        if tensor.is_meta:
+            raise StateError(f"{name!r} is on the meta device and has no values yet", hint="load the base model first")
+        if tensor.layout != torch.strided:
+            raise StateError(f"{name!r} is a tensor of layout {tensor.layout}, only dense ones have an identity")
+    return {name: tensor_sha256(tensor) for name, tensor in state.items()}
+
+
+def state_sha256(state: Mapping[str, Tensor], known: Mapping[str, str] | None = None) -> str:
+    """`loraio.files.integrity.state_digest` of a state dict.
+
+    Args:
+        state: the state dict, parameters and buffers.
+        known: digests of its tensors, when the caller has them already.
+    """
+    known = digests(state) if known is None else known
+    return state_digest((name, dtype_code(state[name].dtype), tuple(state[name].shape), known[name]) for name in state)
+
+
+class BaseIdentity:
+    """The digests of a live model's tensors, each computed once for as long as its tensor is not written to.
+
+    A tensor counts as the same while its memory, shape, strides, dtype, device and the count of writes that torch keeps
+    (``Tensor._version``) are the same, and some numbers, evenly spaced over it, compare equal. The memory is
+    held on to, so that no other tensor can come to lie in its place.
+
+    The count misses writes through ``.data``, NumPy views, DLPack, other processes and
+    ``_unsafe_preserve_version_counter``. The comparison catches those that change a whole tensor, anything in a tensor
+    of at most `SAMPLED` numbers, and any numel / `SAMPLED` neighbours in a larger one; fewer go unseen until `forget`.
+    Tensors made under ``torch.inference_mode`` have no count and are hashed every time.
+
+    Methods may be called from several threads.
+
+    Attributes:
+        forgotten: how often `forget` was called.
+    """
+
+    def __init__(self) -> None:
+        self.forgotten = 0
+        self._lock = threading.Lock()
+        self._known: dict[str, _Digest] = {}
+        self._whole: dict[tuple[tuple[str, str], ...], str] = {}
+
+    def digests(self, state: Mapping[str, Tensor]) -> dict[str, str]:
+        """As the function `digests`; hashes only what is new or was written to.
+
+        Args:
+            state: the model's state dict, as it is now.
+
+        Raises:
+            StateError: as `digests`.
+        """
+        with self._lock:
+            stale = {name: tensor for name, tensor in state.items() if not self._is_known(name, tensor)}
+            found = digests(stale)
+            if stale or len(state) != len(self._known):
+                self._whole.clear()
+                self._known = {name: digest for name, digest in self._known.items() if name in state}
+            samples = _samples({name: state[name] for name in found})
+            for name, sha256 in found.items():
+                self._known[name] = _Digest.of(state[name], sha256, samples[name])
+            return {name: self._known[name].sha256 for name in state}
+
+    def learn(self, state: Mapping[str, Tensor], read: Mapping[str, Tensor], known: Mapping[str, str]) -> None:
+        """Take over digests that came with a file: of each tensor that holds the bytes that were read.
+
+        Args:
+            state: the model's state dict.
+            read: the tensors of the file, by name.
+            known: their digests, which were compared when they were read.
+        """
+        same = [name for name in known if tensor_bytes(state[name]).equal(tensor_bytes(read[name]))]
+        samples = _samples({name: state[name] for name in same})
+        with self._lock:
+            for name in same:
+                self._known[name] = _Digest.of(state[name], known[name], samples[name])
+
+    def state_sha256(self, state: Mapping[str, Tensor], known: Mapping[str, str]) -> str:
+        """As the function `state_sha256`, remembered for as long as no digest changes."""
+        rows = tuple(sorted((name, known[name]) for name in state))
+        with self._lock:
+            if rows not in self._whole:
+                self._whole[rows] = state_sha256(state, known)
+            return self._whole[rows]
+
+    def forget(self) -> None:
+        """Hash everything again next time."""
+        with self._lock:
+            self.forgotten += 1
+            self._known.clear()
+            self._whole.clear()
+
+    def _is_known(self, name: str, tensor: Tensor) -> bool:
+        known = self._known.get(name)
+        return known is not None and isinstance(tensor, Tensor) and known.holds_for(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Digest:
+    """One tensor's digest, and what must be the same for it to hold."""
+
+    sha256: str
+    tensor: Tensor
+    key: tuple[Any, ...] | None
+    sample: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, sha256: str, sample: Tensor) -> _Digest:
+        # a detached view shares memory and count of writes with the tensor, but not its graph
+        return cls(sha256, tensor.detach(), _write_key(tensor), sample)
+
+    def holds_for(self, tensor: Tensor) -> bool:
+        return self.key is not None and self.key == _write_key(tensor) and self.sample.equal(sampled(tensor))
+
+
+def _samples(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Some numbers of each tensor, copied: those of one dtype on one device by one call."""
+    samples = {name: sampled(tensor) for name, tensor in state.items()}
+    groups: dict[Any, list[str]] = {}
+    for name, sample in samples.items():
+        groups.setdefault((sample.dtype, sample.device), []).append(name)
+    for names in groups.values():
+        views = [samples[name] for name in names]
+        samples |= zip(names, torch.cat(views).split(list(map(len, views))), strict=True)
+    return samples
+
+
+def _write_key(tensor: Tensor) -> tuple[Any, ...] | None:
+    if tensor.is_inference() or tensor.is_meta:
+        return None
+    memory = tensor.untyped_storage()
+    place = (tensor.data_ptr(), memory.data_ptr(), memory.nbytes())
+    return (*place, tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def identity_of(model: nn.Module) -> BaseIdentity:
+    """The `BaseIdentity` of a model: one for each model object, for as long as that lives.
+
+    A copy has one of its own. ``identity_of(model).forget()`` makes the next attach or swap hash everything again.
+    """
+    with _IDENTITIES_LOCK:
+        return _IDENTITIES.setdefault(model, BaseIdentity())
+
+
+_IDENTITIES: weakref.WeakKeyDictionary[nn.Module, BaseIdentity] = weakref.WeakKeyDictionary()
+"""Not an attribute of the model, which is to come out of everything with the attributes that it had."""
+_IDENTITIES_LOCK = threading.Lock()
+
+
+def without_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without the running statistics of its normalisation layers."""
+    return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in STATISTICS}
+
+
+def base_reference(
+    state: Mapping[str, Tensor],
+    *,
+    network: str | None = None,
+    network_args: Mapping[str, Any] | None = None,
+    heads: Mapping[str, int] | None = None,
+) -> BaseReference:
+    """What an adapter says about the base model that has this state dict."""
+    known = digests(state)
+    parameters = without_statistics(state)
+    return BaseReference(
+        sha256=state_sha256(state, known),
+        network=network,
+        network_args=dict(network_args or {}),
+        heads=dict(heads or {}),
+        sha256_without_statistics=state_sha256(parameters, known) if len(parameters) < len(state) else None,
+    )
+
+
+def sketch(weight: Tensor) -> tuple[float, ...]:
+    """The length of a weight and of `PROJECTIONS` random projections of it, in six significant digits.
+
+    The distance of another weight of the shape can be told from the two sketches. The projections are sums with
+    signs that follow the bits of NumPy's PCG64, seeded with the projection's number, lowest bit first: a stream that
+    does not change between versions and machines.
+
+    Args:
+        weight: any shape, float dtype and device.
+
+    Returns:
+        Euclidean length, then the sums; empty for a weight that holds NaN or infinity.
+
+    >>> len(sketch(torch.ones(4, 3))), sketch(torch.ones(4, 3))[0]
+    (9, 3.4641)
+
+    Johnson and Lindenstrauss 1984, with signs: Achlioptas 2003, Database-friendly random projections.
+    """
+    values = weight.detach().cpu().double().flatten().numpy()
+    if not np.isfinite(values).all():
+        return ()
+    sums = [float(np.linalg.norm(values)), *(float(values @ _signs(k, len(values))) for k in range(PROJECTIONS))]
+    return tuple(float(f"{value:.6g}") for value in sums)
+
+
+def distance(a: Sequence[float], b: Sequence[float]) -> float:
+    """Distance of two weights relative to the length of the first, estimated from their sketches to about a third."""
+    apart = math.sqrt(sum((x - y) ** 2 for x, y in zip(a[1:], b[1:], strict=True)) / PROJECTIONS)
+    return apart / a[0] if a[0] else math.inf if apart else 0.0
+
+
+def check_base(
+    adapter: Adapter,
+    state: Mapping[str, Tensor],
+    *,
+    allow_mismatch: bool = False,
+    known: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """Refuse a base model that is not the one the adapter was made for.
+
+    Every target, and every tensor that is replaced, is looked at before anything is said: present, same shape, same
+    dtype, same bytes. If all agree, the rest of the network is compared by its digest.
+
+    Args:
+        adapter: the adapter.
+        state: the base model's state dict.
+        allow_mismatch: let values and dtypes differ; names and shapes never may.
+        known: digests of the state's tensors, when the caller has them already; of the targets alone where one differs.
+
+    Returns:
+        what differs and was allowed, a line for each; empty when nothing does.
+
+    Raises:
+        BaseMismatchError: with a line for each target that differs, and how.
+        StateError: as `digests`.
+    """
+    found = digests(state) if known is None else known
+    problems: list[str] = []
+    fits = True
+    needed = {name: (target.shape, target.dtype, target.base_sha256) for name, target in adapter.targets.items()}
+    needed |= {name: (whole.base_shape, whole.dtype, whole.base_sha256) for name, whole in adapter.whole.items()}
+    for name, (shape, dtype, sha256) in needed.items():
+        tensor = state.get(name)
+        if tensor is None:
+            fits = False
+            problems.append(f"{name!r}: the model has no such tensor{nearest(name, state)}")
+        elif tuple(tensor.shape) != shape:
+            fits = False
+            problems.append(f"{name!r}: the tensor is {tuple(tensor.shape)}, the adapter was made for {shape}")
+        elif tensor.is_floating_point() != (dtype in FLOAT_DTYPES):
+            fits = False
+            problems.append(f"{name!r}: the tensor is {tensor.dtype}, the adapter was made for {dtype}")
+        elif dtype_code(tensor.dtype) != dtype or found[name] != sha256:
+            sketched = adapter.targets[name].sketch if name in adapter.targets else ()
+            problems.append(f"{name!r}: {_difference(tensor, dtype, sketched)}")
+    network = f" of network {adapter.base.network!r}" if adapter.base.network else ""
+    hint = f"the base{network} with digest {adapter.base.sha256[:12]}.., on which the adapter was trained"
+    if problems and not (fits and allow_mismatch):
+        raise BaseMismatchError(
+            f"the adapter does not belong to this base: {len(problems)} of {len(needed)} "
+            f"{'targets and whole tensors' if adapter.whole else 'targets'} differ",
+            problems=problems,
+            hint=hint,
+        )
+    digest = state_sha256(state, found)
+    if problems or digest == adapter.base.sha256:
+        return tuple(problems)
+    rest = f"digest {digest[:12]}.., not {adapter.base.sha256[:12]}.."
+    if state_sha256(without_statistics(state), found) == adapter.base.sha256_without_statistics:
+        line = f"only the running statistics of its normalisation layers differ ({rest})"
+    else:
+        line = f"its targets are the same, but other tensors of the network differ ({rest})"
+    if not allow_mismatch:
+        raise BaseMismatchError(f"the adapter does not belong to this base: {line}", hint=hint)
+    return (line,)
+
+
+def _difference(weight: Tensor, dtype: str, sketched: Sequence[float]) -> str:
+    """How a tensor of the right shape differs from the one that the adapter was made for, of that dtype and sketch."""
+    code = dtype_code(weight.dtype)
+    cast = f"cast to {str(weight.dtype).removeprefix('torch.')}" if code != dtype else None
+    if not sketched:
+        return f"a tensor of dtype {code}, not {dtype}" if cast else "other values"
+    found = sketch(weight)
+    if not found:
+        return "other values, with NaN or infinity among them"
+    apart = distance(sketched, found)
+    told = f"relative distance {apart:.2g}" if apart >= RESOLUTION else f"relative distance below {RESOLUTION:g}"
+    if cast is None:
+        rounded = [dtype for dtype in _HALF if weight.to(dtype).to(weight.dtype).equal(weight)]
+        cast = f"rounded to {str(rounded[0]).removeprefix('torch.')}" if rounded else None
+    if cast and apart < SAME:
+        return f"same weights {cast} ({told})"
+    if apart < RESOLUTION:
+        return f"other values, though hardly ({told})"
+    other = f"other weights, {cast}" if cast else "other weights" if apart >= SAME_ORIGIN else "changed weights"
+    return f"{other} ({told})"
+
+
+def _signs(number: int, count: int) -> NDArray[np.float64]:
+    words = np.random.PCG64(number).random_raw(-(-count // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
+    return np.asarray(bits * 2.0 - 1.0, dtype=np.float64)
+
+
+_HALF = (torch.bfloat16, torch.float16)

@@ -1,0 +1,1 @@
+"""Files as bytes: read strictly, written whole. Nothing here knows about LoRA."""

@@ -1,0 +1,207 @@
+"""Whether files are what was written: every byte against the digests that they hold. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraio.errors import LoraioError, MissingFileError
+from loraio.files import tensorfile
+from loraio.files.integrity import damaged_tensors, state_digest
+from loraio.files.sharded import INDEX_SUFFIX, PartedHeader, read_parted_header
+from loraio.files.tensorfile import Header
+from loraio.formats import native, pack
+
+_CHUNK = 1 << 20
+_OTHERS = {"exported": "export", "residue": "residue"}
+"""What a document that is neither an adapter's nor a pack's is of, by a key that it has; else it is a base's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What was found in one file, or one parted checkpoint.
+
+    Attributes:
+        path: the file; of a parted checkpoint the index.
+        kind: "adapter", "pack", "base", "residue", "export" (a file of another tool's layout that loraio wrote) or
+            "other"; "unreadable" where the header is refused.
+        bytes: of the file, and of all parts.
+        tensors: how many were compared with a digest.
+        complete: whether every bit is under a digest; files of format version 1 and of other tools have none, or few.
+        problems: what is wrong; nothing where all is as it was written.
+    """
+
+    path: Path
+    kind: str
+    bytes: int
+    tensors: int
+    complete: bool
+    problems: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong, as far as there are digests."""
+        return not self.problems
+
+
+def check(path: str | os.PathLike[str]) -> Checked:
+    """Compare a file with the digests that it holds: its header, every tensor, every member of a pack.
+
+    An adapter's metadata are checked too, and a base checkpoint's own digest; of a file without digests only that its
+    header is in order.
+
+    Args:
+        path: a safetensors file, or the index of a parted checkpoint, all parts of which are read.
+
+    Raises:
+        MissingFileError: it cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.name.endswith(INDEX_SUFFIX):
+            return _parted(read_parted_header(path))
+        header = tensorfile.read_header(path)
+        return _file(header)
+    except MissingFileError:
+        raise
+    except LoraioError as error:
+        size = path.stat().st_size
+        lines = (error.message, *error.problems, *([f"try: {error.hint}"] if error.hint else []))
+        return Checked(path=path, kind="unreadable", bytes=size, tensors=0, complete=False, problems=lines)
+
+
+def checkable(folder: str | os.PathLike[str]) -> list[Path]:
+    """The files in a folder, and in those inside of it, that `check` takes, sorted; links are passed over.
+
+    The parts of a checkpoint are not listed beside its index.
+
+    Raises:
+        MissingFileError: the folder cannot be read.
+    """
+    found: list[Path] = []
+    parts: set[Path] = set()
+    for file in _files(Path(folder)):
+        if file.name.endswith(INDEX_SUFFIX):
+            found.append(file)
+            try:
+                parts.update(file.parent / part for part in read_parted_header(file).headers)
+            except LoraioError:
+                continue  # `check` says why; what it calls its parts are checked one by one
+        elif file.suffix in (".safetensors", ".residue"):
+            found.append(file)
+    return sorted(file for file in found if file not in parts)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise MissingFileError(f"the folder {str(folder)!r} cannot be read: {error.strerror or error}") from error
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False) and not entry.name.startswith("."):
+            yield Path(entry.path)
+
+
+def _file(header: Header) -> Checked:
+    document = header.document()
+    sealed = document is not None and document.get("format_version", 1) != 1
+    problems: list[str] = []
+    if document is None:
+        kind = "other"
+    elif "pack" in document:
+        return _pack(header, sealed=sealed)
+    elif "targets" in document:
+        kind = "adapter"
+        native.read_metadata(header)
+    else:
+        kind = next((key for word, key in _OTHERS.items() if word in document), "base")
+    found = _digests(header) if header.digests or kind == "base" else {}
+    problems += _compared(found, header.digests or {}, header)
+    if kind == "base" and document is not None and "sha256" in document:
+        rows = ((name, info.dtype, info.shape, found[name]) for name, info in header.tensors.items())
+        if state_digest(rows) != document["sha256"]:
+            problems.append("the weights have another digest than its metadata say")
+    return Checked(
+        path=header.path,
+        kind=kind,
+        bytes=header.file_bytes,
+        tensors=len(header.digests or {}),
+        complete=sealed,
+        problems=tuple(problems),
+    )
+
+
+def _pack(header: Header, *, sealed: bool) -> Checked:
+    index = pack.read_index(header.path)
+    problems: list[str] = []
+    for name in index.members:
+        try:
+            data = pack.read_member(index, name)
+            inner = tensorfile.parse_file(data, header.path)
+            native.read_metadata(inner)
+            problems += [f"{name!r}: {line}" for line in _compared(_digests(inner), inner.digests or {}, inner)]
+        except LoraioError as error:
+            problems.append(error.message if repr(name) in error.message else f"{name!r}: {error.message}")
+    return Checked(
+        path=header.path,
+        kind="pack",
+        bytes=header.file_bytes,
+        tensors=len(index.members),
+        complete=sealed,
+        problems=tuple(problems),
+    )
+
+
+def _parted(parted: PartedHeader) -> Checked:
+    document = parted.document()
+    problems: list[str] = []
+    known: dict[str, str] = {}
+    for header in parted.headers.values():
+        found = _digests(header)
+        known |= found
+        problems += _compared(found, header.digests or {}, header)
+    rows = ((name, info.dtype, info.shape, known[name]) for name, info in parted.tensors.items())
+    if "sha256" in document and state_digest(rows) != document["sha256"]:
+        problems.append("the weights have another digest than the index says")
+    return Checked(
+        path=parted.index,
+        kind="base",
+        bytes=parted.file_bytes,
+        tensors=sum(len(header.digests or {}) for header in parted.headers.values()),
+        complete=bool(document) and document.get("format_version", 1) != 1,
+        problems=tuple(problems),
+    )
+
+
+def _digests(header: Header) -> dict[str, str]:
+    """SHA-256 of every tensor's bytes, a megabyte at a time."""
+    start = 8 + header.header_bytes
+    if header.data is not None:
+        view = memoryview(header.data)[start:]
+        return {n: hashlib.sha256(view[info.begin : info.end]).hexdigest() for n, info in header.tensors.items()}
+    digests = {}
+    try:
+        with header.path.open("rb") as file:
+            file.seek(start)
+            for name, info in header.tensors.items():
+                whole, left = hashlib.sha256(), info.end - info.begin
+                while left and (piece := file.read(min(left, _CHUNK))):
+                    whole.update(piece)
+                    left -= len(piece)
+                digests[name] = whole.hexdigest()
+    except OSError as error:
+        raise MissingFileError(f"{str(header.path)!r} cannot be read: {error.strerror or error}") from error
+    return digests
+
+
+def _compared(found: Mapping[str, str], said: Mapping[str, str], header: Header) -> list[str]:
+    damaged = [name for name, digest in said.items() if found[name] != digest]
+    if not damaged:
+        return []
+    error = damaged_tensors(damaged, of=len(said), where=str(header.path))
+    return [error.message, *error.problems]

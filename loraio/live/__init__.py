@@ -1,0 +1,1 @@
+"""One adapter on a running model: attach, swap, detach."""

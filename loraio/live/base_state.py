@@ -1,0 +1,103 @@
+"""The base under whatever a model carries, and which adapters that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from loraio.errors import StateError
+from loraio.live.parametrization import AdapterPart, Place
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """Refuse a model that carries an adapter.
+
+    Raises:
+        StateError: it does.
+    """
+    if any(isinstance(module, AdapterPart) for module in model.modules()):
+        raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the base under its own names, in its own order, whether an adapter is attached or not.
+
+    Args:
+        model: the model itself, or what ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
+            ``AveragedModel`` made of it; their prefixes and own buffers are left out.
+
+    Returns:
+        the base's own tensors, not copies; without gradients, as in every state dict.
+    """
+    model = unwrapped(model)
+    state: dict[str, Tensor] = dict(model.state_dict())
+    places: dict[int, list[Place]] = {}
+    for live in attachments(model):
+        for place in live._places.values():
+            places.setdefault(id(place.module), []).append(place)
+    if not places:
+        return state
+    own_names: dict[str, str] = {}
+    orders: dict[str, tuple[str, ...]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for place in places.get(id(module), ()):
+            own_names[f"{prefix}parametrizations.{place.parameter}"] = prefix + place.parameter
+            orders[path] = place.order
+    return _as_before(state, own_names, orders)
+
+
+def attachments(model: nn.Module) -> list[Any]:
+    """The handle, a `loraio.Attachment`, of each adapter that a model and its parts carry."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, AdapterPart):
+            found[id(module.handle)] = module.handle
+    return list(found.values())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, of what ``torch.compile`` and its like made of it."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif isinstance(model._modules.get("_orig_mod"), nn.Module):  # torch.compile's; its class is slow to import
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _as_before(
+    state: Mapping[str, Tensor], own_names: Mapping[str, str], orders: Mapping[str, tuple[str, ...]]
+) -> dict[str, Tensor]:
+    """A state dict with names and order as they were before anything was put on the modules.
+
+    Args:
+        state: as it is.
+        own_names: what the names of our parametrizations, without ".original", were before.
+        orders: of the modules that carry some, by path, the names of their own tensors in order.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        stack, _, rest = name.rpartition("parametrizations.")
+        own = own_names.get(f"{stack}parametrizations.{rest.partition('.')[0]}") if rest else None
+        if own is None:
+            renamed[name] = tensor
+        elif name.endswith(".original"):
+            renamed[own] = tensor
+    ordered: dict[str, Tensor] = {}
+    left = dict(orders)
+    for name, tensor in renamed.items():
+        parts = name.split(".")[:-1]
+        for depth in range(len(parts) + 1) if left else ():  # a module's own tensors come before those inside of it
+            path = ".".join(parts[:depth])
+            for key in left.pop(path, ()):
+                key = f"{path}.{key}" if path else key
+                if key in renamed:
+                    ordered[key] = renamed[key]
+        ordered.setdefault(name, tensor)
+    return ordered

@@ -1,0 +1,178 @@
+"""Where an adapter starts: which weights it gets, at which rank and alpha, and factors that change nothing yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from loraio.adapter import Adapter, Target, WholeTensor
+from loraio.adapter.kinds import KINDS
+from loraio.adapter.layers import TargetModule, find_head, matches, normalisation_tensors, refuse_shared, select_targets
+from loraio.bases.identity import base_reference, sketch
+from loraio.bases.networks import fresh_head, heads_of, network_args_of, network_of
+from loraio.errors import ConfigError, UnknownNameError
+from loraio.files.tensorfile import dtype_code, tensor_sha256
+from loraio.live.base_state import base_state_dict, refuse_attached
+from loraio.registry import known
+from loraio.training.config import TrainConfig
+
+Value = TypeVar("Value")
+
+
+def plan_targets(model: nn.Module, config: TrainConfig) -> dict[str, Target]:
+    """What an adapter with these settings would adapt: the metadata of each target, in the model's order.
+
+    A weight that is replaced whole is no target.
+
+    Args:
+        model: the base model; only read.
+        config: targets, exclude, kind, ranks, alphas, heads and norm count.
+
+    Raises:
+        UnknownNameError: a pattern for targets, ranks or alphas matches nothing, or as `plan_whole`.
+        ConfigError: a rank is larger than a weight matrix allows, and ``clamp_rank`` is not set; all are listed. Or
+            nothing is left to adapt but what is replaced.
+        StateError: a target is shared or parametrized, by an attached adapter for example.
+    """
+    refuse_attached(model)
+    modules = _selected(model, config)
+    for what, patterns in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(matches(module, pattern) for module in modules.values()):
+                raise UnknownNameError(f"the {what} pattern {pattern!r} matches no target", hint=known(modules))
+    targets, problems = {}, []
+    for name, module in modules.items():
+        rank = _last_match(module, config.rank_pattern, config.rank)
+        limit = min(module.layer.matrix_shape(module.weight.shape, module.groups))
+        if rank > limit and not config.clamp_rank:
+            matrix = module.layer.matrix_shape(module.weight.shape, module.groups)
+            problems.append((f"rank {rank} is more than {name!r} can use: as a matrix it is {matrix}", limit))
+        else:
+            rank = min(rank, limit)
+            alpha = _last_match(module, config.alpha_pattern, config.alpha)
+            targets[name] = _target(module, config, rank, rank if alpha is None else alpha)
+    if problems:
+        least = min(limit for _, limit in problems)
+        (first, _), *others = problems
+        raise ConfigError(
+            first,
+            problems=[line for line, _ in others],
+            hint=f"--rank {least} or less, --clamp-rank for the largest that each allows, or other --targets",
+        )
+    return targets
+
+
+def plan_whole(model: nn.Module, config: TrainConfig) -> dict[str, WholeTensor]:
+    """What an adapter with these settings would replace: the metadata of each tensor, heads first.
+
+    Args:
+        model: the base model; only read.
+        config: heads and norm count.
+
+    Raises:
+        UnknownNameError: there is no such layer, or it cannot be a head.
+        ConfigError: the network has no normalisation layers that could adapt as asked.
+        StateError: a head's weight is shared, or the model carries an adapter.
+    """
+    refuse_attached(model)
+    state = model.state_dict()
+    sizes: dict[str, int] = {}
+    for path, outputs in config.heads.items():
+        module, _ = find_head(model, path)
+        sizes |= {f"{path}.{name}" if path else name: outputs for name, _ in module.named_parameters(recurse=False)}
+    refuse_shared(model, sizes)
+    whole = {name: _whole(state[name], "head", (outputs, *state[name].shape[1:])) for name, outputs in sizes.items()}
+    if config.norm != "frozen":
+        norms = normalisation_tensors(model, affine=config.norm == "affine")
+        if not norms:
+            what = "running statistics" if config.norm == "stats" else "normalisation layers"
+            raise ConfigError(f"the network has no {what} that could adapt", hint="without --norm")
+        whole |= {name: _whole(state[name], "norm", tuple(state[name].shape)) for name in norms}
+    return whole
+
+
+def _whole(tensor: Tensor, role: str, shape: tuple[int, ...]) -> WholeTensor:
+    return WholeTensor(
+        role=role,
+        shape=shape,
+        dtype=dtype_code(tensor.dtype),
+        base_sha256=tensor_sha256(tensor),
+        base_shape=tuple(tensor.shape),
+    )
+
+
+def _selected(model: nn.Module, config: TrainConfig) -> dict[str, TargetModule]:
+    whole = plan_whole(model, config)
+    modules = select_targets(model, config.targets, exclude=config.exclude)
+    left = {name: module for name, module in modules.items() if name not in whole}
+    if not left:
+        raise ConfigError("nothing is left to adapt: all targets are replaced whole", hint="other --targets")
+    return left
+
+
+def _last_match(module: TargetModule, patterns: Mapping[str, Value], otherwise: Value) -> Value:
+    found = [value for pattern, value in patterns.items() if matches(module, pattern)]
+    return found[-1] if found else otherwise
+
+
+def _target(module: TargetModule, config: TrainConfig, rank: int, alpha: int | float) -> Target:
+    weight = module.weight
+    return Target(
+        kind=config.kind,
+        rank=rank,
+        alpha=alpha,
+        scale_rule=config.scale_rule,
+        shape=tuple(weight.shape),
+        dtype=dtype_code(weight.dtype),
+        layer=module.layer.name,
+        groups=module.groups,
+        base_sha256=tensor_sha256(weight),
+        sketch=sketch(weight),
+    )
+
+
+def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
+    """An adapter with start values, which changes nothing yet but for its heads, which are fresh.
+
+    Raises:
+        UnknownNameError, ConfigError, StateError: as `plan_targets`.
+    """
+    targets = plan_targets(model, config)
+    modules, whole = _selected(model, config), plan_whole(model, config)
+    kind = KINDS[config.kind]
+    generator = torch.Generator().manual_seed(config.seed)
+    factors: dict[str, Tensor] = {}
+    for name, target in targets.items():
+        module = modules[name]
+        matrix = module.layer.to_matrix(module.weight.detach(), module.groups)
+        start = kind.init(matrix, target.rank, method=config.init, generator=generator)
+        factors |= {f"{name}.{short}": factor for short, factor in start.items()}
+    state = model.state_dict()
+    tensors = {name: state[name].detach().cpu().clone() for name in whole}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for path, outputs in config.heads.items():
+            fresh = fresh_head(find_head(model, path)[0], outputs)
+            tensors |= {f"{path}.{name}" if path else name: values.cpu() for name, values in fresh.items()}
+    base = base_reference(state, network=network_of(model), network_args=network_args_of(model), heads=heads_of(model))
+    return Adapter(targets=targets, factors=factors, base=base, whole=whole, tensors=tensors)
+
+
+def parameter_report(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """How many numbers the adapted layers hold, biases included, and how many the adapter's factors add.
+
+    The adapter may be attached to the model.
+
+    Returns:
+        ``adapted`` and ``added`` as counts, ``percent`` as 100 * added / adapted; ``replaced``, how many numbers the
+        tensors hold that are replaced whole.
+    """
+    owners = {name.rpartition(".")[0] for name in adapter.targets}
+    state = base_state_dict(model)
+    adapted = sum(tensor.numel() for name, tensor in state.items() if name.rpartition(".")[0] in owners)
+    replaced = sum(whole.parameters for whole in adapter.whole.values())
+    percent = 100 * adapter.parameters / adapted
+    return {"adapted": adapted, "added": adapter.parameters, "percent": percent, "replaced": replaced}

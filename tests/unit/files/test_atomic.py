@@ -1,0 +1,532 @@
+"""Files that are written: refused early, whole or not at all, and never one of the inputs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraio.errors import OutputError, OutputExistsError
+from loraio.files import atomic, tensorfile
+from loraio.files.atomic import staged, staged_folder
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "some.safetensors"
+
+
+def write(path: Path, value: float = 1.0, **options: Any) -> None:
+    tensorfile.write({"w": torch.full((3,), value)}, path, document={"a": 1}, **options)
+
+
+def value_in(path: Path) -> float:
+    return float(tensorfile.read_tensors(tensorfile.read_header(path))["w"][0])
+
+
+def only(folder: Path, *names: str) -> None:
+    """Nothing else lies in the folder."""
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted(names)
+
+
+@pytest.fixture
+def old(path: Path) -> Path:
+    """A file with the value 1."""
+    write(path)
+    return path
+
+
+def test_a_new_file_leaves_nothing_else_behind(old: Path) -> None:
+    assert value_in(old) == 1.0
+    only(old.parent, old.name)
+
+
+def test_an_existing_file_is_kept_without_overwrite(old: Path) -> None:
+    with pytest.raises(OutputExistsError, match="exists") as caught:
+        write(old, 2.0)
+    assert "--force" in str(caught.value)
+    assert value_in(old) == 1.0
+    only(old.parent, old.name)
+
+
+def test_an_existing_file_is_replaced_with_overwrite(old: Path) -> None:
+    write(old, 2.0, overwrite=True)
+    assert value_in(old) == 2.0
+    only(old.parent, old.name)
+
+
+def test_a_file_that_appears_in_the_meantime_is_kept(path: Path) -> None:
+    with pytest.raises(OutputExistsError, match="appeared while it was being written"):
+        write(path, 2.0, check=lambda _: write(path, 1.0))
+    assert value_in(path) == 1.0
+    only(path.parent, path.name)
+
+
+def test_a_file_that_appears_is_kept_also_where_hard_links_are_not_to_be_had(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: Any) -> None:
+        path.write_bytes(b"another's")
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(OutputExistsError, match="appeared"):
+        write(path)
+    assert path.read_bytes() == b"another's"
+    only(path.parent, path.name)
+
+
+def test_a_filesystem_without_hard_links_will_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", failing("Operation not permitted"))
+    write(path)
+    assert value_in(path) == 1.0
+    only(path.parent, path.name)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_check_that_raises_leaves_no_trace(path: Path, overwrite: bool) -> None:
+    def check(written: Path) -> None:
+        assert value_in(written) == 2.0
+        assert written.parent == path.parent
+        raise KeyboardInterrupt
+
+    if overwrite:
+        write(path)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, 2.0, check=check, overwrite=overwrite)
+    if overwrite:
+        assert value_in(path) == 1.0
+    only(path.parent, *[path.name] * overwrite)
+
+
+def test_the_old_file_is_whole_until_the_new_one_is(old: Path) -> None:
+    with staged(old, overwrite=True) as temporary:
+        temporary.write_bytes(b"new")
+        assert value_in(old) == 1.0
+    assert old.read_bytes() == b"new"
+
+
+def failing(message: str) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, message)
+
+    return fail
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync", "open", "chmod"])
+def test_a_system_call_that_fails_leaves_the_old_file(
+    old: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, failing("No space left on device"))
+        with pytest.raises(OutputError, match="cannot be written: No space left on device") as caught:
+            write(old, 2.0, overwrite=True)
+    assert repr(str(old)) in str(caught.value)
+    assert value_in(old) == 1.0
+    only(old.parent, old.name)
+
+
+@pytest.mark.parametrize("functions", [("fsync",), ("link", "replace")])
+def test_a_system_call_that_fails_leaves_no_new_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, functions: tuple[str, ...]
+) -> None:
+    with monkeypatch.context() as patch:
+        for function in functions:
+            patch.setattr(os, function, failing("Input/output error"))
+        with pytest.raises(OutputError, match="Input/output error"):
+            write(path)
+    only(path.parent)
+
+
+def test_a_disk_that_is_full_leaves_the_old_file(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfile, "tensor_sha256", lambda _: "0" * 64)  # so that the header is written by then
+        patch.setattr(tensorfile, "tensor_bytes", failing("No space left on device"))
+        with pytest.raises(OutputError, match="No space left"):
+            write(old, 2.0, overwrite=True)
+    assert value_in(old) == 1.0
+    only(old.parent, old.name)
+
+
+def test_a_folder_that_cannot_be_synced_does_no_harm(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    write(path)
+    assert value_in(path) == 1.0
+
+
+def test_the_file_is_synced_before_it_gets_its_name_and_the_folder_after(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[bool, bool]] = []
+    real = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    write(path)
+    assert synced == [(False, False), (True, True)]
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], None]]:
+    before = os.umask(0o022)
+    yield lambda mask: void(os.umask(mask))
+    os.umask(before)
+
+
+def void(_: object) -> None:
+    """Drops a result."""
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_mode_of_a_new_file_follows_the_umask(
+    path: Path, umask: Callable[[int], None], mask: int, mode: int
+) -> None:
+    umask(mask)
+    write(path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_replaced_file_keeps_its_mode(old: Path, umask: Callable[[int], None]) -> None:
+    for mode in (0o640, 0o444, 0o666):
+        old.chmod(mode)
+        write(old, 2.0, overwrite=True)
+        assert stat.S_IMODE(old.stat().st_mode) == mode
+
+
+def test_a_symbolic_link_stays_and_its_file_is_replaced(old: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "links"
+    folder.mkdir()
+    link = folder / "link"
+    link.symlink_to(old)
+    write(link, 2.0, overwrite=True)
+    assert link.is_symlink()
+    assert value_in(old) == 2.0
+    only(folder, "link")
+
+
+def test_a_symbolic_link_to_an_existing_file_is_not_overwritten_unasked(old: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    with pytest.raises(OutputExistsError):
+        write(link, 2.0)
+    assert value_in(old) == 1.0
+
+
+def test_a_symbolic_link_to_nothing_gets_its_file(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    write(link)
+    assert link.is_symlink()
+    assert value_in(path) == 1.0
+
+
+def test_a_symbolic_link_to_itself_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    with pytest.raises((OutputError, OutputExistsError), match="link"):
+        write(link)
+    only(tmp_path, "link")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("way", ["itself", "symbolic link", "hard link", "relative"])
+def test_an_output_that_is_an_input_is_refused_even_with_overwrite(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, way: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = old if way == "itself" else Path(old.name) if way == "relative" else tmp_path / "link"
+    if way == "symbolic link":
+        output.symlink_to(old)
+    elif way == "hard link":
+        output.hardlink_to(old)
+    with pytest.raises(OutputExistsError, match="is also an input"):
+        write(output, 2.0, overwrite=overwrite, inputs=[tmp_path / "missing", old])
+    assert value_in(old) == 1.0
+
+
+def test_an_input_beside_the_output_does_no_harm(old: Path, tmp_path: Path) -> None:
+    write(tmp_path / "new", 2.0, inputs=[old])
+    assert value_in(tmp_path / "new") == 2.0
+
+
+def test_a_missing_folder_is_named_with_the_way_to_make_it(tmp_path: Path) -> None:
+    path = tmp_path / "no" / "such" / "file"
+    with pytest.raises(OutputError, match=r"the folder of .* does not exist") as caught:
+        write(path)
+    assert f"mkdir -p {str(path.parent)!r}" in str(caught.value)
+    only(tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_a_folder_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    with pytest.raises(OutputError, match="is a folder"):
+        write(tmp_path, overwrite=overwrite)
+
+
+def test_a_device_or_pipe_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="not a plain file"):
+        write(pipe, overwrite=True)
+    assert pipe.is_fifo()
+
+
+def test_a_folder_that_is_not_writable_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(OutputError, match="is not writable"):
+        write(path)
+    only(path.parent)
+
+
+def test_a_file_as_a_folder_is_refused(old: Path) -> None:
+    with pytest.raises(OutputError, match=re.escape(repr(str(old / "x")))):
+        write(old / "x")
+
+
+def test_an_output_name_too_long_for_the_system_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long"):
+        write(tmp_path / ("x" * 300))
+    only(tmp_path)
+
+
+def test_the_longest_names_that_the_system_takes_can_be_written(tmp_path: Path) -> None:
+    for name in ("x" * 255, "é" * 127, "字" * 85, "😀" * 63):
+        write(tmp_path / name)
+        assert value_in(tmp_path / name) == 1.0
+
+
+def test_what_is_no_plain_file_is_named_by_what_it_is(tmp_path: Path) -> None:
+    read, write_end = os.pipe()
+    pipe = f"/dev/fd/{write_end}"  # what /dev/stdout is in a pipeline
+    try:
+        for path, kind in ((pipe, "a pipe"), ("/dev/null", "a device")):
+            with pytest.raises(OutputError, match=f"is {kind}, not a plain file"):
+                write(Path(path), overwrite=True)
+    finally:
+        os.close(read)
+        os.close(write_end)
+    assert Path("/dev/null").is_char_device()
+
+
+def test_an_output_that_will_be_an_input_is_refused_before_either_is_there(path: Path) -> None:
+    with pytest.raises(OutputExistsError, match="is also an input"):
+        write(path, inputs=[path.parent / "." / path.name])
+    only(path.parent)
+
+
+def test_what_replaces_a_file_is_not_readable_by_others_while_it_is_written(old: Path) -> None:
+    old.chmod(0o640)
+    with staged(old, overwrite=True) as temporary:
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+    assert stat.S_IMODE(old.stat().st_mode) == 0o640
+
+
+def test_a_replaced_file_keeps_its_owner_where_the_system_allows_it(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, int]] = []
+    real = Path.stat
+
+    def others(self: Path, **options: Any) -> Any:
+        found = real(self, **options)
+        if self == old:
+            found = os.stat_result((*found[:4], 12345, 54321, *found[6:]))
+        return found
+
+    monkeypatch.setattr(Path, "stat", others)
+    monkeypatch.setattr(os, "chown", lambda _, user, group: given.append((user, group)))
+    write(old, 2.0, overwrite=True)
+    monkeypatch.setattr(os, "chown", failing("Operation not permitted"))
+    write(old, 3.0, overwrite=True)
+    monkeypatch.undo()
+    assert given == [(12345, 54321)]
+    assert value_in(old) == 3.0
+
+
+def test_a_folder_whose_disk_fails_is_an_error_and_the_new_file_is_whole(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    with pytest.raises(OutputError, match="Input/output error") as caught:
+        write(path)
+    assert caught.value.errno == errno.EIO
+    assert value_in(path) == 1.0
+    only(path.parent, path.name)
+
+
+NAMES = ("data", "index")
+
+
+def write_folder(folder: Path, data: str, index: str, **options: Any) -> None:
+    with staged_folder(folder, NAMES, last="index", **options) as temporary:
+        (temporary / "data").write_text(data)
+        (temporary / "index").write_text(index)
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {entry.name: entry.read_text() for entry in folder.iterdir()}
+
+
+def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with staged_folder(folder, NAMES, last="index") as temporary:
+        for name in NAMES:
+            (temporary / name).write_text(name)
+        assert not folder.exists()
+    assert texts(folder) == {"data": "data", "index": "index"}
+    only(tmp_path, "folder")
+
+
+def test_files_of_a_folder_are_replaced_and_others_stay(tmp_path: Path) -> None:
+    write_folder(tmp_path, "1", "1")
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "data").chmod(0o640)
+    with pytest.raises(OutputExistsError):
+        write_folder(tmp_path, "2", "2")
+    write_folder(tmp_path, "2", "2", overwrite=True)
+    assert texts(tmp_path) == {"data": "2", "index": "2", "other": "mine"}
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o640
+
+
+def test_the_last_file_goes_first_and_comes_last_unless_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path, "1", "1")
+    seen: list[dict[str, str]] = []
+    real = atomic._sync_folder
+
+    def spy(path: Path) -> None:
+        seen.append({name: text for name, text in texts(tmp_path).items() if name in NAMES})
+        real(path)
+
+    def texts(folder: Path) -> dict[str, str]:
+        return {entry.name: entry.read_text() for entry in folder.iterdir() if entry.is_file()}
+
+    monkeypatch.setattr(atomic, "_sync_folder", spy)
+    write_folder(tmp_path, "2", "2", overwrite=True)
+    assert seen == [{"data": "1"}, {"data": "2"}, {"data": "2", "index": "2"}]
+    seen.clear()
+    write_folder(tmp_path, "3", "2", overwrite=True)
+    assert seen == [{"data": "3", "index": "2"}]
+
+
+def test_links_in_a_folder_stay_links_also_to_another_filesystem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for one in (folder, elsewhere):
+        one.mkdir()
+    for name in NAMES:
+        (elsewhere / f"blob-{name}").write_text("1")
+        (folder / name).symlink_to(elsewhere / f"blob-{name}")
+    write_folder(folder, "2", "2", overwrite=True)
+    assert texts(elsewhere) == {"blob-data": "2", "blob-index": "2"}
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_is_beside", lambda *_: False)
+        patch.setattr(os, "link", failing("Invalid cross-device link"))
+        write_folder(folder, "3", "3", overwrite=True)
+    assert texts(elsewhere) == {"blob-data": "3", "blob-index": "3"}
+    assert all((folder / name).is_symlink() for name in NAMES)
+    only(folder, *NAMES)
+
+
+def test_a_folder_that_a_dangling_link_names_is_made_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    write_folder(tmp_path / "link", "1", "1")
+    assert texts(tmp_path / "folder") == {"data": "1", "index": "1"}
+    only(tmp_path, "link", "folder")
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(old: Path) -> None:
+    with pytest.raises(OutputError, match="is a file"):
+        write_folder(old, "1", "1", overwrite=True)
+    assert value_in(old) == 1.0
+
+
+def test_a_folder_name_too_long_for_the_system_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long"):
+        write_folder(tmp_path / ("x" * 300), "1", "1")
+    only(tmp_path)
+
+
+def test_a_filesystem_whose_files_all_have_one_mode_will_do(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    write(old, 2.0, overwrite=True)
+    write(old.with_name("new"), 3.0)
+    assert (value_in(old), value_in(old.with_name("new"))) == (2.0, 3.0)
+
+
+def test_a_folder_that_appears_in_the_meantime_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with (  # noqa: PT012
+        pytest.raises(OutputExistsError, match="appeared while it was being written"),
+        staged_folder(folder, NAMES, last="index") as temporary,
+    ):
+        for name in NAMES:
+            (temporary / name).touch()
+        write_folder(folder, "1", "1")
+    assert texts(folder) == {"data": "1", "index": "1"}
+    only(tmp_path, "folder")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from loraio.files.atomic import staged, staged_folder
+
+target, text = Path(sys.argv[1]), sys.argv[2] * 100_000
+for _ in range(60):
+    if target.is_dir():
+        with staged_folder(target, ["data", "index"], last="index", overwrite=True) as temporary:
+            for name in ("data", "index"):
+                (temporary / name).write_text(text)
+    else:
+        with staged(target, overwrite=True) as temporary:
+            temporary.write_text(text)
+"""
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_of_several_writers_of_one_output_one_wins_whole(tmp_path: Path, what: str) -> None:
+    target = tmp_path / "out"
+    if what == "folder":
+        target.mkdir()
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(target), letter]) for letter in "abc"]
+    whole = {letter * 100_000 for letter in "abc"}
+    while any(writer.poll() is None for writer in writers):
+        if what == "file" and target.exists():
+            assert target.read_text() in whole
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    only(tmp_path, "out")
+    if what == "folder":
+        only(target, *NAMES)
+        data, index = ((target / name).read_text() for name in NAMES)
+        assert data == index
+        assert data in whole

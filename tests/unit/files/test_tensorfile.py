@@ -1,0 +1,604 @@
+"""safetensors files: everything that must be refused is, with the path; what is written is whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from loraio.errors import FormatError, LoraioError, MissingFileError
+from loraio.files import tensorfile
+from loraio.files.tensorfile import DTYPE_BITS, TORCH_DTYPES, canonical_json, read_header, read_tensors
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
+
+
+def raw(header: bytes | str | dict[str, Any], data: bytes = b"") -> bytes:
+    """A safetensors file of any header."""
+    if isinstance(header, dict):
+        header = json.dumps(header)
+    if isinstance(header, str):
+        header = header.encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "some.safetensors"
+
+
+def refused(path: Path, content: bytes, match: str) -> None:
+    """The content is a FormatError that names the path and says why."""
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=match) as caught:
+        read_header(path)
+    assert repr(str(path)) in str(caught.value)
+
+
+# Reading
+
+
+def test_a_small_file_is_read(path: Path) -> None:
+    path.write_bytes(raw({"__metadata__": {"a": "b"}, "w": entry()}, b"\0" * 8))
+    header = read_header(path)
+    assert header.path == path
+    assert header.tensors == {"w": ("F32", (2,), 0, 8)}
+    assert header.metadata == {"a": "b"}
+    assert header.file_bytes == path.stat().st_size == 8 + header.header_bytes + 8
+
+
+def test_tensors_come_in_the_order_of_their_bytes(path: Path) -> None:
+    path.write_bytes(raw({"a": entry(offsets=(8, 16)), "b": entry(offsets=(0, 8))}, b"\0" * 16))
+    assert list(read_header(path).tensors) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        pytest.param({}, b"", id="no tensors"),
+        pytest.param({"a": entry(shape=(), offsets=(0, 4))}, b"\0" * 4, id="0-d tensor"),
+        pytest.param({"a": entry(shape=(3, 0), offsets=(0, 0)), "b": entry()}, b"\0" * 8, id="tensor of no bytes"),
+        pytest.param({"../é/ \u3000": entry()}, b"\0" * 8, id="any printable name"),
+        pytest.param({"__metadata__": None, "a": entry()}, b"\0" * 8, id="null metadata"),
+        pytest.param(json.dumps({"a": entry()}) + "  \n ", b"\0" * 8, id="padding"),
+        pytest.param('{"\\ud83d\\ude00":' + json.dumps(entry()) + "}", b"\0" * 8, id="surrogate pair"),
+        pytest.param({"a": entry("F4", (4,), (0, 2))}, b"\0" * 2, id="four bits"),
+    ],
+)
+def test_what_is_unusual_but_allowed_is_read(path: Path, header: Any, data: bytes) -> None:
+    path.write_bytes(raw(header, data))
+    with safe_open(path, framework="pt") as reference:
+        assert set(read_header(path).tensors) == set(reference.keys())
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        pytest.param(b"", "the file is empty", id="empty"),
+        pytest.param(b"1234567", "7 bytes are too few", id="less than a length"),
+        pytest.param(b"\0" * 8, "not a safetensors file", id="no header"),
+        pytest.param(raw("{}")[:-1], "truncated: the header alone has 2 bytes, the file 9", id="short header"),
+        pytest.param((128).to_bytes(8, "little") + b'{"a"', "truncated", id="a length that starts like a pickle"),
+        pytest.param(
+            (5_000_001).to_bytes(8, "little") + b"{" + b" " * 5_000_000,
+            "header has 5,000,001 bytes, at most 5,000,000 are read",
+            id="long header",
+        ),
+        pytest.param(
+            (2**64 - 1).to_bytes(8, "little") + b"{}",
+            "truncated: the header alone has 18,446,744,073,709,551,615 bytes, the file 10",
+            id="largest length",
+        ),
+        pytest.param(b"\0" * 4000, "not a safetensors file", id="zeros"),
+        pytest.param(raw({"a": entry()}, b"\0" * 7), r"truncated: \d+ of \d+ bytes", id="truncated data"),
+        pytest.param(raw({"a": entry()}, b"\0" * 9), "1 bytes follow the last tensor", id="trailing bytes"),
+        pytest.param(raw({}, b"\0"), "1 bytes follow the last tensor", id="bytes of no tensor"),
+    ],
+)
+def test_a_file_of_a_wrong_length_is_refused(path: Path, content: bytes, match: str) -> None:
+    refused(path, content, match)
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        pytest.param(b'{"\xff": 1}', "not UTF-8", id="not UTF-8"),
+        pytest.param('{"a": }', "not JSON", id="not JSON"),
+        pytest.param("[1]", "not a safetensors file", id="a list"),
+        pytest.param(" {}", "not a safetensors file", id="white space first"),
+        pytest.param("\ufeff{}", "not a safetensors file", id="byte order mark"),
+        pytest.param("{}\0\0", "not JSON", id="NUL padding"),
+        pytest.param("{} {}", "not JSON", id="two documents"),
+        pytest.param('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested more than 64 deep", id="deep nesting"),
+        pytest.param('{"a": ' + "[" * 100_000, "nested more than 64 deep", id="deep nesting without an end"),
+        pytest.param('{"a": ' + "9" * 5000 + "}", "not JSON", id="integer of too many digits"),
+        pytest.param('{"a": NaN}', "NaN is not a JSON number", id="NaN"),
+        pytest.param('{"a": -Infinity}', "-Infinity is not a JSON number", id="infinity"),
+        pytest.param('{"a": 1e999}', "1e999 is beyond the range", id="beyond float64"),
+        pytest.param('{"\\ud800": {}}', "half a surrogate pair", id="lone surrogate in a name"),
+        pytest.param('{"__metadata__": {"a": "\\udc00"}}', "half a surrogate pair", id="lone surrogate in metadata"),
+        pytest.param('{"__metadata__": {"a": 1}}', "not an object of strings", id="number in metadata"),
+        pytest.param('{"__metadata__": {"a": null}}', "not an object of strings", id="null in metadata"),
+        pytest.param('{"__metadata__": []}', "not an object of strings", id="metadata is a list"),
+        pytest.param('{"__metadata__": "a"}', "not an object of strings", id="metadata is a string"),
+        pytest.param('{"__metadata__": {}, "__metadata__": {}}', "'__metadata__' occurs twice", id="metadata twice"),
+        pytest.param('{"__metadata__": {"a": "1", "a": "1"}}', "'a' occurs twice", id="metadata key twice"),
+        pytest.param('{"a": 1}', "entry of tensor 'a' is not an object", id="entry is a number"),
+        pytest.param('{"a": {}}', "dtype None", id="empty entry"),
+    ],
+)
+def test_a_header_that_is_not_the_right_json_is_refused(path: Path, header: bytes | str, match: str) -> None:
+    refused(path, raw(header), match)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        pytest.param(entry("F31"), "dtype 'F31'", id="unknown dtype"),
+        pytest.param(entry("f32"), "dtype 'f32'", id="dtype in lower case"),
+        pytest.param({**entry(), "dtype": ["F32"]}, r"dtype \['F32'\]", id="dtype is a list"),
+        pytest.param(entry(shape=(-2,)), r"shape \[-2\]", id="negative shape"),
+        pytest.param(entry(shape=(2.0,)), r"shape \[2.0\]", id="float shape"),
+        pytest.param(entry(shape=(True, 2)), "shape", id="boolean shape"),
+        pytest.param(entry(shape=("2",)), "shape", id="string shape"),
+        pytest.param({**entry(), "shape": 2}, "shape 2", id="shape is a number"),
+        pytest.param(entry(shape=(2**63,)), "not a list of sizes", id="a size beyond 63 bits"),
+        pytest.param(entry(shape=(2**62, 2**62)), "too large for any file", id="overflow"),
+        pytest.param(entry(shape=(2**62, 2**62, 0), offsets=(0, 0)), "too large for any file", id="overflow, then 0"),
+        pytest.param(entry("U8", (2**60,)), "too large for any file: U8", id="one bit beyond 63"),
+        pytest.param(entry("U8", (2**59 + 1,), (0, 2**59 + 1)), "truncated", id="beyond what a float holds"),
+        pytest.param(entry(shape=(2**62,) * 16), "too large for any file", id="beyond a float"),
+        pytest.param(entry(shape=(1,) * 17), "has 17 dimensions, at most 16", id="dimensions"),
+        pytest.param(entry(note="hi"), "the unknown key 'note'", id="extra field"),
+        pytest.param(entry("F4", (3,), (0, 2)), "F4 of shape .* needs 1.5", id="half a byte left"),
+        pytest.param(entry(shape=(3,)), "has 8 bytes, F32 of shape .* needs 12", id="too few bytes for the shape"),
+        pytest.param(entry(offsets=(8, 0)), "has -8 bytes", id="backward offsets"),
+        pytest.param(entry(offsets=(0,)), r"data_offsets \[0\], not two offsets", id="one offset"),
+        pytest.param(entry(offsets=(0, 4, 8)), "not two offsets", id="three offsets"),
+        pytest.param(entry(offsets=(0.0, 8.0)), "not two offsets", id="float offsets"),
+        pytest.param(entry(offsets=(-8, 0)), "not two offsets", id="negative offsets"),
+        pytest.param({"dtype": "F32", "shape": [2]}, "data_offsets None", id="no offsets"),
+        pytest.param({"dtype": "F32", "data_offsets": [0, 8]}, "shape None", id="no shape"),
+    ],
+)
+def test_an_entry_that_makes_no_sense_is_refused(path: Path, bad: dict[str, Any], match: str) -> None:
+    refused(path, raw({"w": bad}, b"\0" * 8), match)
+
+
+@pytest.mark.parametrize("hidden", ["\0", "\x1b", "\u202e", "\u200b"])
+def test_a_name_that_holds_what_is_not_printable_is_refused(path: Path, hidden: str) -> None:
+    refused(path, raw({f"a{hidden}b": entry()}, b"\0" * 8), re.escape(f"{f'a{hidden}b'!r} holds {hidden!r}, which"))
+
+
+def test_a_name_is_measured_in_bytes(path: Path) -> None:
+    path.write_bytes(raw({"é" * 256: entry()}, b"\0" * 8))
+    assert list(read_header(path).tensors) == ["é" * 256]
+    refused(path, raw({"é" * 257: entry()}, b"\0" * 8), "name is longer than 512 bytes: 'éééé")
+
+
+def test_the_bytes_that_are_missing_or_left_over_are_counted(path: Path) -> None:
+    whole = raw({"a": entry(), "b": entry(offsets=(8, 16))}, b"\0" * 16)
+    refused(path, whole[:-3], f"truncated: {len(whole) - 3} of {len(whole)} bytes")
+    refused(path, whole + b"\0", f"1 bytes follow .*: the header speaks of {len(whole)}, the file has {len(whole) + 1}")
+
+
+def test_an_empty_name_is_refused(path: Path) -> None:
+    refused(path, raw({"": entry()}, b"\0" * 8), "empty name")
+
+
+@pytest.mark.parametrize(
+    ("offsets", "match"),
+    [
+        pytest.param([(0, 8), (16, 24)], "'b' starts at byte 16 and leaves a hole", id="hole"),
+        pytest.param([(8, 16), (16, 24)], "'a' starts at byte 8 and leaves a hole", id="hole at the start"),
+        pytest.param([(0, 8), (4, 12)], "'b' starts at byte 4 and overlaps", id="overlap"),
+        pytest.param([(0, 8), (0, 8)], "'b' starts at byte 0 and overlaps", id="same bytes"),
+    ],
+)
+def test_tensors_that_do_not_tile_the_data_are_refused(path: Path, offsets: Any, match: str) -> None:
+    header = {name: entry(offsets=pair) for name, pair in zip("ab", offsets, strict=True)}
+    refused(path, raw(header, b"\0" * 24), match)
+
+
+def test_an_empty_tensor_inside_another_is_refused(path: Path) -> None:
+    refused(path, raw({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, b"\0" * 8), "'b' .* overlaps")
+
+
+def test_a_tensor_name_that_occurs_twice_is_refused_though_the_library_takes_it(path: Path) -> None:
+    text = json.dumps(entry())
+    content = raw(f'{{"w": {text}, "w": {text}}}', b"\0" * 8)
+    refused(path, content, "'w' occurs twice")
+    with safe_open(path, framework="pt") as reference:
+        assert list(reference.keys()) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer"),
+        (b"PK\x03\x04" + b"\0" * 100, "zip archive, perhaps from torch.save"),
+        (b"\x80\x02}q\x00(X\x05\x00\x00\x00ab", "pickle"),
+        (b"<!DOCTYPE html><html></html>", "an HTML page"),
+        (b"plain text of some length", "not a safetensors file"),
+    ],
+)
+def test_files_of_other_kinds_are_recognised(path: Path, content: bytes, match: str) -> None:
+    refused(path, content, match)
+
+
+def test_what_torch_saves_is_recognised_as_a_zip_archive(path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, path)
+    refused(path, path.read_bytes(), "zip archive")
+
+
+def test_a_missing_file_is_named(path: Path) -> None:
+    with pytest.raises(MissingFileError, match=re.escape(f"{str(path)!r} does not exist")):
+        read_header(path)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=re.escape(f"{str(tmp_path)!r} cannot be read")):
+        read_header(tmp_path)
+
+
+def test_a_name_too_long_for_the_system_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="cannot be read"):
+        read_header(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"a": 1, "a": 1}', "'a' occurs twice"),
+        ('{"a": NaN}', "NaN"),
+        ('{"a": "\\ud800"}', "half a surrogate pair"),
+        ('{"a":' * 100_000, "nested more than 64 deep"),
+    ],
+)
+def test_a_document_that_is_not_an_object_is_refused(path: Path, text: str, match: str) -> None:
+    path.write_bytes(raw({"__metadata__": {"loraio": text}}))
+    with pytest.raises(FormatError, match=match) as caught:
+        read_header(path).document()
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_a_file_without_a_document_has_none(path: Path) -> None:
+    path.write_bytes(raw({"__metadata__": {"format": "pt"}}))
+    assert read_header(path).document() is None
+
+
+def test_every_dtype_of_torch_has_its_bits() -> None:
+    for code, name in TORCH_DTYPES.items():
+        assert DTYPE_BITS[code] == 8 * getattr(torch, name).itemsize
+        assert tensorfile.dtype_code(getattr(torch, name)) == code
+    with pytest.raises(FormatError, match="complex128"):
+        tensorfile.dtype_code(torch.complex128)
+
+
+def test_every_dtype_of_the_format_has_its_size_and_its_place(path: Path) -> None:
+    bits = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16)}
+    bits |= dict.fromkeys(("U32", "I32", "F32"), 32) | dict.fromkeys(("U64", "I64", "F64", "C64"), 64)
+    bits |= dict.fromkeys(("BOOL", "U8", "I8"), 8)
+    bits |= {f"F8_{name}": 8 for name in ("E5M2", "E4M3", "E8M0", "E4M3FNUZ", "E5M2FNUZ")}
+    start, placed = tensorfile.layout({code: (code, (8,)) for code in bits}, {}, where="here")
+    path.write_bytes(start + bytes(sum(bits.values())))
+    read = read_header(path).tensors
+    assert read == placed
+    assert {code: info.end - info.begin for code, info in read.items()} == bits
+    assert set(bits) == set(DTYPE_BITS)
+    wide = [bits[code] for code in read if bits[code] > 8]
+    assert wide == sorted(wide, reverse=True)
+    assert [bits[code] for code in read][: len(wide)] == wide
+
+
+def test_a_dtype_that_torch_lacks_cannot_be_read_as_a_tensor(path: Path) -> None:
+    path.write_bytes(raw({"w": entry("F6_E2M3", (4,), (0, 3))}, b"\0" * 3))
+    header = read_header(path)
+    with pytest.raises(FormatError, match="'w' has dtype F6_E2M3") as caught:
+        read_tensors(header)
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_tensors_outlive_a_change_of_their_file(path: Path) -> None:
+    tensorfile.write({"w": torch.arange(1000.0)}, path, document={})
+    tensors = read_tensors(read_header(path))
+    with path.open("r+b") as file:
+        size = path.stat().st_size
+        file.write(b"\0" * size)
+        file.flush()
+        assert tensors["w"].equal(torch.arange(1000.0))
+        file.truncate(0)
+    path.unlink()
+    assert tensors["w"].equal(torch.arange(1000.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda path: path.unlink(), MissingFileError),
+        (lambda path: path.write_bytes(b"something else"), FormatError),
+        (lambda path: tensorfile.write({"v": torch.ones(2)}, path, document={}, overwrite=True), FormatError),
+        (lambda path: tensorfile.write({"w": torch.ones(3)}, path, document={}, overwrite=True), FormatError),
+        (lambda path: tensorfile.write({"w": torch.ones(2).int()}, path, document={}, overwrite=True), FormatError),
+    ],
+    ids=["gone", "broken", "other names", "other shape", "other dtype"],
+)
+def test_a_file_that_changes_after_its_header_was_read_is_refused(
+    path: Path, change: Callable[[Path], Any], error: type[LoraioError]
+) -> None:
+    tensorfile.write({"w": torch.ones(2)}, path, document={})
+    header = read_header(path)
+    change(path)
+    with pytest.raises(error, match=re.escape(repr(str(path)))):
+        read_tensors(header)
+
+
+def test_a_tensor_that_is_damaged_is_named(path: Path) -> None:
+    tensorfile.write({"v": torch.ones(2), "w": torch.ones(2)}, path, document={})
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    header = read_header(path)
+    for where in (header, tensorfile.parse_file(path.read_bytes(), path)):
+        with pytest.raises(FormatError, match="1 of 2 tensors are not what was written") as caught:
+            read_tensors(where)
+        assert "'w' has another SHA-256" in str(caught.value)
+        assert repr(str(path)) in str(caught.value)
+        assert "'v'" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
+def test_a_file_that_opens_and_cannot_be_read_says_why(path: Path) -> None:
+    unreadable = Path("/proc/self/mem")
+    for read in (read_header, tensorfile.read_json):
+        with pytest.raises(MissingFileError, match=re.escape(f"'{unreadable}' cannot be read: Input/output error")):
+            read(unreadable)
+    tensorfile.write({"w": torch.ones(2)}, path, document={})
+    header = replace(read_header(path), path=unreadable)
+    with pytest.raises(FormatError, match=r"cannot be read: Input/output error[\s\S]*/proc/self/mem"):
+        read_tensors(header)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "the file is empty[^$]*fetch the file again"),
+        (b"PK\x03\x04" + b"\0" * 100, "not JSON but a zip archive[^$]*a name that ends in .pt"),
+        (b"<html>", "not JSON but an HTML page[^$]*download it again"),
+        (b'{"a": "\xff"}', "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
+        (b"7 or so", "not JSON but a text that starts with '7 or so'"),
+        (b"\xf0\xf1", "not UTF-8"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+    ],
+)
+def test_a_json_file_that_is_none_is_refused(path: Path, content: bytes, match: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=match) as caught:
+        tensorfile.read_json(path)
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_a_header_that_is_damaged_or_has_two_digests_is_refused(path: Path) -> None:
+    tensorfile.write({"w": torch.ones(2)}, path, document={"x": 1})
+    other = read_header(path).metadata["loraio"]
+    refused(path, path.read_bytes().replace(b'\\"x\\":1', b'\\"x\\":2'), "its header is not what was written")
+    with pytest.raises(FormatError, match="the text of another file's digests") as caught:
+        tensorfile.write({"w": torch.ones(2)}, path, document={"x": 1}, metadata={"other": other}, overwrite=True)
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_a_json_file_is_read_with_its_bytes(path: Path) -> None:
+    for content, value in [(b' \n{"a": [1]}\n', {"a": [1]}), (b"[1]", [1]), (b'{"\xc3\xa9": 0.5}', {"é": 0.5})]:
+        path.write_bytes(content)
+        assert tensorfile.read_json_text(path) == (content, value)
+        assert tensorfile.read_json(path) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"", "fetch the file again"),
+        (b"1234567", "fetch the file again"),
+        (raw("{}")[:-1], "fetch the file again"),
+        (raw({"a": entry()}, b"\0" * 7), "fetch the file again"),
+        (b"\x01" * 100, "fetch the file again"),
+        (b"<html></html>", "download it again"),
+        (b"PK\x03\x04" + b"\0" * 100, "a name that ends in .pt"),
+    ],
+)
+def test_what_to_do_about_a_file_is_said(path: Path, content: bytes, hint: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        read_header(path)
+    assert hint in str(caught.value.hint)
+
+
+def test_a_file_in_memory_is_as_one_on_disk(path: Path) -> None:
+    tensors = {"w": torch.arange(300.0), "v": torch.ones(2, dtype=torch.float16)}
+    tensorfile.write(tensors, path, document={"a": 1}, metadata={"format": "pt"})
+    content = path.read_bytes()
+    header = tensorfile.parse_file(content, path)
+    assert replace(header, data=None) == read_header(path)
+    assert header.metadata["format"] == "pt"
+    assert header.sha256 == hashlib.sha256(content[: 8 + header.header_bytes]).hexdigest()
+    path.unlink()
+    assert all(tensor.equal(tensors[name]) for name, tensor in read_tensors(header).items())
+    assert not re.search("parsed=|digests=|[^a]data=", repr(header))  # of any length
+    with pytest.raises(FormatError, match="truncated") as caught:
+        tensorfile.parse_file(content[:-1], path)
+    assert repr(str(path)) in str(caught.value)
+
+
+# Writing
+
+
+def write(path: Path, value: float = 1.0, **options: Any) -> None:
+    tensorfile.write({"w": torch.full((3,), value)}, path, document={"a": 1}, **options)
+
+
+def only(folder: Path, *names: str) -> None:
+    """Nothing else lies in the folder."""
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted(names)
+
+
+def test_what_was_written_is_read_back_to_the_bit(path: Path) -> None:
+    tensors = {
+        name: (torch.arange(6).reshape(2, 3) % 2).to(getattr(torch, dtype)) for name, dtype in TORCH_DTYPES.items()
+    }
+    tensors |= {"scalar": torch.tensor(-0.0), "empty": torch.ones(0, 3), "é/../x": torch.tensor([float("nan")])}
+    tensorfile.write(tensors, path, document={"b": [1, "é"], "a": None})
+    header = read_header(path)
+    assert header.document() == {"a": None, "b": [1, "é"]}
+    start = '{"a":null,"b":[1,"é"],"integrity":{"file":"'
+    assert list(header.metadata) == ["loraio"]
+    assert header.metadata["loraio"].startswith(start)
+    assert header.digests == {name: tensorfile.tensor_sha256(tensor) for name, tensor in tensors.items()}
+    read = read_tensors(header)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert read[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
+
+
+def test_tied_views_and_non_contiguous_tensors_are_written_right(path: Path) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    parameter = torch.nn.Parameter(whole.clone())
+    tensors = {
+        "whole": whole,
+        "tied": whole,
+        "row": whole[1],
+        "transposed": whole.T,
+        "strided": whole[::2, 1::2],
+        "expanded": torch.tensor([1.0]).expand(5),
+        "channels_last": torch.arange(48.0).reshape(1, 3, 4, 4).to(memory_format=torch.channels_last),
+        "parameter": parameter,
+        "empty": torch.ones(0),
+        "other empty": torch.ones(0, 2),
+    }
+    tensorfile.write(tensors, path, document={})
+    read = read_tensors(read_header(path))
+    assert all(read[name].equal(tensor) for name, tensor in tensors.items())
+    assert whole.equal(torch.arange(24.0).reshape(4, 6))
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"é": "ü", "a": ""}])
+def test_without_a_document_the_bytes_are_those_of_the_library(path: Path, metadata: dict[str, str] | None) -> None:
+    tensors = {"é": torch.ones(3), "b": torch.zeros(2, 2).half(), "a": torch.ones(1).half()}
+    for length in range(1, 10):  # each padding
+        tensors |= {"n" * length: torch.tensor(7)}
+        tensorfile.write(tensors, path, metadata=metadata, overwrite=True)
+        if metadata is None or len(metadata) == 1:  # the library orders several strings at random
+            assert path.read_bytes() == save(tensors, metadata=metadata)
+        assert read_header(path).metadata == (metadata or {})
+        assert (8 + read_header(path).header_bytes) % 8 == 0
+
+
+def test_a_document_that_has_its_digests_gets_a_place_for_that_of_the_file_alone() -> None:
+    facts: dict[str, Any] = {"w": ("F32", (2,))}
+    for digest_of, entries in [(None, {"file"}), (lambda name: "0" * 64, {"file", "tensors"})]:
+        found = json.loads(tensorfile.metadata_of({"a": 1}, facts, digest_of, where="here")["loraio"])
+        assert found.keys() == {"a", "integrity"}
+        assert found["integrity"].keys() == entries
+
+
+def test_the_bytes_depend_neither_on_the_order_of_tensors_nor_of_keys(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    tensorfile.write({"a": torch.ones(2), "b": torch.zeros(3)}, one, document={"x": 1, "y": {"p": 1, "q": 2}})
+    tensorfile.write({"b": torch.zeros(3), "a": torch.ones(2)}, two, document={"y": {"q": 2, "p": 1}, "x": 1})
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_processes_with_other_hash_seeds_write_the_same_bytes(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+from loraio import container
+tensors = {name: torch.ones(2) for name in {"conv1", "conv2", "fc", "bias"}}
+container.write(tensors, sys.argv[1], document={key: {"a": 1, "b": 2} for key in {"x", "y", "z", "w"}})
+"""
+    sums = set()
+    for seed in ("0", "7"):
+        file = tmp_path / seed
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", script, file], env=environment, check=True, timeout=120)
+        sums.add(hashlib.sha256(file.read_bytes()).hexdigest())
+    assert len(sums) == 1
+
+
+def test_canonical_json_sorts_at_every_level_and_refuses_what_is_not_json() -> None:
+    assert canonical_json({"b": {"d": 1, "c": 2.0}, "a": "é"}) == '{"a":"é","b":{"c":2.0,"d":1}}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize("name", ["", "__metadata__", "half \ud800"])
+def test_a_name_that_no_file_can_hold_is_refused(path: Path, name: str) -> None:
+    with pytest.raises(FormatError, match=re.escape(repr(str(path)))):
+        tensorfile.write({name: torch.ones(1)}, path, document={})
+    only(path.parent)
+
+
+def test_a_document_that_is_not_utf8_is_refused(path: Path) -> None:
+    with pytest.raises(FormatError, match=r"\\ud800.* holds half a surrogate pair"):
+        tensorfile.write({"w": torch.ones(1)}, path, document={"a": "\ud800"})
+    with pytest.raises(FormatError, match="holds half a surrogate pair") as caught:
+        tensorfile.write({"w": torch.ones(1)}, path, metadata={"a": "\ud800"})
+    assert repr(str(path)) in str(caught.value)
+    only(path.parent)
+
+
+@pytest.mark.parametrize("value", [{1, 2}, float("nan"), b"bytes"])
+def test_a_document_that_is_not_json_is_refused(path: Path, value: Any) -> None:
+    with pytest.raises(FormatError, match="the metadata is not plain JSON: ") as caught:
+        tensorfile.write({"w": torch.ones(1)}, path, document={"a": value})
+    assert repr(str(path)) in str(caught.value)
+    only(path.parent)
+
+
+def test_a_dtype_that_no_file_can_hold_is_refused(path: Path) -> None:
+    with pytest.raises(FormatError, match="complex128"):
+        tensorfile.write({"w": torch.ones(1, dtype=torch.complex128)}, path, document={})
+    only(path.parent)
+
+
+def test_a_file_that_changes_after_its_header_was_read_is_an_error(path: Path) -> None:
+    tensorfile.write({"a": torch.ones(40), "b": torch.zeros(40)}, path, document={"x": 1})
+    header, whole = tensorfile.read_header(path), path.read_bytes()
+    path.write_bytes(whole[:-8])
+    here = rf"[^$]*{re.escape(repr(str(path)))}"
+    with pytest.raises(FormatError, match="the file ends within 'b': it changed while it was being read" + here):
+        tensorfile.read_tensors(header)
+    tensorfile.write({"a": torch.ones(40), "c": torch.zeros(40)}, path, document={"x": 1}, overwrite=True)
+    with pytest.raises(FormatError, match="the header changed while the file was being read" + here):
+        tensorfile.read_tensors(header)
+    path.unlink()
+    with pytest.raises(MissingFileError, match="does not exist"):
+        tensorfile.read_tensors(header)
+
+
+def test_a_read_that_gives_less_than_it_was_asked_for_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer)[:7])
+
+    tensors = {"a": torch.arange(40.0), "b": torch.ones((), dtype=torch.int64), "c": torch.ones(3, 0, 2)}
+    tensorfile.write(tensors, path, document={})
+    header = tensorfile.read_header(path)
+    monkeypatch.setattr(tensorfile, "open_file", lambda path: Slow(path.read_bytes()))
+    read = tensorfile.read_tensors(header)
+    assert all(read[name].equal(tensor) and read[name].shape == tensor.shape for name, tensor in tensors.items())

@@ -1,0 +1,495 @@
+"""The native format: a round trip without loss, and a strict reader that names the file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sealing import resealed_file
+from strategies import tensor
+
+import loraio
+from loraio.adapter import Adapter, BaseReference, Target
+from loraio.errors import (
+    AdapterError,
+    FormatError,
+    LoraioError,
+    MissingFileError,
+    OutputExistsError,
+    ShapeError,
+    UnknownNameError,
+)
+from loraio.files import integrity, tensorfile
+from loraio.files.tensorfile import read_header
+from loraio.formats.dialects import DIALECTS, NATIVE, identify
+from loraio.formats.native import read_metadata, to_document
+
+SHA = "0123456789abcdef" * 4
+
+
+def conv(**changes: Any) -> Target:
+    values: dict[str, Any] = {"rank": 2, "alpha": 3, "shape": (4, 3, 2, 1), "dtype": "F32", "layer": "Conv2d"}
+    return Target(**{**values, "base_sha256": SHA, **changes})
+
+
+def adapter(**changes: Any) -> Adapter:
+    values: dict[str, Any] = {
+        "targets": {"conv.weight": conv()},
+        "factors": {
+            "conv.weight.lora_A": tensor((2, 6), torch.float32, 1),
+            "conv.weight.lora_B": tensor((4, 2), torch.float32, 2),
+        },
+        "base": BaseReference(sha256=SHA, network="digit-cnn"),
+        "training": {"seed": 1, "results": {"before": [0.5, None]}},
+    }
+    return Adapter(**{**values, **changes})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "some.safetensors"
+
+
+def round_trip(one: Adapter, path: Path) -> Adapter:
+    loraio.save(one, path)
+    return loraio.load(path)
+
+
+# What is kept
+
+
+def test_what_is_loaded_is_what_was_saved(path: Path) -> None:
+    assert round_trip(adapter(), path) == adapter()
+
+
+def test_a_copy_of_a_file_has_the_same_bytes(path: Path, tmp_path: Path) -> None:
+    loraio.save(round_trip(adapter(), path), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("alpha", [4, 4.0, 0.1, -1, 1e-300, 2**53 + 1])
+def test_alpha_stays_the_same_number_of_the_same_type(path: Path, alpha: float) -> None:
+    read = round_trip(adapter(targets={"conv.weight": conv(alpha=alpha)}), path).targets["conv.weight"].alpha
+    assert read == alpha
+    assert type(read) is type(alpha)
+
+
+def test_unknown_keys_are_kept_at_all_three_levels(path: Path) -> None:
+    one = adapter(
+        targets={"conv.weight": conv(extra={"later": [1, {"a": None}]})},
+        base=BaseReference(sha256=SHA, extra={"url": "https://example.org"}),
+        extra={"licence": "MIT", "tags": []},
+    )
+    read = round_trip(one, path)
+    assert read == one
+    assert read.targets["conv.weight"].extra == {"later": [1, {"a": None}]}
+    assert read.base.extra == {"url": "https://example.org"}
+    assert read.extra == {"licence": "MIT", "tags": []}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_factors_keep_their_dtype_and_bits(path: Path, dtype: torch.dtype) -> None:
+    factors = {name: factor.to(dtype) for name, factor in adapter().factors.items()}
+    factors["conv.weight.lora_A"][0, 0] = -0.0
+    read = round_trip(adapter(factors=factors), path).factors
+    for name, factor in factors.items():
+        assert read[name].dtype == dtype
+        assert read[name].view(torch.uint8).equal(factor.view(torch.uint8))
+
+
+def test_factors_that_are_views_of_one_tensor_are_kept(path: Path) -> None:
+    whole = torch.arange(20.0)
+    factors = {"conv.weight.lora_A": whole[:12].reshape(6, 2).T, "conv.weight.lora_B": whole[12:].reshape(4, 2)}
+    assert round_trip(adapter(factors=factors), path) == adapter(factors=factors)
+
+
+def test_targets_come_back_in_the_order_of_their_names(path: Path) -> None:
+    names = ["b.weight", "a.weight", "é.weight", "Z.weight"]
+    factors = {
+        f"{name}.{short}": factor for name in names for short, factor in adapter().factors_of("conv.weight").items()
+    }
+    one = adapter(targets=dict.fromkeys(names, conv()), factors=factors)
+    read = round_trip(one, path)
+    assert read == one
+    assert list(read.targets) == sorted(names)
+    assert list(read.factors) == [f"{name}.{short}" for name in sorted(names) for short in ("lora_A", "lora_B")]
+
+
+def test_targets_that_another_writer_put_in_another_order_come_in_the_order_of_their_names(path: Path) -> None:
+    factors = {
+        f"{name}.{short}": factor for name in "ab" for short, factor in adapter().factors_of("conv.weight").items()
+    }
+    document = to_document(adapter(targets={"b": conv(), "a": conv()}, factors=factors))
+    tensorfile.write(factors, path, document=document)
+    header = tensorfile.read_header(path)
+    text = json.dumps({**document, integrity.KEY: json.loads(header.metadata["loraio"])[integrity.KEY]})
+    save_file(factors, path, metadata={"loraio": text})
+    path.write_bytes(resealed_file(path.read_bytes()))
+    assert list(json.loads(text)["targets"]) == ["b", "a"]
+    assert list(loraio.load(path).targets) == ["a", "b"]
+
+
+def test_the_same_adapter_gives_the_same_bytes_in_any_order_of_its_parts(tmp_path: Path) -> None:
+    names = ["b.weight", "a.weight", "c.weight"]
+    for file, order in (("one", names), ("two", names[::-1])):
+        factors = {
+            f"{name}.{short}": factor for name in order for short, factor in adapter().factors_of("conv.weight").items()
+        }
+        training = dict.fromkeys(order, 1)
+        loraio.save(adapter(targets=dict.fromkeys(order, conv()), factors=factors, training=training), tmp_path / file)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_nothing_but_factors_and_one_document_is_in_the_file(path: Path) -> None:
+    loraio.save(adapter(), path)
+    header = read_header(path)
+    assert {name: info.shape for name, info in header.tensors.items()} == {
+        "conv.weight.lora_A": (2, 6),
+        "conv.weight.lora_B": (4, 2),
+    }
+    assert list(header.metadata) == ["loraio"]
+    assert header.document() == {
+        "format_version": 2,
+        "targets": {
+            "conv.weight": {
+                "kind": "lora",
+                "rank": 2,
+                "alpha": 3,
+                "scale_rule": "alpha/r",
+                "shape": [4, 3, 2, 1],
+                "dtype": "F32",
+                "layer": "Conv2d",
+                "groups": 1,
+                "base_sha256": SHA,
+            }
+        },
+        "base": {"network": "digit-cnn", "sha256": SHA},
+        "training": {"seed": 1, "results": {"before": [0.5, None]}},
+    }
+
+
+def test_three_convolutions_cost_at_most_4_kib_over_their_factors(path: Path) -> None:
+    shapes = {"conv1.weight": (32, 1, 3, 3), "conv2.weight": (64, 32, 3, 3), "conv3.weight": (128, 64, 3, 3)}
+    targets = {name: conv(shape=shape, rank=4) for name, shape in shapes.items()}
+    factors = {
+        f"{name}.{short}": torch.ones(shape)
+        for name, target in targets.items()
+        for short, shape in target.factor_shapes.items()
+    }
+    one = adapter(targets=targets, factors=factors)
+    loraio.save(one, path)
+    assert path.stat().st_size - 4 * one.parameters <= 4096
+
+
+# Writing
+
+
+def test_saving_over_a_file_needs_overwrite(path: Path) -> None:
+    loraio.save(adapter(), path)
+    other = adapter(training={})
+    with pytest.raises(OutputExistsError):
+        loraio.save(other, path)
+    assert loraio.load(path) == adapter()
+    loraio.save(other, path, overwrite=True)
+    assert loraio.load(path) == other
+
+
+def nested() -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for _ in range(100_000):
+        document = {"a": document}
+    return document
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"a": math.nan},
+        {"a": [math.inf]},
+        {"a": (1, 2)},
+        {"a": {1: 2}},
+        {1: 2},
+        {1: 2, "b": 3},
+        {"a": torch.ones(1)},
+        {"a": Path("x")},
+        {"a": b"x"},
+        {"a": {1, 2}},
+    ],
+    ids=repr,
+)
+def test_metadata_that_json_would_change_or_refuse_is_not_saved(path: Path, training: dict[Any, Any]) -> None:
+    with pytest.raises(AdapterError, match="not plain JSON"):
+        loraio.save(adapter(training=training), path)
+    assert not path.exists()
+
+
+def test_metadata_that_is_nested_too_deeply_is_not_saved(path: Path) -> None:
+    with pytest.raises(AdapterError, match="not plain JSON"):
+        loraio.save(adapter(training=nested()), path)
+    assert not path.exists()
+
+
+def test_metadata_that_is_not_utf8_is_not_saved(path: Path) -> None:
+    with pytest.raises(FormatError, match="half a surrogate pair"):
+        loraio.save(adapter(training={"a": "\ud800"}), path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"extra": {"training": 1}}, "training"),
+        ({"targets": {"conv.weight": conv(extra={"rank": 3})}}, "rank"),
+        ({"base": BaseReference(sha256=SHA, extra={"network": "x"})}, "network"),
+    ],
+)
+def test_an_extra_key_that_is_a_known_one_is_not_saved(path: Path, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(AdapterError, match=f"extra holds '{key}'"):
+        loraio.save(adapter(**changes), path)
+    assert not path.exists()
+
+
+# Reading what others wrote
+
+
+def change_document(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """A file with a changed document and the right factors."""
+    document = copy.deepcopy(to_document(adapter()))
+    change(document)
+    tensorfile.write(adapter().factors, path, document=document)
+
+
+def refused(path: Path, error: type[LoraioError], match: str) -> None:
+    with pytest.raises(error, match=match) as caught:
+        loraio.load(path)
+    assert repr(str(path)) in str(caught.value)
+
+
+def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets the value that is last in ``keys`` at the place that the others lead to."""
+
+    def change(document: dict[str, Any]) -> None:
+        *way, last, value = keys
+        for key in way:
+            document = document[key]
+        document[last] = value
+
+    return change
+
+
+def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        *way, last = keys
+        for key in way:
+            document = document[key]
+        del document[last]
+
+    return change
+
+
+def test_the_helper_makes_a_file_that_is_read(path: Path) -> None:
+    change_document(path, lambda document: None)
+    assert loraio.load(path) == adapter()
+
+
+@pytest.mark.parametrize("key", ["format_version", "base", "training"])
+def test_a_document_without_a_key_is_refused(path: Path, key: str) -> None:
+    change_document(path, drop(key))
+    refused(path, FormatError, "format version None" if key == "format_version" else f"the metadata has no '{key}'")
+
+
+def test_a_document_without_targets_is_no_adapter(path: Path) -> None:
+    change_document(path, drop("targets"))
+    refused(path, FormatError, "not an adapter")
+
+
+@pytest.mark.parametrize("key", list(to_document(adapter())["targets"]["conv.weight"]))
+def test_a_target_without_a_key_is_refused(path: Path, key: str) -> None:
+    change_document(path, drop("targets", "conv.weight", key))
+    refused(path, FormatError, f"target 'conv.weight' has no '{key}'")
+
+
+@pytest.mark.parametrize("key", ["network", "sha256"])
+def test_a_base_without_a_key_is_refused(path: Path, key: str) -> None:
+    change_document(path, drop("base", key))
+    refused(path, FormatError, f"'base' has no '{key}'")
+
+
+@pytest.mark.parametrize("version", [3, 0, -1, 10**30, "1", 1.5, 2.0, True, None, [1]])
+def test_another_format_version_is_refused(path: Path, version: Any) -> None:
+    change_document(path, put("format_version", version))
+    refused(path, FormatError, re.escape(f"format version {version!r}, this loraio reads versions up to 2"))
+
+
+def test_only_a_newer_format_version_sends_for_a_newer_loraio(path: Path, tmp_path: Path) -> None:
+    for version, hint in ((3, "a newer loraio"), (0, None), ("3", None)):
+        file = tmp_path / str(hash(version))
+        change_document(file, put("format_version", version))
+        with pytest.raises(FormatError) as caught:
+            loraio.load(file)
+        assert caught.value.hint == hint
+
+
+WRONG_TYPES = [
+    (("format_version",), [True, 1.0]),
+    (("targets",), [None, [], "a", 1]),
+    (("base",), [None, [], "a"]),
+    (("training",), [None, [], "a", 1]),
+    (("base", "sha256"), [None, 1]),
+    (("base", "network"), [1, True, ["x"]]),
+    (("targets", "conv.weight"), [None, [], "a"]),
+    (("targets", "conv.weight", "kind"), [None, 1, ["lora"]]),
+    (("targets", "conv.weight", "rank"), [None, "2", 2.0, True, [2]]),
+    (("targets", "conv.weight", "alpha"), [None, "3", True, [3]]),
+    (("targets", "conv.weight", "scale_rule"), [None, 1]),
+    (("targets", "conv.weight", "shape"), [None, "4", 4, {}]),
+    (("targets", "conv.weight", "dtype"), [None, 32]),
+    (("targets", "conv.weight", "layer"), [None, 2]),
+    (("targets", "conv.weight", "groups"), [None, "1", 1.0, True]),
+    (("targets", "conv.weight", "base_sha256"), [None, 0]),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "value"), [(way, value) for way, values in WRONG_TYPES for value in values], ids=lambda part: str(part)
+)
+def test_a_value_of_a_wrong_type_is_refused(path: Path, way: tuple[str, ...], value: Any) -> None:
+    change_document(path, put(*way, value))
+    refused(path, FormatError, "wrong type|is not a JSON object|format version (True|1.0), this loraio")
+
+
+@pytest.mark.parametrize(
+    ("way", "value", "error", "match"),
+    [
+        (("rank",), 0, AdapterError, "rank is 0"),
+        (("rank",), 10**30, AdapterError, "rank is 1000"),
+        (("rank",), 3, ShapeError, r"'conv.weight.lora_A' has the shape \(2, 6\), rank and weight need \(3, 6\)"),
+        (("alpha",), 10**400, AdapterError, "alpha is 1000"),
+        (("groups",), 3, AdapterError, "do not divide"),
+        (("shape",), [4, 3, 2, 2], ShapeError, r"need \(2, 12\)"),
+        (("shape",), [4, 6], AdapterError, "has 4 dimensions"),
+        (("shape",), [4, 3, 2.0, 1], AdapterError, "shape is"),
+        (("shape",), [4, [3], 2, 1], AdapterError, "shape is"),
+        (("shape",), [4, 10**4000, 10**4000, 1], AdapterError, "shape is"),
+        (("dtype",), "I8", AdapterError, "dtype is 'I8'"),
+        (("base_sha256",), "x", AdapterError, "64 hexadecimal digits"),
+        (("kind",), "loha", UnknownNameError, "no adapter kind 'loha'"),
+        (("layer",), "Conv4d", UnknownNameError, "no layer type 'Conv4d'"),
+        (("scale_rule",), "alpha", UnknownNameError, "no scale rule 'alpha'"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(
+    path: Path, way: tuple[str, ...], value: Any, error: type[LoraioError], match: str
+) -> None:
+    change_document(path, put("targets", "conv.weight", *way, value))
+    refused(path, error, match)
+
+
+def test_a_base_digest_that_makes_no_sense_is_refused(path: Path) -> None:
+    change_document(path, put("base", "sha256", "x"))
+    refused(path, AdapterError, "the base's sha256 is 'x'")
+
+
+def test_a_key_that_occurs_twice_in_the_document_is_refused(path: Path) -> None:
+    text = json.dumps({**to_document(adapter()), "format_version": 1}).replace('"rank": 2', '"rank": 9, "rank": 2')
+    save_file(dict(adapter().factors), path, metadata={"loraio": text})
+    refused(path, FormatError, "'rank' occurs twice")
+
+
+def write_factors(path: Path, **changes: torch.Tensor | None) -> None:
+    """A file with the right document and changed factors."""
+    factors = {**dict(adapter().factors), **{f"conv.weight.{name}": value for name, value in changes.items()}}
+    kept = {name: value for name, value in factors.items() if value is not None}
+    tensorfile.write(kept, path, document=to_document(adapter()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"lora_B": None}, AdapterError, "'conv.weight.lora_B' is missing"),
+        ({"lora_A": None, "lora_B": None}, AdapterError, "'conv.weight.lora_A' is missing"),
+        ({"bias": torch.ones(4)}, AdapterError, "'conv.weight.bias' belongs to no target"),
+        ({"lora_A": torch.ones(6, 2)}, ShapeError, r"has the shape \(6, 2\)"),
+        ({"lora_A": torch.full((2, 6), math.nan)}, AdapterError, "12 values that are NaN or infinite"),
+        ({"lora_B": torch.tensor([[-math.inf, 0]] * 4)}, AdapterError, "4 values that are NaN or infinite"),
+        ({"lora_A": torch.ones(2, 6).int()}, FormatError, "'conv.weight.lora_A' is I32, factors are one of F64"),
+        ({"lora_A": torch.ones(2, 6).to(torch.float8_e4m3fn)}, FormatError, "is F8_E4M3"),
+    ],
+)
+def test_factors_that_do_not_fit_the_document_are_refused(
+    path: Path, changes: dict[str, Any], error: type[LoraioError], match: str
+) -> None:
+    write_factors(path, **changes)
+    refused(path, error, match)
+
+
+def test_a_document_without_any_target_is_refused(path: Path) -> None:
+    document = {**to_document(adapter()), "targets": {}}
+    tensorfile.write({}, path, document=document)
+    refused(path, AdapterError, "at least one target")
+
+
+def test_a_target_without_factors_is_refused(path: Path) -> None:
+    change_document(path, put("targets", "other.weight", to_document(adapter())["targets"]["conv.weight"]))
+    refused(path, AdapterError, "'other.weight.lora_A' is missing")
+
+
+def test_a_file_that_is_no_adapter_is_refused_with_what_it_is(path: Path) -> None:
+    save_file({"conv.weight": torch.ones(2)}, path)
+    refused(path, FormatError, "not an adapter but a file without loraio metadata")
+    tensorfile.write({"conv.weight": torch.ones(2)}, path, document={"format_version": 1}, overwrite=True)
+    refused(path, FormatError, "not an adapter but a base model")
+
+
+def test_a_missing_file_and_a_folder_are_refused(path: Path, tmp_path: Path) -> None:
+    refused(path, MissingFileError, "does not exist")
+    refused(tmp_path, MissingFileError, "there is no adapter in the folder")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
+def test_a_truncated_adapter_is_refused(path: Path, keep: int) -> None:
+    loraio.save(adapter(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(path, FormatError, "too few|truncated|not a safetensors file|bytes follow the last tensor")
+
+
+def test_metadata_is_read_from_the_header_alone(path: Path) -> None:
+    one = adapter(extra={"note": "hi"})
+    loraio.save(one, path)
+    metadata = read_metadata(read_header(path))
+    assert metadata.targets == dict(one.targets)
+    assert (metadata.base, metadata.training, metadata.extra) == (one.base, one.training, one.extra)
+
+
+def test_metadata_of_a_file_without_any_is_refused(path: Path) -> None:
+    save_file({"w": torch.ones(1)}, path)
+    with pytest.raises(FormatError, match="there is no 'loraio' metadata"):
+        read_metadata(read_header(path))
+
+
+def test_the_dialect_is_found_by_content_and_not_by_name(tmp_path: Path) -> None:
+    loraio.save(adapter(), tmp_path / "adapter.bin")
+    assert identify(tmp_path / "adapter.bin").dialect is None
+    assert NATIVE.name == "native"
+    assert all(dialect.name == name for name, dialect in DIALECTS.items())
+
+
+def test_loaded_factors_do_not_change_with_their_file(path: Path) -> None:
+    read = round_trip(adapter(), path)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert read == adapter()
+
+
+def test_an_adapter_with_a_new_training_record_is_another_file(path: Path, tmp_path: Path) -> None:
+    loraio.save(adapter(), path)
+    loraio.save(replace(adapter(), training={"seed": 2}), tmp_path / "other")
+    assert path.read_bytes() != (tmp_path / "other").read_bytes()

@@ -1,0 +1,467 @@
+"""Adapters on a live model: what they compute, and that nothing of them is left behind."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import loraio
+from loraio.errors import BaseMismatchError, ConfigError, StateError
+from loraio.live import attachment
+from loraio.live.parametrization import AdapterPart
+
+
+class Snapshot:
+    """Everything about a model that must be the same after detach."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = list(model.named_parameters())
+        self.state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.flags = [parameter.requires_grad for parameter in model.parameters()]
+        self.places = [parameter.data_ptr() for parameter in model.parameters()]
+        self.versions = [parameter._version for parameter in model.parameters()]
+        self.classes = [type(module) for module in model.modules()]
+        self.attributes = [sorted(vars(module)) for module in model.modules()]
+
+    def assert_same(self) -> None:
+        now = list(self.model.named_parameters())
+        assert [name for name, _ in now] == [name for name, _ in self.parameters]
+        assert all(a is b for (_, a), (_, b) in zip(now, self.parameters, strict=True)), "other Parameter objects"
+        state = self.model.state_dict()
+        assert list(state) == list(self.state), "other keys, or another order"
+        assert all(same_bits(state[name], self.state[name]) for name in state)
+        assert [parameter.requires_grad for parameter in self.model.parameters()] == self.flags
+        assert [parameter.data_ptr() for parameter in self.model.parameters()] == self.places, "other memory"
+        assert [parameter._version for parameter in self.model.parameters()] == self.versions, "written to"
+        assert [type(module) for module in self.model.modules()] == self.classes
+        assert [sorted(vars(module)) for module in self.model.modules()] == self.attributes
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
+
+
+@pytest.fixture
+def before(base: nn.Module) -> Iterator[Snapshot]:
+    """A snapshot of the base that is checked again when the test is over."""
+    base.conv2.weight.requires_grad_(False)  # type: ignore[union-attr]
+    snapshot = Snapshot(base)
+    yield snapshot
+    snapshot.assert_same()
+
+
+def outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(images)
+    return result
+
+
+def merged_outputs(
+    base: nn.Module, adapter: loraio.Adapter, images: torch.Tensor, strength: float = 1.0
+) -> torch.Tensor:
+    other = copy.deepcopy(base)
+    other.load_state_dict(loraio.merge(base.state_dict(), adapter, strength))
+    return outputs(other, images)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, -2.0, 0.0, 3])
+def test_attached_computes_what_merged_computes_to_the_bit(
+    base: nn.Module, three: loraio.Adapter, digits_test: loraio.Dataset, before: Snapshot, strength: float
+) -> None:
+    images = digits_test.images[:64]
+    expected = merged_outputs(base, three, images, strength)
+    with loraio.attach(base, three, strength):
+        assert same_bits(outputs(base, images), expected)
+    assert (strength == 0) == same_bits(outputs(base, images), expected)
+
+
+def test_the_handle_switches_swaps_and_sets_strength(
+    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, digits_test: loraio.Dataset, before: Snapshot
+) -> None:
+    images = digits_test.images[:64]
+    plain, with_three, with_seven = (
+        outputs(base, images),
+        merged_outputs(base, three, images),
+        merged_outputs(base, seven, images),
+    )
+    with loraio.attach(base, three) as live:
+        assert live.attached
+        assert live.enabled
+        assert live.strength == 1.0
+        live.disable()
+        assert not live.enabled
+        assert same_bits(outputs(base, images), plain)
+        live.swap(seven)  # stays off
+        assert same_bits(outputs(base, images), plain)
+        live.enable()
+        assert same_bits(outputs(base, images), with_seven)
+        live.strength = 0.5
+        live.swap(three)  # keeps the strength
+        assert same_bits(outputs(base, images), merged_outputs_of(base, three, images, 0.5, live))
+        live.strength = 1.0
+        assert same_bits(outputs(base, images), with_three)
+        assert live.adapter is three
+    assert not live.attached
+    assert same_bits(outputs(base, images), plain)
+
+
+def merged_outputs_of(
+    base: nn.Module, adapter: loraio.Adapter, images: torch.Tensor, strength: float, live: loraio.Attachment
+) -> torch.Tensor:
+    """Merged outputs while something is attached: by way of the base's own names."""
+    state = loraio.base_state_dict(base)
+    other = loraio.build_network("digit-cnn")
+    other.load_state_dict(loraio.merge(state, adapter, strength))
+    return outputs(other, images)
+
+
+def test_whoever_reads_the_weight_sees_the_adapted_one(
+    base: nn.Module, three: loraio.Adapter, before: Snapshot
+) -> None:
+    expected = loraio.merge(base.state_dict(), three)["conv1.weight"]
+    with loraio.attach(base, three), torch.no_grad():
+        assert base.conv1.weight.equal(expected)  # type: ignore[union-attr]
+
+
+def test_detach_gives_the_model_back_after_an_exception(
+    base: nn.Module, three: loraio.Adapter, before: Snapshot
+) -> None:
+    with pytest.raises(KeyError), loraio.attach(base, three):
+        raise KeyError
+    before.assert_same()
+
+
+def test_a_detached_handle_refuses_everything_but_reading(
+    base: nn.Module, three: loraio.Adapter, before: Snapshot
+) -> None:
+    live = loraio.attach(base, three)
+    live.detach()
+    assert live.adapter is three
+    assert "detached" in repr(live)
+    for call in (live.detach, live.enable, live.disable, lambda: live.swap(three)):
+        with pytest.raises(StateError, match="detached"):
+            call()
+    with pytest.raises(StateError, match="detached"):
+        live.strength = 2.0
+
+
+def test_a_second_adapter_is_refused(
+    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, before: Snapshot
+) -> None:
+    with loraio.attach(base, three):
+        inside = Snapshot(base)
+        with pytest.raises(StateError, match="carries an adapter already"):
+            loraio.attach(base, seven)
+        inside.assert_same()
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", None, True])
+def test_a_strength_that_is_no_finite_number_is_refused(
+    base: nn.Module, three: loraio.Adapter, before: Snapshot, strength: Any
+) -> None:
+    with pytest.raises(ConfigError, match="strength"):
+        loraio.attach(base, three, strength)
+    with loraio.attach(base, three, 0.25) as live:
+        with pytest.raises(ConfigError, match="strength"):
+            live.strength = strength
+        assert live.strength == 0.25
+
+
+def test_another_base_is_refused_and_every_target_named(base: nn.Module, three: loraio.Adapter) -> None:
+    with torch.no_grad():
+        weight: torch.Tensor = base.conv1.weight  # type: ignore[union-attr, assignment]
+        weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))  # one ulp
+        base.conv3.weight.mul_(2)  # type: ignore[union-attr, operator]
+    snapshot = Snapshot(base)
+    with pytest.raises(BaseMismatchError, match="2 of 3 targets differ") as caught:
+        loraio.attach(base, three)
+    assert ["conv1.weight" in line or "conv3.weight" in line for line in caught.value.problems] == [True, True]
+    snapshot.assert_same()
+
+
+def test_a_base_that_differs_elsewhere_is_refused_too(base: nn.Module, three: loraio.Adapter) -> None:
+    with torch.no_grad():
+        base.fc.bias.add_(1)  # type: ignore[union-attr, operator]
+    with pytest.raises(BaseMismatchError, match="other tensors of the network differ"):
+        loraio.attach(base, three)
+
+
+def test_a_model_without_the_target_is_refused_with_the_nearest_name(three: loraio.Adapter) -> None:
+    model = nn.Sequential()
+    model.add_module("conv", nn.Conv2d(1, 32, 3))
+    with pytest.raises(BaseMismatchError, match="no such tensor"):
+        loraio.attach(model, three)
+
+
+def test_another_layer_type_or_other_groups_are_refused(base: nn.Module, three: loraio.Adapter) -> None:
+    conv: nn.Conv2d = base.conv2  # type: ignore[assignment]
+    conv.groups = 2
+    with pytest.raises(BaseMismatchError, match=r"'conv2.weight': the layer is a Conv2d with groups=2"):
+        loraio.attach(base, three)
+
+
+def test_a_weight_of_an_unknown_layer_is_refused(base: nn.Module, three: loraio.Adapter) -> None:
+    class Odd(nn.Module):
+        def __init__(self, conv: nn.Conv2d) -> None:
+            super().__init__()
+            self.weight, self.bias = conv.weight, conv.bias
+
+    base.conv1 = Odd(base.conv1)  # type: ignore[arg-type]
+    with pytest.raises(BaseMismatchError, match=r"'conv1.weight': its module is not of a layer type"):
+        loraio.attach(base, three)
+
+
+def test_a_shared_weight_is_refused(base: nn.Module, three: loraio.Adapter) -> None:
+    base.twin = nn.Conv2d(1, 32, 3)
+    base.twin.weight = base.conv1.weight  # type: ignore[union-attr, assignment]
+    state = base.state_dict()
+    adapter = replace(three, base=replace(three.base, sha256=loraio.bases.identity.state_sha256(state)))
+    with pytest.raises(StateError, match=r"shared: conv1\.weight, twin\.weight"):
+        loraio.attach(base, adapter)
+
+
+def test_a_target_that_is_parametrized_already_is_refused(base: nn.Module, three: loraio.Adapter) -> None:
+    parametrize.register_parametrization(base.conv1, "weight", nn.Identity())  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="another parametrization"):
+        loraio.attach(base, three)
+
+
+def test_a_parametrization_put_on_top_must_come_off_first(
+    base: nn.Module, three: loraio.Adapter, before: Snapshot
+) -> None:
+    live = loraio.attach(base, three)
+    parametrize.register_parametrization(base.conv1, "weight", nn.Identity())  # type: ignore[arg-type]
+    for call in (live.detach, lambda: live.swap(three)):
+        with pytest.raises(StateError, match="on top"):
+            call()
+    del base.conv1.parametrizations.weight[1]  # type: ignore[union-attr, operator, arg-type]
+    live.detach()
+
+
+def test_a_swap_to_a_foreign_adapter_leaves_the_old_one_working(
+    base: nn.Module, three: loraio.Adapter, digits_test: loraio.Dataset, before: Snapshot
+) -> None:
+    images = digits_test.images[:16]
+    target = replace(three.targets["conv1.weight"], base_sha256="0" * 64)
+    foreign = replace(three, targets={**three.targets, "conv1.weight": target})
+    with loraio.attach(base, three) as live:
+        expected = outputs(base, images)
+        with pytest.raises(BaseMismatchError, match="1 of 3"):
+            live.swap(foreign)
+        assert live.adapter is three
+        assert same_bits(outputs(base, images), expected)
+
+
+@pytest.mark.parametrize("failing_call", range(3))
+def test_an_exception_inside_attach_or_swap_changes_nothing(
+    base: nn.Module,
+    three: loraio.Adapter,
+    seven: loraio.Adapter,
+    digits_test: loraio.Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    before: Snapshot,
+    failing_call: int,
+) -> None:
+    images = digits_test.images[:16]
+    with monkeypatch.context() as patch:
+        patch.setattr(attachment.Attachment, "_part", failing_method(failing_call))
+        with pytest.raises(MemoryError):
+            loraio.attach(base, three)
+    before.assert_same()
+    with loraio.attach(base, three) as live:
+        expected = outputs(base, images)
+        with monkeypatch.context() as patch:
+            patch.setattr(attachment.Attachment, "_part", failing_method(failing_call))
+            with pytest.raises(MemoryError):
+                live.swap(seven)
+        assert live.adapter is three
+        assert same_bits(outputs(base, images), expected)
+
+
+def failing_method(at: int) -> Any:
+    """`Attachment._part`, which raises once, at its ``at``-th call."""
+    real = attachment.Attachment._part
+    left = {"calls": at}
+
+    def method(self: attachment.Attachment, *args: Any) -> AdapterPart:
+        left["calls"] -= 1
+        if left["calls"] == -1:
+            raise MemoryError
+        return real(self, *args)
+
+    return method
+
+
+def test_a_thousand_random_steps_leave_the_base_bit_identical(
+    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, digits_test: loraio.Dataset, before: Snapshot
+) -> None:
+    images = digits_test.images[:2]
+    dice = random.Random(0)
+    live: loraio.Attachment | None = None
+    adapter, strength, enabled = three, 1.0, True
+    for _ in range(1000):
+        move = dice.choice(["attach", "detach", "swap", "strength", "toggle"])
+        if live is None:
+            adapter, strength, enabled = dice.choice([three, seven]), dice.uniform(-2, 2), True
+            live = loraio.attach(base, adapter, strength)
+        elif move == "detach":
+            live.detach()
+            live = None
+        elif move == "swap":
+            adapter = dice.choice([three, seven])
+            live.swap(adapter)
+        elif move == "strength":
+            live.strength = strength = dice.uniform(-2, 2)
+        elif move == "toggle":
+            enabled = not enabled
+            (live.enable if enabled else live.disable)()
+        if dice.random() < 0.05:
+            on = live is not None and enabled
+            state = loraio.base_state_dict(base)
+            other = loraio.build_network("digit-cnn")
+            other.load_state_dict(loraio.merge(state, adapter, strength) if on else state)
+            assert same_bits(outputs(base, images), outputs(other, images))
+    if live is not None:
+        live.detach()
+
+
+def test_gradients_reach_exactly_the_factors_when_trainable(
+    base: nn.Module, three: loraio.Adapter, digits: loraio.Dataset
+) -> None:
+    base.requires_grad_(False)
+    with loraio.attach(base, three, trainable=True) as live:
+        factors = list(live.parameters())
+        assert len(factors) == 6
+        nn.functional.cross_entropy(base(digits.images[:32]), digits.labels[:32]).backward()
+        assert all(factor.grad is not None and bool(factor.grad.abs().sum() > 0) for factor in factors)
+        with torch.no_grad():
+            factors[0].add_(1)
+        assert live.adapter != three
+        assert three.factors["conv1.weight.lora_A"] is not factors[0]
+        with pytest.raises(StateError, match="being trained"):
+            live.swap(three)
+    assert live.adapter.factors["conv1.weight.lora_A"].equal(three.factors["conv1.weight.lora_A"] + 1)
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+def test_gradients_reach_the_base_too_when_it_asks_for_them(
+    base: nn.Module, three: loraio.Adapter, digits: loraio.Dataset
+) -> None:
+    with loraio.attach(base, three):
+        base(digits.images[:8]).sum().backward()
+    weight = base.conv1.weight
+    assert isinstance(weight, nn.Parameter)
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+
+
+def test_the_base_is_there_under_its_own_names_while_attached(
+    base: nn.Module, three: loraio.Adapter, before: Snapshot
+) -> None:
+    plain = base.state_dict()
+    assert list(loraio.base_state_dict(base)) == list(plain)
+    with loraio.attach(base, three):
+        seen = loraio.base_state_dict(base)
+        assert seen.keys() == plain.keys()
+        assert all(seen[name].data_ptr() == plain[name].data_ptr() for name in plain)
+        assert loraio.bases.identity.state_sha256(seen) == three.base.sha256
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_attach_and_merge_to_the_same_bits(
+    trained_base: nn.Module, dtype: torch.dtype, digits_test: loraio.Dataset
+) -> None:
+    model = copy.deepcopy(trained_base).to(dtype)
+    adapter = loraio.new_adapter(model, loraio.TrainConfig(rank=3, alpha=2))
+    factors = {name: factor + 0.01 for name, factor in adapter.factors.items()}
+    adapter = replace(adapter, factors=factors)
+    images = digits_test.images[:4].to(dtype)
+    expected = merged_outputs(model, adapter, images)
+    snapshot = Snapshot(model)
+    with loraio.attach(model, adapter):
+        assert same_bits(outputs(model, images), expected)
+    assert not same_bits(outputs(model, images), expected)
+    snapshot.assert_same()
+
+
+def test_channels_last_models_attach_and_merge_to_the_same_bits(
+    base: nn.Module, three: loraio.Adapter, digits_test: loraio.Dataset
+) -> None:
+    base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = digits_test.images[:16]
+    expected = merged_outputs(base, three, images)
+    with loraio.attach(base, three):
+        assert same_bits(outputs(base, images), expected)
+
+
+def test_a_graph_made_before_attach_can_go_backward_after_detach(
+    base: nn.Module, three: loraio.Adapter, digits: loraio.Dataset
+) -> None:
+    loss = base(digits.images[:4]).sum()
+    loraio.attach(base, three).detach()
+    loss.backward()
+
+
+def test_autocast_does_not_round_the_base_weight(base: nn.Module) -> None:
+    adapter = loraio.new_adapter(base, loraio.TrainConfig())  # B is zero
+    with (
+        loraio.attach(base, adapter, trainable=True) as live,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        assert next(live.parameters()).requires_grad
+        weight: torch.Tensor = base.conv2.weight  # type: ignore[union-attr, assignment]
+        assert weight.grad_fn is not None
+        assert weight.equal(loraio.base_state_dict(base)["conv2.weight"])
+
+
+def test_detach_survives_what_others_do_to_the_modules_parameters(base: nn.Module, three: loraio.Adapter) -> None:
+    weights = {name: dict(base.named_parameters())[name] for name in three.targets}
+    live = loraio.attach(base, three)
+    nn.utils.parametrizations.weight_norm(base.conv2, "bias", dim=0)
+    base.conv1.extra = nn.Parameter(torch.zeros(1))  # type: ignore[union-attr]
+    parametrize.remove_parametrizations(base.conv3, "weight", leave_parametrized=False)  # type: ignore[arg-type]
+    for call in (live.disable, lambda: live.swap(three), lambda: setattr(live, "strength", 2.0)):
+        with pytest.raises(StateError, match="has lost its parametrization"):
+            call()
+    live.detach()
+    now = dict(base.named_parameters())
+    assert all(now[name] is weight for name, weight in weights.items())
+    assert list(base.conv1._parameters) == ["weight", "bias", "extra"]  # type: ignore[union-attr]
+
+
+def test_the_adapter_does_not_change_through_the_model(base: nn.Module, three: loraio.Adapter) -> None:
+    kept = copy.deepcopy(three)
+    with loraio.attach(base, three):
+        for buffer in base.buffers():
+            buffer.zero_()
+    assert three == kept
+    with pytest.raises(TypeError):
+        three.training["digit"] = 7  # type: ignore[index]
+
+
+def test_weights_without_values_of_their_own_are_refused(base: nn.Module, three: loraio.Adapter) -> None:
+    def model(conv: nn.Module) -> nn.Module:
+        return nn.Sequential(conv)
+
+    with torch.inference_mode():
+        inference = nn.Conv2d(1, 4, 3)
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3))
+    for conv, message in [
+        (normed, "another parametrization"),
+        (nn.LazyConv2d(4, 3), "no values yet"),
+        (nn.Conv2d(1, 4, 3, device="meta"), "no values yet"),
+        (inference, "inference_mode"),
+    ]:
+        with pytest.raises(StateError, match=message):
+            loraio.new_adapter(model(conv), loraio.TrainConfig(rank=1))
+    with pytest.raises(StateError, match="meta device"):
+        loraio.merge({name: tensor.to("meta") for name, tensor in base.state_dict().items()}, three)

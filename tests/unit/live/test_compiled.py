@@ -1,0 +1,636 @@
+"""A compiled model with reserved weights: whatever comes and goes, nothing is compiled anew and nothing is stale."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import loraio
+from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
+from loraio.files.tensorfile import tensor_bytes
+from loraio.live.attachment import Place, Reserve
+from loraio.live.parametrization import FoldedWeight
+
+COMPILED = {"rtol": 1e-5, "atol": 1e-4}
+"""Compiled kernels sum float32 in another order than eager ones; logits are up to 100."""
+
+needs_cpp = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
+)
+
+
+def adapter_for(model: nn.Module, seed: int, *targets: str, **options: Any) -> loraio.Adapter:
+    """An adapter with random factors, large enough to change every answer."""
+    fresh = loraio.new_adapter(model, loraio.TrainConfig(targets=targets, **options))
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        name: factor * 1.25 if name.endswith("magnitude") else 0.2 * torch.randn(factor.shape, generator=generator)
+        for name, factor in fresh.factors.items()
+    }
+    return replace(fresh, factors=factors)
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    with config.patch(compile_threads=1):  # the workers of a pool would import torch first
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def images(digits_test: loraio.Dataset) -> Tensor:
+    return digits_test.images[:4]
+
+
+@pytest.fixture
+def many(trained_base: nn.Module) -> list[loraio.Adapter]:
+    """Adapters that differ in kind, rank, alpha, scale rule and targets."""
+    forms: list[tuple[str, int, float, tuple[str, ...]]] = [
+        ("alpha/r", 1, 3, ("conv1",)),
+        ("alpha/sqrt(r)", 4, 6.5, ("conv",)),
+        ("alpha/r", 8, 2, ("conv2", "fc")),
+        ("alpha/r", 3, 9, ("all",)),
+        ("alpha/sqrt(r)", 5, 0.5, ("fc",)),
+    ]
+    return [
+        adapter_for(copy.deepcopy(trained_base), rank, *targets, kind=kind, rank=rank, alpha=alpha, scale_rule=rule)
+        for kind, (rule, rank, alpha, targets) in itertools.product(("lora", "dora"), forms)
+    ]
+
+
+@pytest.fixture
+def one_conv(base: nn.Module) -> loraio.Adapter:
+    return adapter_for(base, 1, "conv1", rank=1)
+
+
+def outputs(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(x.to(next(model.parameters()).dtype))
+    return result
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))
+
+
+def adapted_state(live: loraio.Attachment) -> dict[str, Tensor]:
+    """What base and adapter, as they are now, give when merged."""
+    state = loraio.base_state_dict(live.model)
+    return loraio.merge(state, live.adapter, live.strength, allow_base_mismatch=True) if live.enabled else state
+
+
+def places(live: loraio.Attachment) -> dict[str, Place]:
+    return live._places
+
+
+def assert_fresh(compiled: Any, live: loraio.Attachment, x: Tensor) -> Tensor:
+    """The compiled model computes with the merged bits what the eager one computes; its answer."""
+    found = outputs(compiled, x)
+    torch.testing.assert_close(found, outputs(live.model, x), **COMPILED)
+    state = adapted_state(live)
+    for name, place in places(live).items():
+        assert isinstance(place.part, FoldedWeight)
+        assert place.part.slot is not None
+        assert same_bits(place.part.slot.tensor, state[name]), name
+    other = loraio.build_network("digit-cnn").to(found.dtype)
+    other.load_state_dict(state, assign=True)
+    torch.testing.assert_close(found, outputs(other, x), **COMPILED)
+    return found
+
+
+def compiled_once(model: nn.Module, backend: str = "eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, fullgraph=True, backend=counter, **options), counter
+
+
+# swaps
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_cpp)])
+def test_no_swap_of_any_rank_alpha_kind_or_targets_compiles_anew(
+    base: nn.Module, many: list[loraio.Adapter], images: Tensor, backend: str
+) -> None:
+    compiled, counter = compiled_once(base, backend)
+    live = loraio.attach(base, many[0], reserve="all")
+    seen = [assert_fresh(compiled, live, images)]
+
+    def check() -> None:
+        seen.append(assert_fresh(compiled, live, images))
+        assert not seen[-1].allclose(seen[-2], rtol=1e-3), "a step that changes nothing proves nothing"
+
+    dice = random.Random(1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(24):
+            live.swap(many[(number + 1) % len(many)])
+            check()
+            live.strength = dice.choice([-0.5, 0.5, 2.0])
+            check()
+            if number % 4 == 0:
+                live.disable()
+                check()
+                live.enable()
+            live.strength = 1.0
+    assert counter.frame_count == 1
+
+
+def test_what_is_not_reserved_compiles_anew_as_the_counter_tells(
+    base: nn.Module, many: list[loraio.Adapter], images: Tensor
+) -> None:
+    """The test above can fail: without a reserve the same swaps do."""
+    compiled, counter = compiled_once(base)
+    live = loraio.attach(base, many[0])
+    for adapter in many[:4]:
+        live.swap(adapter)
+        torch.testing.assert_close(outputs(compiled, images), outputs(base, images), **COMPILED)
+    assert counter.frame_count > 1
+
+
+@needs_cpp
+def test_swaps_of_a_model_compiled_for_little_overhead(
+    base: nn.Module, many: list[loraio.Adapter], images: Tensor
+) -> None:
+    compiled = torch.compile(base, fullgraph=True, mode="reduce-overhead")
+    live = loraio.attach(base, many[0], reserve="all")
+    outputs(compiled, images)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for adapter in many:
+            live.swap(adapter)
+            assert_fresh(compiled, live, images)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_cpp)])
+def test_batches_of_any_size_share_a_graph(
+    base: nn.Module, many: list[loraio.Adapter], digits_test: loraio.Dataset, backend: str
+) -> None:
+    compiled, counter = compiled_once(base, backend, dynamic=True)
+    live = loraio.attach(base, many[0], reserve="all")
+    for size, adapter in enumerate(many, start=2):
+        live.swap(adapter)
+        assert_fresh(compiled, live, digits_test.images[:size])
+    assert counter.frame_count == 1
+
+
+def test_a_part_that_is_compiled_alone_is_compiled_once(
+    base: nn.Module, many: list[loraio.Adapter], images: Tensor
+) -> None:
+    conv2: Any = base.conv2
+    counter = CompileCounterWithBackend("aot_eager")
+    conv2.compile(fullgraph=True, backend=counter)
+    live = loraio.attach(base, many[0], reserve="all")
+    for adapter in many:
+        live.swap(adapter)
+        assert_fresh(base, live, images)
+    assert counter.frame_count == 1
+
+
+# what is reserved
+
+FORMS: dict[str, tuple[Callable[[list[loraio.Adapter]], Reserve], tuple[str, ...]]] = {
+    "nothing more": (lambda many: (), ("conv1",)),
+    "a pattern": (lambda many: "linear", ("conv1", "fc")),
+    "an adapter": (lambda many: many[2], ("conv1", "conv2", "fc")),
+    "several": (lambda many: ["conv3", many[4]], ("conv1", "conv3", "fc")),
+    "a generator": (lambda many: (adapter for adapter in many[:2]), ("conv1", "conv2", "conv3")),
+}
+
+
+@pytest.mark.parametrize(("reserve", "paths"), FORMS.values(), ids=FORMS)
+def test_a_reserve_is_patterns_or_adapters_and_always_the_adapters_own(
+    base: nn.Module,
+    many: list[loraio.Adapter],
+    reserve: Callable[[list[loraio.Adapter]], Reserve],
+    paths: tuple[str, ...],
+) -> None:
+    live = loraio.attach(base, many[0], reserve=reserve(many))
+    assert live.reserved == tuple(f"{path}.weight" for path in paths)
+    assert loraio.attachment_of(copy.deepcopy(base)).reserved == live.reserved
+
+
+def test_nothing_is_reserved_unless_asked_for(base: nn.Module, three: loraio.Adapter) -> None:
+    live = loraio.attach(base, three)
+    assert live.reserved is None
+    for place in places(live).values():
+        assert isinstance(place.part, FoldedWeight)
+        assert place.part.slot is None
+
+
+def test_a_bank_reserves_for_all_of_its_adapters(base: nn.Module, many: list[loraio.Adapter], images: Tensor) -> None:
+    bank = loraio.Bank({str(number): adapter for number, adapter in enumerate(many[:3])})
+    compiled, counter = compiled_once(base)
+    live = bank.attach(base, "0", reserve=True)
+    assert live.reserved == tuple(f"{path}.weight" for path in ("conv1", "conv2", "conv3", "fc"))
+    for name in bank:
+        assert bank.swap(base, name) is live
+        assert_fresh(compiled, live, images)
+    assert counter.frame_count == 1
+
+
+def test_an_adapter_outside_of_the_reserve_is_refused_before_anything_changes(
+    base: nn.Module, many: list[loraio.Adapter], images: Tensor
+) -> None:
+    compiled, counter = compiled_once(base)
+    live = loraio.attach(base, many[0], reserve="conv2")
+    before = assert_fresh(compiled, live, images)
+    for adapter, outside in ((many[1], ["conv3.weight"]), (many[3], ["conv3.weight", "fc.weight"])):
+        with pytest.raises(StateError, match="has reserved no place") as caught:
+            live.swap(adapter)
+        assert caught.value.problems == tuple(f"{name!r} is adapted and not reserved" for name in outside)
+        assert str(outside) in str(caught.value.hint)
+        assert live.adapter is many[0]
+        assert same_bits(assert_fresh(compiled, live, images), before)
+    assert counter.frame_count == 1
+    live.detach()
+    loraio.attach(base, many[0], reserve=["conv2", *outside]).swap(adapter)
+
+
+def test_whole_tensors_have_no_reserve(base: nn.Module, three: loraio.Adapter) -> None:
+    heads = loraio.new_adapter(base, loraio.TrainConfig(targets=("conv1",), heads={"fc": 12}))
+    with pytest.raises(StateError, match="replaced whole, which cannot be reserved"):
+        loraio.attach(base, heads, reserve="conv")
+    assert type(base.conv1) is nn.Conv2d
+    live = loraio.attach(base, three, reserve="conv")
+    with pytest.raises(StateError, match="attach without reserve"):
+        live.swap(heads)
+    assert live.adapter is three
+
+
+def test_what_cannot_be_reserved_is_refused(base: nn.Module, one_conv: loraio.Adapter) -> None:
+    elsewhere = adapter_for(nn.Sequential(nn.Linear(2, 2)), 1, "linear", rank=1)
+    with pytest.raises(UnknownNameError, match=r"no target '0\.weight'"):
+        loraio.attach(base, one_conv, reserve=elsewhere)
+    with pytest.raises(UnknownNameError, match="pattern 'conv9' matches no weight"):
+        loraio.attach(base, one_conv, reserve=["conv9"])
+    with pytest.raises(BaseMismatchError):
+        loraio.attach(base, elsewhere, reserve="all")
+
+
+def test_detach_gives_back_what_was_reserved_and_never_adapted(
+    base: nn.Module, one_conv: loraio.Adapter, images: Tensor
+) -> None:
+    plain = outputs(base, images)
+    before = {name: (id(parameter), tensor_bytes(parameter)) for name, parameter in base.named_parameters()}
+    keys = list(base.state_dict())
+    compiled, _ = compiled_once(base, "aot_eager")
+    with loraio.attach(base, one_conv, reserve="all") as live:
+        outputs(compiled, images)
+        assert list(loraio.base_state_dict(base)) == keys
+        assert loraio.adapter_from(base) is one_conv
+        assert [name for name in base.state_dict() if "conv2" in name and "original" not in name] == ["conv2.bias"]
+    assert not live.attached
+    assert list(base.state_dict()) == keys
+    assert type(base.conv2) is nn.Conv2d
+    for name, parameter in base.named_parameters():
+        assert before[name][0] == id(parameter)
+        assert tensor_bytes(parameter).equal(before[name][1])
+    assert same_bits(outputs(base, images), plain)
+    torch.testing.assert_close(outputs(compiled, images), plain, **COMPILED)
+
+
+# nothing is stale
+
+
+def write(parameter: Tensor) -> None:
+    with torch.no_grad():
+        parameter.mul_(1.5)
+
+
+def original(model: nn.Module, name: str = "conv2") -> nn.Parameter:
+    found: nn.Parameter = model.get_submodule(name).parametrizations.weight.original  # type: ignore[assignment,union-attr]
+    return found
+
+
+def step(model: nn.Module, *, fused: bool) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    model(torch.ones(1, 1, 28, 28)).sum().backward()
+    optimizer.step()
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "write to a base weight": lambda model: write(original(model)),
+    "write to a reserved base weight": lambda model: write(original(model, "fc")),
+    "write to a factor": lambda model: write(next(model.conv2.parametrizations.buffers())),
+    "load_state_dict": lambda model: model.load_state_dict({n: t * 1.5 for n, t in model.state_dict().items()}),
+    "load_state_dict that assigns": lambda model: model.load_state_dict(
+        {name: tensor * 1.5 for name, tensor in model.state_dict().items()}, assign=True
+    ),
+    "other memory": lambda model: setattr(original(model), "data", original(model).data * 1.5),
+    "a cast and back": lambda model: model.half().float(),
+    "a step of an optimizer": lambda model: step(model, fused=False),
+    "a step of a fused optimizer": lambda model: step(model, fused=True),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_cpp)])
+def test_no_change_past_the_handle_leaves_a_stale_weight_or_compiles_anew(
+    base: nn.Module, three: loraio.Adapter, images: Tensor, backend: str
+) -> None:
+    compiled, counter = compiled_once(base, backend)
+    live = loraio.attach(base, three, reserve="all", allow_base_mismatch=True)
+    before = outputs(compiled, images)
+    for name, change in CHANGES.items():
+        change(base)
+        found = outputs(compiled, images)  # before anything else looks
+        assert not found.equal(before), name
+        assert found.equal(outputs(compiled, images)), name
+        assert_fresh(compiled, live, images)
+        with torch.no_grad():  # keep the numbers small
+            for parameter in base.parameters():
+                parameter.div_(parameter.abs().max() + 1)
+        before = assert_fresh(compiled, live, images)
+    assert counter.frame_count == 1
+
+
+def test_a_weight_is_folded_once_in_a_compiled_model_too(
+    base: nn.Module, three: loraio.Adapter, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    fold = loraio.Target.fold
+    monkeypatch.setattr(loraio.Target, "fold", lambda *args, **options: (calls.append(1), fold(*args, **options))[1])
+    compiled, _ = compiled_once(base, "aot_eager")
+    loraio.attach(base, three, reserve="all")
+    for _ in range(3):
+        outputs(compiled, images)
+    assert len(calls) == 3
+    write(original(base))
+    for _ in range(3):
+        outputs(compiled, images)
+    assert len(calls) == 4
+
+
+def test_uncounted_writes_need_a_refresh(base: nn.Module, three: loraio.Adapter, images: Tensor) -> None:
+    compiled, _ = compiled_once(base)
+    live = loraio.attach(base, three, reserve="all")
+    before = outputs(compiled, images)
+    original(base).data.mul_(1.5)
+    assert outputs(compiled, images).equal(before)  # as the documentation says
+    live.refresh()
+    assert not assert_fresh(compiled, live, images).equal(before)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_cpp)])
+def test_another_dtype_or_layout_is_followed(
+    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, images: Tensor, backend: str
+) -> None:
+    compiled, _ = compiled_once(base, backend)
+    live = loraio.attach(base, three, reserve="all", allow_base_mismatch=True)
+    outputs(compiled, images)
+    base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert_fresh(compiled, live, images)
+    base.double()
+    assert_fresh(compiled, live, images)
+    base.load_state_dict({name: tensor.float() for name, tensor in base.state_dict().items()}, assign=True)
+    torch.testing.assert_close(outputs(compiled, images), outputs(base, images), **COMPILED)
+    live.swap(seven)
+    assert_fresh(compiled, live, images)
+    base.to("meta")
+    assert {tensor.device.type for tensor in base.state_dict().values()} == {"meta"}
+
+
+def test_a_copy_is_compiled_and_changed_for_itself(
+    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, images: Tensor
+) -> None:
+    compiled, _ = compiled_once(base, "aot_eager")
+    live = loraio.attach(base, three, reserve="all")
+    before = assert_fresh(compiled, live, images)
+    twin = copy.deepcopy(base)
+    own, counter = compiled_once(twin, "aot_eager")
+    other = loraio.attachment_of(twin)
+    assert same_bits(assert_fresh(own, other, images), before)
+    write(original(twin))
+    assert not assert_fresh(own, other, images).allclose(before)
+    assert same_bits(assert_fresh(compiled, live, images), before)
+    live.swap(seven)
+    assert not assert_fresh(compiled, live, images).allclose(before)
+    before = outputs(compiled, images)
+    write(original(base))
+    assert not assert_fresh(compiled, live, images).allclose(before)
+    del base, compiled, live
+    other.strength = 0.5
+    assert_fresh(own, other, images)
+    assert counter.frame_count == 1
+
+
+def test_inference_mode_and_gradients_of_the_input(base: nn.Module, many: list[loraio.Adapter], images: Tensor) -> None:
+    base.requires_grad_(False)
+    compiled, _ = compiled_once(base, "aot_eager")
+    live = loraio.attach(base, many[0], reserve="all")
+    for adapter in many[:4]:
+        live.swap(adapter)
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(images), base(images), **COMPILED)
+        found, expected = images.clone().requires_grad_(), images.clone().requires_grad_()
+        compiled(found).square().sum().backward()
+        base(expected).square().sum().backward()
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-3)
+        assert found.grad is not None
+        assert found.grad.any()
+        assert_fresh(compiled, live, images)
+
+
+def test_gradients_of_the_base_are_those_of_the_eager_model(
+    base: nn.Module, three: loraio.Adapter, images: Tensor
+) -> None:
+    compiled, _ = compiled_once(base, "aot_eager")
+    loraio.attach(base, three, reserve="all")
+
+    def gradients(model: Any) -> list[Tensor]:
+        base.zero_grad()
+        model(images).square().sum().backward()
+        return [parameter.grad for parameter in base.parameters() if parameter.grad is not None]
+
+    expected = gradients(base)
+    assert len(expected) == 8
+    torch.testing.assert_close(gradients(compiled), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_an_exported_program_needs_nothing_of_ours(base: nn.Module, three: loraio.Adapter, images: Tensor) -> None:
+    with loraio.attach(base, three, reserve="all"), torch.no_grad():
+        program = torch.export.export(base, (images,))
+        assert "loraio" not in program.graph_module.code
+        torch.testing.assert_close(program.module()(images), base(images), **COMPILED)
+
+
+def test_threads_see_one_strength_or_the_other(base: nn.Module, one_conv: loraio.Adapter, images: Tensor) -> None:
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(base, backend=counter)  # fullgraph=True is checked by a count that threads disturb
+    live = loraio.attach(base, one_conv, reserve=())
+    allowed = []
+    for strength in (0.5, 1.0):
+        live.strength = strength
+        allowed.append(outputs(compiled, images))
+    assert not allowed[0].equal(allowed[1])
+    wrong: list[Tensor] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            found = outputs(compiled, images)
+            if not any(same_bits(found, each) for each in allowed):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(200):
+        live.strength = (0.5, 1.0)[number % 2]
+        outputs(compiled, images)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert counter.frame_count == 1
+
+
+# training
+
+
+@pytest.fixture
+def trained(base: nn.Module) -> list[loraio.Adapter]:
+    """Start values of one kind that differ in rank, alpha, scale rule and targets."""
+    base.requires_grad_(False)
+    forms: list[tuple[str, int, float, tuple[str, ...]]] = [
+        ("alpha/r", 1, 3, ("conv1",)),
+        ("alpha/sqrt(r)", 4, 6.5, ("conv",)),
+        ("alpha/r", 8, 2, ("conv2", "fc")),
+        ("alpha/r", 3, 9, ("all",)),
+    ]
+    adapters = [adapter_for(base, 1, *on, rank=r, alpha=alpha, scale_rule=rule) for rule, r, alpha, on in forms]
+    return [replace(each, factors={name: 0.25 * f for name, f in each.factors.items()}) for each in adapters]
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+}
+
+
+def train(
+    model: Any, live: loraio.Attachment, data: loraio.Dataset, optimizer: Callable[[Any], torch.optim.Optimizer]
+) -> loraio.Adapter:
+    steps = optimizer(list(live.parameters()))
+    for _ in range(3):
+        steps.zero_grad()
+        nn.functional.cross_entropy(model(data.images[:32]), data.labels[:32]).backward()
+        steps.step()
+    return live.adapter
+
+
+def padding(live: loraio.Attachment) -> list[Tensor]:
+    """All that is in the factors and not in the adapter."""
+    found: list[Tensor] = []
+    for place in places(live).values():
+        assert isinstance(place.part, FoldedWeight)
+        rank = place.part.target.rank if place.part.target else 0
+        found += [place.part.lora_A[rank:], place.part.lora_B[:, rank:]]  # type: ignore[index]
+    return found
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_cpp)])
+def test_a_compiled_step_trains_adapters_of_other_ranks_and_targets(
+    base: nn.Module, trained: list[loraio.Adapter], digits: loraio.Dataset, backend: str, optimizer: str
+) -> None:
+    twin = copy.deepcopy(base)
+    compiled, counter = compiled_once(base, backend)
+    live = loraio.attach(base, trained[-1], trainable=True, reserve="all", max_rank=8)
+    train(compiled, live, digits, OPTIMIZERS[optimizer])
+    outputs(compiled, digits.images[:32])
+    count = counter.frame_count
+    for adapter in trained:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            live.swap(adapter)
+            found = train(compiled, live, digits, OPTIMIZERS[optimizer])
+            assert_fresh(compiled, live, digits.images[:32])
+        with loraio.attach(twin, adapter, trainable=True) as other:
+            expected = train(twin, other, digits, OPTIMIZERS[optimizer])
+        assert found.targets == adapter.targets
+        for name, factor in expected.factors.items():
+            assert found.factors[name].shape == factor.shape
+            assert not found.factors[name].equal(adapter.factors[name])
+            torch.testing.assert_close(found.factors[name], factor, rtol=1e-2, atol=1e-3)
+        assert not any(bool(zeros.any()) for zeros in padding(live))
+    assert counter.frame_count == count
+    live.detach()
+    torch.testing.assert_close(outputs(base, digits.images[:4]), outputs(twin, digits.images[:4]), rtol=0, atol=0)
+
+
+def test_gradients_of_the_padding_are_zero_because_both_factors_are_padded_with_zeros(
+    base: nn.Module, trained: list[loraio.Adapter], digits: loraio.Dataset
+) -> None:
+    live = loraio.attach(base, trained[0], trainable=True, max_rank=8)
+    part: Any = places(live)["conv1.weight"].part
+    compiled, _ = compiled_once(base, "aot_eager")
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        base.zero_grad()
+        nn.functional.cross_entropy(compiled(digits.images[:32]), digits.labels[:32]).backward()
+        return part.lora_A.grad, part.lora_B.grad
+
+    down, up = gradients()
+    assert down[:1].any()
+    assert up[:, :1].any()
+    assert not down[1:].any()
+    assert not up[:, 1:].any()
+    with torch.no_grad():
+        part.lora_A[1:] = 1
+    assert gradients()[1][:, 1:].any(), "zeros in one of them alone would move"
+
+
+@pytest.mark.parametrize("kind", loraio.adapter.kinds.KINDS)
+def test_an_eager_step_takes_padded_factors_too(
+    base: nn.Module, trained: list[loraio.Adapter], digits: loraio.Dataset, kind: str
+) -> None:
+    twin = copy.deepcopy(base)
+    adapter = adapter_for(twin, 1, "conv2", "fc", kind=kind, rank=2, alpha=1)
+    live = loraio.attach(base, trained[3], trainable=True, reserve="all", max_rank=4)  # whose layers step on their own
+    live.swap(adapter)
+    assert live.adapter is adapter
+    other = loraio.attach(twin, adapter, trainable=True)
+    assert same_bits(outputs(base, digits.images[:4]), outputs(twin, digits.images[:4]))
+    found, expected = (train(m, on, digits, OPTIMIZERS["SGD"]) for m, on in ((base, live), (twin, other)))
+    for name, factor in expected.factors.items():
+        torch.testing.assert_close(found.factors[name], factor, rtol=1e-3, atol=1e-5)
+    assert found.factors["fc.weight.lora_A"].shape == (2, 2048)
+    assert len(list(live.parameters())) == len(adapter.factors)
+    assert not any(bool(zeros.any()) for zeros in padding(live))
+
+
+def test_a_rank_above_the_largest_is_refused_before_anything_changes(
+    base: nn.Module, trained: list[loraio.Adapter]
+) -> None:
+    with pytest.raises(StateError, match="rank 4, the attached model has a place for 3"):
+        loraio.attach(base, trained[1], trainable=True, max_rank=3)
+    live = loraio.attach(base, trained[0], trainable=True, reserve="all", max_rank=4)
+    parameters = list(live.parameters())
+    with pytest.raises(StateError, match=r"rank 8, .*\n.*max_rank=8"):
+        live.swap(trained[2])
+    assert all(a is b for a, b in zip(live.parameters(), parameters, strict=True))
+    assert live.adapter is trained[0]
+
+
+@pytest.mark.parametrize("max_rank", [0, -1, 2.0, True, "4"])
+def test_a_largest_rank_is_a_whole_number(base: nn.Module, one_conv: loraio.Adapter, max_rank: Any) -> None:
+    with pytest.raises(ConfigError, match="max_rank is"):
+        loraio.attach(base, one_conv, trainable=True, max_rank=max_rank)
+
+
+def test_a_largest_rank_is_for_training(base: nn.Module, one_conv: loraio.Adapter) -> None:
+    with pytest.raises(ConfigError, match="for adapters that are trained"):
+        loraio.attach(base, one_conv, max_rank=4)
+    live = loraio.attach(base, one_conv, trainable=True, reserve="all")
+    with pytest.raises(StateError, match="being trained cannot be swapped"):
+        live.swap(one_conv)

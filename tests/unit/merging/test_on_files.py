@@ -1,0 +1,123 @@
+"""Merge on files: proven before the file gets its name."""
+
+from __future__ import annotations
+
+import os
+from io import FileIO
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import loraio
+from loraio.errors import BaseMismatchError, OutputExistsError, VerificationError
+from loraio.files import copying, tensorfile
+from loraio.merging import streaming
+
+
+def test_the_file_holds_what_merge_gives_and_says_what_was_merged(
+    files: Path, trained_base: nn.Module, three: loraio.Adapter, tmp_path: Path
+) -> None:
+    result = loraio.merge_file(
+        files / "base.safetensors", files / "three.safetensors", tmp_path / "m.safetensors", strength=0.5
+    )
+    assert result.path == tmp_path / "m.safetensors"
+    assert result.weights.ok
+    checkpoint = loraio.read_base(result.path)
+    expected = loraio.merge(trained_base.state_dict(), three, 0.5)
+    assert checkpoint.state.keys() == expected.keys()
+    assert all(checkpoint.state[name].equal(expected[name]) for name in expected)
+    assert checkpoint.network == "digit-cnn"
+    assert checkpoint.document["sha256"] == result.sha256
+    told = {"kinds": ["lora"], "ranks": [4], "targets": 3, "network": "digit-cnn"}
+    assert checkpoint.document["merged"] == [
+        {
+            "adapter": told | {"dataset": "digits", "digit": 3, "seed": 1, "steps": 40},
+            "adapter_sha256": loraio.bases.identity.state_sha256(three.factors),
+            "base_sha256": three.base.sha256,
+            "changed": {name: loraio.bases.identity.tensor_sha256(expected[name]) for name in three.targets},
+            "strength": 0.5,
+            "versions": {"loraio": loraio.__version__, "torch": str(torch.__version__)},
+        }
+    ]
+    assert checkpoint.receipts == (result.receipt,)
+
+
+def test_a_fast_merge_writes_the_bits_of_a_fast_merge_in_memory(
+    files: Path, trained_base: nn.Module, three: loraio.Adapter, tmp_path: Path
+) -> None:
+    path = tmp_path / "fast.safetensors"
+    loraio.merge_file(files / "base.safetensors", files / "three.safetensors", path, exact=False)
+    found, expected = loraio.read_base(path).state, loraio.merge(trained_base.state_dict(), three, exact=False)
+    assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_the_same_merge_writes_the_same_bytes(files: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path in paths:
+        loraio.merge_file(files / "base.safetensors", files / "three.safetensors", path)
+    assert paths[0].read_bytes() == paths[1].read_bytes() == (files / "merged.safetensors").read_bytes()
+
+
+def test_a_second_adapter_for_the_merged_base_adds_a_receipt(
+    files: Path, digits: loraio.Dataset, tmp_path: Path
+) -> None:
+    merged = loraio.load_base(files / "merged.safetensors")
+    second = loraio.train(merged, loraio.TrainConfig(digit=1, rank=1, steps=3), digits)
+    loraio.save(second, tmp_path / "second.safetensors")
+    loraio.merge_file(files / "merged.safetensors", tmp_path / "second.safetensors", tmp_path / "twice.safetensors")
+    receipts = loraio.read_base(tmp_path / "twice.safetensors").document["merged"]
+    assert len(receipts) == 2
+    assert receipts[1]["base_sha256"] == loraio.read_base(files / "merged.safetensors").document["sha256"]
+
+
+def test_a_plain_pickled_state_dict_can_be_merged_without_its_network(
+    files: Path, trained_base: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(trained_base.state_dict(), tmp_path / "base.pt")
+    result = loraio.merge_file(tmp_path / "base.pt", files / "three.safetensors", tmp_path / "m.safetensors")
+    assert result.sha256 == loraio.read_base(files / "merged.safetensors").document["sha256"]
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "conv1.bias"])
+def test_a_file_that_reads_back_wrong_is_not_kept(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    header = tensorfile.read_header(files / "merged.safetensors")
+    damaged_byte = 8 + header.header_bytes + header.tensors[name].begin + 2
+    real = copying.read_into
+
+    def damaged(file: FileIO, begin: int, room: memoryview) -> None:
+        real(file, begin, room)
+        temporary = Path(os.fsdecode(file.name)).name.startswith(".")
+        if temporary and begin <= damaged_byte < begin + len(room):
+            room[damaged_byte - begin] ^= 16
+
+    for module in (copying, streaming):
+        monkeypatch.setattr(module, "read_into", damaged)
+    target = tmp_path / "m.safetensors"
+    target.write_bytes(b"old")
+    with pytest.raises(VerificationError, match="nothing was written"):
+        loraio.merge_file(files / "base.safetensors", files / "three.safetensors", target, overwrite=True)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_outputs_are_refused_before_anything_is_read(files: Path, tmp_path: Path) -> None:
+    base, adapter = files / "base.safetensors", files / "three.safetensors"
+    before = base.read_bytes()
+    for output in (base, adapter):
+        with pytest.raises(OutputExistsError, match="also an input"):
+            loraio.merge_file(base, adapter, output, overwrite=True)
+    taken = tmp_path / "taken.safetensors"
+    taken.write_bytes(b"x")
+    with pytest.raises(OutputExistsError, match="exists"):
+        loraio.merge_file(tmp_path / "missing", adapter, taken)
+    assert base.read_bytes() == before
+
+
+def test_another_base_is_refused_and_nothing_written(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseMismatchError):
+        loraio.merge_file(files / "merged.safetensors", files / "three.safetensors", tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
