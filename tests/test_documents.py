@@ -33,7 +33,7 @@ from loraio.formats.native import (
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SPEC = (ROOT / "loraio/formats/SPEC.md").read_text()
+SPEC = (ROOT / "loraio/docs/format.md").read_text()
 SCHEMA = json.loads((ROOT / "loraio/formats/native.schema.json").read_text())
 
 

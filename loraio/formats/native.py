@@ -1,4 +1,4 @@
-"""The native format, version 2. `SPEC.md` beside this file says it in words precise enough for a second reader."""
+"""Read and write the native format, version 2; `loraio/docs/format.md` specifies it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many adapter files in one: a pack. Any of them is read without the others; `SPEC.md`, section 8, says it in words.
+"""Many adapter files in one: a pack. Any of them is read without the others; see `loraio/docs/format.md`, section 8.
 
 A pack is a safetensors file with one tensor of bytes for each adapter file, so that the strict reader of
 `loraio.files.tensorfile` guards it too. Nothing here needs torch.

@@ -239,7 +239,7 @@ class Loraio:
 
     @staticmethod
     def rows(weight: Tensor, layer: str, groups: int) -> Tensor:
-        """A row for each output channel, as SPEC.md has it."""
+        """A row for each output channel, as format.md says."""
         if layer == "Embedding":
             return weight.T
         if "Transpose" in layer:
