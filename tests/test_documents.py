@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 import loraio
+from loraio.adapter import adapter as data
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
 from loraio.cli import main
@@ -137,13 +138,13 @@ def test_the_specification_and_the_schema_name_the_keys_of_the_reader() -> None:
     whole = SCHEMA["$defs"]["whole"]
     assert set(whole["required"]) == set(_WHOLE_KEYS)
     assert set(whole["properties"]) == {*_WHOLE_KEYS, *_WHOLE_OPTIONS}
-    assert set(whole["properties"]["role"]["enum"]) == set(loraio.adapter.ROLES)
-    assert set(whole["properties"]["dtype"]["enum"]) == set(loraio.adapter.WHOLE_DTYPES)
+    assert set(whole["properties"]["role"]["enum"]) == set(data.ROLES)
+    assert set(whole["properties"]["dtype"]["enum"]) == set(data.WHOLE_DTYPES)
     assert set(SCHEMA["properties"]["base"]["required"]) == set(_BASE_KEYS)
     assert set(target["properties"]["kind"]["enum"]) == set(loraio.adapter.kinds.KINDS)
     assert set(target["properties"]["layer"]["enum"]) == set(loraio.adapter.layers.LAYER_TYPES)
-    assert set(target["properties"]["dtype"]["enum"]) == set(loraio.adapter.FLOAT_DTYPES)
-    assert set(target["properties"]["scale_rule"]["enum"]) == set(loraio.adapter.SCALE_RULES)
+    assert set(target["properties"]["dtype"]["enum"]) == set(data.FLOAT_DTYPES)
+    assert set(target["properties"]["scale_rule"]["enum"]) == set(data.SCALE_RULES)
     keys = {*_TARGET_KEYS, *_TARGET_OPTIONS, *_DOCUMENT_KEYS, *_BASE_KEYS, *_BASE_OPTIONS, METADATA_KEY}
     for key in keys | {*_DOCUMENT_OPTIONS, *_WHOLE_KEYS, *_WHOLE_OPTIONS}:
         assert f"`{key}`" in SPEC, key
