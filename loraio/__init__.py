@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from loraio.formats.pack import pack, unpack
     from loraio.live.attachment import Attachment, adapter_from, attach, attachment_of
     from loraio.live.base_state import base_state_dict
-    from loraio.merging.in_memory import Landing, landing, merge
+    from loraio.merging.effect import MergeEffect, merge_effect
+    from loraio.merging.in_memory import merge
     from loraio.merging.on_files import MergedFile, merge_file
     from loraio.merging.unmerging import UnmergedFile, unmerge_file
     from loraio.merging.verification import OutputReport, Report, WeightReport, verify, verify_weights
@@ -51,7 +52,8 @@ _PLACES = {
     "merging.on_files": ("MergedFile", "merge_file"),
     "formats.dialects": ("load", "save"),
     "formats.pack": ("pack", "unpack"),
-    "merging.in_memory": ("Landing", "landing", "merge"),
+    "merging.effect": ("MergeEffect", "merge_effect"),
+    "merging.in_memory": ("merge",),
     "bases.networks": ("build_network",),
     "bases.receipts": ("Receipt", "receipt"),
     "training.config": ("PretrainConfig", "TrainConfig"),
@@ -81,8 +83,8 @@ __all__ = [
     "Exported",
     "ExportedOutput",
     "ImageForm",
-    "Landing",
     "LoraioError",
+    "MergeEffect",
     "MergedFile",
     "OutputReport",
     "PretrainConfig",
@@ -107,11 +109,11 @@ __all__ = [
     "evaluate_each",
     "export",
     "image_form",
-    "landing",
     "load",
     "load_base",
     "load_dataset",
     "merge",
+    "merge_effect",
     "merge_file",
     "new_adapter",
     "pack",

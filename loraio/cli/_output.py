@@ -93,21 +93,22 @@ def note_stripped(prefix: str, *, as_json: bool) -> None:
         note(f"note: names had the prefix {prefix!r}, which was taken off")
 
 
-def note_landings(
+def note_effects(
     network: nn.Module, adapters: Mapping[str, Adapter], strength: float, *, allow_base_mismatch: bool, as_json: bool
 ) -> None:
     """A line for each adapter on what it does to the network's weights, and how the base differs if that is allowed."""
     if as_json:
         return
     from loraio.bases.identity import check_base
-    from loraio.merging.in_memory import landing, merge
+    from loraio.merging.effect import merge_effect
+    from loraio.merging.in_memory import merge
 
     state = network.state_dict()
     for name, adapter in adapters.items():
         for line in check_base(adapter, state, allow_mismatch=allow_base_mismatch):
             note(f"note: {name}: another base: {line}")
         merged = merge(state, adapter, strength, allow_base_mismatch=allow_base_mismatch)
-        note(f"note: {name} {landing(state, merged, adapter)}")
+        note(f"note: {name} {merge_effect(state, merged, adapter)}")
 
 
 def whole_facts(whole: WholeTensor) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def evaluate(
     alone, results = loraio.evaluate_each(
         network, loaded, images, strength=strength, allow_base_mismatch=allow_base_mismatch
     )
-    _output.note_landings(network, loaded, strength, allow_base_mismatch=allow_base_mismatch, as_json=as_json)
+    _output.note_effects(network, loaded, strength, allow_base_mismatch=allow_base_mismatch, as_json=as_json)
     own = {name: adapter.training.get("digit") for name, adapter in loaded.items()}
     if as_json:
         rows = {name: result.to_json() for name, result in results.items()}

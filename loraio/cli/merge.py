@@ -95,7 +95,7 @@ def merge(
     weights = merged.weights
     facts: dict[str, Any] = {"folded": weights.folded, "replaced": weights.replaced, "untouched": weights.untouched}
     facts["max_ulp"] = weights.max_ulp
-    facts |= {"stripped": merged.stripped, "landing": asdict(merged.landing), "base_mismatch": list(merged.mismatch)}
+    facts |= {"stripped": merged.stripped, "landing": asdict(merged.effect), "base_mismatch": list(merged.mismatch)}
     facts |= {
         "forced": list(merged.receipt.forced),
         "parts": [str(part) for part in merged.parts],
@@ -120,7 +120,7 @@ def merge(
         f"{f'{weights.replaced} replaced, ' if weights.replaced else ''}{weights.untouched} left bit-identical;"
     )
     _output.line(f"the worst weight is {weights.max_ulp:.3g} ulp from {reference}")
-    _output.line(str(merged.landing))
+    _output.line(str(merged.effect))
     if merged.residue is not None:
         kept = merged.residue
         _output.line(

@@ -48,7 +48,7 @@ def predict(
     if loaded is None:
         outputs = loraio.predict(network, pixels)
     else:
-        _output.note_landings(
+        _output.note_effects(
             network, {str(adapter): loaded}, strength, allow_base_mismatch=allow_base_mismatch, as_json=as_json
         )
         with loraio.attach(network, loaded, strength, allow_base_mismatch=allow_base_mismatch):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
 
 import torch
 from torch import Tensor
 
 from loraio.adapter.adapter import Adapter, check_strength
 from loraio.bases.receipts import Receipt, check_merge
-from loraio.files.tensorfile import tensor_bytes
 from loraio.merging.in_place import overwrite, planned
 
 
@@ -74,65 +71,3 @@ def merge(
     if versions is not None:  # module versions, which load_state_dict looks at
         merged._metadata = versions  # type: ignore[attr-defined]  # as torch does it
     return merged
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Landing:
-    """What an adapter does to a base model's weights.
-
-    Attributes:
-        targets: how many weights it changes.
-        parameters: how many numbers its factors hold.
-        replaced: how many tensors it replaces whole by others.
-        smallest, median, largest: relative change of a weight, the length of the change over that of the weight, over
-            all targets; infinite where a weight of zeros changes.
-    """
-
-    targets: int
-    parameters: int
-    replaced: int
-    smallest: float
-    median: float
-    largest: float
-
-    @property
-    def is_noop(self) -> bool:
-        """Whether nothing changes at all: an adapter that learned nothing, or strength 0."""
-        return self.largest == 0 and not self.replaced
-
-    def __str__(self) -> str:
-        if self.is_noop:
-            return f"landed on {self.targets} targets: a no-op, no weight changes"
-        change = f"{self.smallest:.2g} / {self.median:.2g} / {self.largest:.2g}"
-        whole = f"; {self.replaced} tensors replaced whole" if self.replaced else ""
-        return (
-            f"landed on {self.targets} targets, {self.parameters:,} parameters; "
-            f"relative change of a weight {change}{whole}"
-        )
-
-
-def landing(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor], adapter: Adapter) -> Landing:
-    """How much a merge changed the weights of its targets.
-
-    Args:
-        state_dict: the base model's.
-        merged: what `merge` made of it.
-        adapter: the adapter that was merged.
-    """
-    changes = []
-    for name in adapter.targets:
-        base, length = state_dict[name].double(), float(state_dict[name].double().norm())
-        moved = float((merged[name].double() - base).norm())
-        changes.append(moved / length if length else float("inf") if moved else 0.0)
-    return Landing(
-        targets=len(changes),
-        parameters=adapter.parameters,
-        replaced=sum(not _same(state_dict[name], merged[name]) for name in adapter.whole),
-        smallest=min(changes),
-        median=median(changes),
-        largest=max(changes),
-    )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))

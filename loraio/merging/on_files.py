@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -38,8 +37,8 @@ from loraio.files.tensorfile import TORCH_DTYPES, Header, dtype_code, tensor_sha
 from loraio.formats import dialects
 from loraio.formats.conversion import load_for
 from loraio.formats.sources import adapter_files
+from loraio.merging.effect import MergeEffect
 from loraio.merging.finished_shards import FinishedParts
-from loraio.merging.in_memory import Landing
 from loraio.merging.residue_files import Residue, ResidueWriter, index_text, residue_beside
 from loraio.merging.streaming import (
     Fold,
@@ -66,7 +65,7 @@ class MergedFile:
         sha256: digest of its state dict.
         stripped: what stood before every name of the base and was taken off; empty for most files.
         weights: the evidence, taken from the file itself.
-        landing: what the adapter did to the weights.
+        effect: how much the adapter changed the weights.
         receipt: what the checkpoint says of this merge.
         residue: what was kept to take it back; None unless the merge is reversible.
         mismatch: how the base differs from the adapter's own, where that was allowed.
@@ -77,7 +76,7 @@ class MergedFile:
     path: Path
     sha256: str
     weights: WeightReport
-    landing: Landing
+    effect: MergeEffect
     receipt: Receipt
     residue: Residue | None = None
     mismatch: tuple[str, ...] = ()
@@ -542,15 +541,9 @@ class _Merge:
             raise VerificationError("the merged weights are wrong; nothing was written", problems=problems)
         checks = sum((fold.check for fold in folds.values()), FoldCheck())
         changes = [fold.change for fold in folds.values()]
-        landed = Landing(
-            targets=len(folds),
-            parameters=self.adapter.parameters,
-            replaced=sum(written[name].sha256 != written[name].source_sha256 for name in given),
-            smallest=min(changes),
-            median=median(changes),
-            largest=max(changes),
-        )
-        if landed.is_noop and not self.allow_noop:
+        replaced = sum(written[name].sha256 != written[name].source_sha256 for name in given)
+        effect = MergeEffect.of(self.adapter, changes, replaced=replaced)
+        if effect.is_noop and not self.allow_noop:
             raise ConfigError(
                 "the adapter is a no-op here: no weight changes", hint="--force (allow_noop=True in Python) merges it"
             )
@@ -566,7 +559,7 @@ class _Merge:
                 not_correctly_rounded=checks.wrong,
                 problems=(),
             ),
-            landing=landed,
+            effect=effect,
             receipt=self._receipt(written, kept),
             residue=None if kept is None else kept.size(checks.values, sum(plan.size for plan in self.plans.values())),
             mismatch=self.mismatch,

@@ -78,13 +78,13 @@ def test_adapter_and_base_exchanged_are_refused(run: Run, files: Path, images: l
     assert "is an adapter, not a base model" in run(*words, code=1).stderr
 
 
-def test_what_landed_is_said_on_stderr(run: Run, files: Path, tmp_path: Path) -> None:
+def test_the_merge_effect_is_said_on_stderr(run: Run, files: Path, tmp_path: Path) -> None:
     image = tmp_path / "three.png"
     pixels = loraio.load_dataset("digits", "test").images[3, 0]
     Image.fromarray((pixels * 255).byte().numpy()).save(image)
     words = ("predict", files / "base.safetensors", image, "--adapter", files / "three.safetensors")
     found = run(*words)
-    assert "landed on 3 targets, 4,388 parameters" in found.stderr
+    assert "changes 3 weights (4,388 parameters)" in found.stderr
     assert "targets" not in found.stdout
     assert run(*words, "--strength", 0).stderr.rstrip().endswith("a no-op, no weight changes")
     assert run(*words, "--json").stderr == ""

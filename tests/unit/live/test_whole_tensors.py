@@ -316,10 +316,10 @@ def test_attached_computes_what_merged_computes_and_verify_says_so(
             assert report.outputs is not None
             assert report.outputs.max_abs == 0
             assert report.outputs.effect > 0
-        landed = loraio.landing(network.state_dict(), merged, adapter)
+        effect = loraio.merge_effect(network.state_dict(), merged, adapter)
         still = sum(same_bits(network.state_dict()[name], tensor) for name, tensor in adapter.tensors.items())
-        assert landed.replaced == len(adapter.whole) - still > 1
-        assert str(landed).endswith(f"; {landed.replaced} tensors replaced whole")
+        assert effect.replaced == len(adapter.whole) - still > 1
+        assert str(effect).endswith(f"; {effect.replaced} tensors replaced whole")
 
 
 @pytest.mark.parametrize("name", ["fc.weight", "norm1.running_mean", "norm1.num_batches_tracked"])

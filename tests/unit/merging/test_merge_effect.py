@@ -123,22 +123,22 @@ def test_names_and_shapes_must_fit_whatever_is_allowed(trained_base: nn.Module, 
             loraio.merge(broken, three, allow_base_mismatch=True)
 
 
-def test_the_landing_says_how_much_each_weight_changes(trained_base: nn.Module, three: loraio.Adapter) -> None:
+def test_the_merge_effect_says_how_much_each_weight_changes(trained_base: nn.Module, three: loraio.Adapter) -> None:
     state = trained_base.state_dict()
     merged = loraio.merge(state, three)
-    found = loraio.landing(state, merged, three)
+    found = loraio.merge_effect(state, merged, three)
     changes = sorted(float((merged[name] - state[name]).norm() / state[name].norm()) for name in three.targets)
     assert (found.smallest, found.median, found.largest) == pytest.approx(changes, rel=1e-6)
-    told = r"landed on 3 targets, 4,388 parameters; relative change of a weight 0\.\d+ / 0\.\d+ / 0\.\d+"
+    told = r"changes 3 weights \(4,388 parameters\) by a relative 0\.\d+ / 0\.\d+ / 0\.\d+"
     assert re.fullmatch(told, str(found))
     assert not found.is_noop
 
 
 def test_a_weight_of_zeros_changes_infinitely_or_not_at_all(trained_base: nn.Module, three: loraio.Adapter) -> None:
     state = changed(trained_base.state_dict(), "conv1.weight", torch.zeros_like)
-    still = loraio.landing(state, state, three)
+    still = loraio.merge_effect(state, state, three)
     assert (still.smallest, still.largest, still.is_noop) == (0, 0, True)
-    moved = loraio.landing(state, changed(state, "conv1.weight", torch.ones_like), three)
+    moved = loraio.merge_effect(state, changed(state, "conv1.weight", torch.ones_like), three)
     assert (moved.smallest, moved.median, moved.largest) == (0, 0, float("inf"))
     assert not moved.is_noop
 
@@ -146,12 +146,12 @@ def test_a_weight_of_zeros_changes_infinitely_or_not_at_all(trained_base: nn.Mod
 def test_a_no_op_is_called_so_and_not_merged_unasked(base: nn.Module, files: Path, tmp_path: Path) -> None:
     idle = loraio.new_adapter(base, loraio.TrainConfig())
     state = base.state_dict()
-    found = loraio.landing(state, loraio.merge(state, idle), idle)
+    found = loraio.merge_effect(state, loraio.merge(state, idle), idle)
     assert found.is_noop
-    assert str(found) == "landed on 3 targets: a no-op, no weight changes"
+    assert str(found) == "changes none of 3 weights: a no-op"
     loraio.save(idle, tmp_path / "idle.safetensors")
     inputs = files / "base.safetensors", tmp_path / "idle.safetensors", tmp_path / "m.safetensors"
     with pytest.raises(ConfigError, match="no-op"):
         loraio.merge_file(*inputs)
     assert not (tmp_path / "m.safetensors").exists()
-    assert loraio.merge_file(*inputs, allow_noop=True).landing.is_noop
+    assert loraio.merge_file(*inputs, allow_noop=True).effect.is_noop

@@ -74,9 +74,9 @@ def test_the_bytes_are_those_of_a_merge_in_memory_with_any_number_of_workers(
         assert merged.stripped == prefix
         report = loraio.verify_weights(state, adapter, loraio.merge(state, adapter, 0.7), 0.7)
         assert merged.weights == report
-        landed = loraio.landing(state, loraio.merge(state, adapter, 0.7), adapter)
-        assert merged.landing.median == pytest.approx(landed.median, rel=1e-4)
-        assert merged.landing.targets == landed.targets
+        effect = loraio.merge_effect(state, loraio.merge(state, adapter, 0.7), adapter)
+        assert merged.effect.median == pytest.approx(effect.median, rel=1e-4)
+        assert merged.effect.targets == effect.targets
 
 
 def test_a_pickled_base_is_written_by_the_same_way(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_sum_that_overflows_and_an_adapter_that_changes_nothing_are_refused(tm
         loraio.merge_file(base, path, tmp_path / "m.safetensors", strength=1e6)
     with pytest.raises(ConfigError, match="no-op"):
         loraio.merge_file(base, path, tmp_path / "m.safetensors", strength=0)
-    assert loraio.merge_file(base, path, tmp_path / "m.safetensors", strength=0, allow_noop=True).landing.is_noop
+    assert loraio.merge_file(base, path, tmp_path / "m.safetensors", strength=0, allow_noop=True).effect.is_noop
 
 
 def test_a_change_too_small_to_be_squared_is_a_change() -> None:
@@ -814,7 +814,7 @@ def test_replaced_tensors_are_written_as_the_merge_in_memory_writes_them(
     report = loraio.verify_weights(state, adapter, merged)
     assert (done.weights.folded, done.weights.replaced, done.weights.untouched) == (1, 7, 1)
     assert (report.folded, report.replaced, report.untouched) == (1, 7, 1)
-    assert done.landing.replaced == 7
+    assert done.effect.replaced == 7
     assert done.sha256 == loraio.bases.identity.state_sha256(merged)
     if parted:
         written = json.loads((tmp_path / "merged" / "p.safetensors.index.json").read_text())
