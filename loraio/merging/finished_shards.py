@@ -14,7 +14,7 @@ from loraio.files import tensorfile
 from loraio.files.atomic import staged
 from loraio.files.copying import signature_of
 from loraio.merging.streaming import Fold, Written
-from loraio.merging.verification import FoldCheck
+from loraio.merging.weight_check import FoldCheck
 
 RECEIPT = "receipt.json"
 """In a working folder: which parts are finished, and of which merge."""

@@ -53,7 +53,7 @@ from loraio.merging.streaming import (
     worker_count,
     write_tensors,
 )
-from loraio.merging.verification import FoldCheck, WeightReport
+from loraio.merging.weight_check import FoldCheck, WeightReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from loraio.errors import ConfigError, VerificationError
 from loraio.files.atomic import copy_range, flushed_early, reserve, write_all
 from loraio.files.copying import BLOCK, Copied, Inputs, Progress, StoppedError, Stored, changed, read_into
 from loraio.files.tensorfile import TORCH_DTYPES, layout, read_header, tensor_bytes
-from loraio.merging.verification import FoldCheck, check_fold
+from loraio.merging.weight_check import FoldCheck, check_fold
 
 T = TypeVar("T")
 

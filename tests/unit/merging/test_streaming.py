@@ -47,7 +47,7 @@ from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensorfile import TORCH_DTYPES, dtype_code
 from loraio.merging import on_files, streaming, verification
 from loraio.merging.finished_shards import RECEIPT, FinishedParts
-from loraio.merging.verification import check_fold
+from loraio.merging.weight_check import check_fold
 
 
 def in_memory(state: State, adapter: Adapter, path: Path, strength: float = 1.0) -> bytes:
