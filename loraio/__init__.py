@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from loraio.merging.in_memory import merge
     from loraio.merging.on_files import MergedFile, merge_file
     from loraio.merging.unmerging import UnmergedFile, unmerge_file
-    from loraio.merging.weight_check import OutputReport, Report, WeightReport, verify, verify_weights
+    from loraio.merging.verification import OutputReport, Report, verify
+    from loraio.merging.weight_check import WeightReport, verify_weights
     from loraio.serving.bank import Bank
     from loraio.training.config import PretrainConfig, TrainConfig
     from loraio.training.datasets import Dataset, load_dataset
@@ -66,7 +67,8 @@ _PLACES = {
     "training.run_files": ("RunFiles",),
     "training.planning": ("new_adapter", "parameter_report", "plan_targets", "plan_whole"),
     "merging.unmerging": ("UnmergedFile", "unmerge_file"),
-    "merging.weight_check": ("OutputReport", "Report", "WeightReport", "verify", "verify_weights"),
+    "merging.verification": ("OutputReport", "Report", "verify"),
+    "merging.weight_check": ("WeightReport", "verify_weights"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 

@@ -10,7 +10,7 @@ import click
 from loraio.cli import _options, _output
 
 if TYPE_CHECKING:
-    from loraio.merging.weight_check import Report
+    from loraio.merging.verification import Report
 
 FAILED = 3
 """Exit code when the check ran and says no."""

@@ -86,5 +86,5 @@ def test_the_merge_effect_is_said_on_stderr(run: Run, files: Path, tmp_path: Pat
     found = run(*words)
     assert "changes 3 weights (4,388 parameters)" in found.stderr
     assert "targets" not in found.stdout
-    assert run(*words, "--strength", 0).stderr.rstrip().endswith("a no-op, no weight changes")
+    assert run(*words, "--strength", 0).stderr.rstrip().endswith("changes none of 3 weights: a no-op")
     assert run(*words, "--json").stderr == ""
