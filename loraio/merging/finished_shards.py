@@ -20,7 +20,7 @@ RECEIPT = "receipt.json"
 """In a working folder: which parts are finished, and of which merge."""
 
 
-class FinishedParts:
+class FinishedShards:
     """The finished parts in a working folder; what else is in it, or belongs to another merge, is removed.
 
     A part is of use if it is still the file that was finished, and the base's part the file that it was made from.

@@ -38,7 +38,7 @@ from loraio.formats import dialects
 from loraio.formats.conversion import load_for
 from loraio.formats.sources import adapter_files
 from loraio.merging.effect import MergeEffect
-from loraio.merging.finished_shards import FinishedParts
+from loraio.merging.finished_shards import FinishedShards
 from loraio.merging.residue_files import Residue, ResidueWriter, index_text, residue_beside
 from loraio.merging.streaming import (
     Fold,
@@ -408,7 +408,7 @@ class _Merge:
             check_output(into)
         with self._kept(output) as kept, working_folder(output) as work:
             try:
-                finished = FinishedParts(work, self._identity())
+                finished = FinishedShards(work, self._identity())
                 written = self._parts(work, finished, output, kept)
                 if kept is not None:
                     kept.finish(self, written, {"index": index_text(self.checkpoint.path)})
@@ -451,7 +451,7 @@ class _Merge:
         single = [] if self.checkpoint.parts else list(self.metadata.values())
         return {"metadata": dict(single[0])} if single else {}
 
-    def _parts(self, work: Path, finished: FinishedParts, output: Path, kept: _Kept | None) -> dict[str, Written]:
+    def _parts(self, work: Path, finished: FinishedShards, output: Path, kept: _Kept | None) -> dict[str, Written]:
         progress = self._progress()
         everything: dict[str, Written] = {}
         for file, plans in self.groups.items():

@@ -18,7 +18,7 @@ import loraio
 from loraio.cli import _output
 from loraio.errors import OutputError
 from loraio.files import tensorfile
-from loraio.merging.finished_shards import FinishedParts
+from loraio.merging.finished_shards import FinishedShards
 
 Run = Callable[..., Result]
 RunJson = Callable[..., dict[str, Any]]
@@ -103,7 +103,7 @@ def test_merge_gives_a_parted_base_s_parts_and_says_how_many_it_had_already(
     assert (found["sha256"], found["reused"]) == (merged, 0)
     assert found["parts"] == [str(tmp_path / f"json/a-{number}-of-2.safetensors") for number in (1, 2)]
     with monkeypatch.context() as patch:
-        patch.setattr(FinishedParts, "forget", failing)
+        patch.setattr(FinishedShards, "forget", failing)
         assert "No space left" in run("merge", index, three, "-o", tmp_path / "m", code=1).stderr
     assert "2 of 2 parts had been finished by an earlier run" in run("merge", index, three, "-o", tmp_path / "m").stderr
     assert loraio.read_base(tmp_path / "m").document["sha256"] == merged

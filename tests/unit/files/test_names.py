@@ -12,7 +12,7 @@ import pytest
 from loraio.errors import OutputError
 from loraio.files.atomic import working_folder
 from loraio.files.names import name_key, shown
-from loraio.merging.finished_shards import FinishedParts
+from loraio.merging.finished_shards import FinishedShards
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_link_in_a_working_folder_is_not_written_through(tmp_path: Path) -> No
     work.mkdir()
     (work / "receipt.json").symlink_to(tmp_path / "outside")
     (work / "a.safetensors").write_bytes(b"part")
-    parts = FinishedParts(work, {})
+    parts = FinishedShards(work, {})
     (work / "a.safetensors").write_bytes(b"part")
     parts.add("a.safetensors", [], {})
     assert (tmp_path / "outside").read_text() == "{}"

@@ -46,7 +46,7 @@ from loraio.files import atomic, tensorfile
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensorfile import TORCH_DTYPES, dtype_code
 from loraio.merging import on_files, streaming, verification
-from loraio.merging.finished_shards import RECEIPT, FinishedParts
+from loraio.merging.finished_shards import RECEIPT, FinishedShards
 from loraio.merging.weight_check import check_fold
 
 
@@ -669,8 +669,8 @@ def test_a_receipt_keeps_what_json_cannot(tmp_path: Path) -> None:
     fold = streaming.Fold(length=math.nan, moved=math.inf)
     written = {"w": streaming.Written(sha256="0", source_sha256="1", fold=fold)}
     (tmp_path / "part").touch()
-    FinishedParts(tmp_path, {"a": 1}).add("part", [1], written)
-    found = FinishedParts(tmp_path, {"a": 1}).get("part", [1])
+    FinishedShards(tmp_path, {"a": 1}).add("part", [1], written)
+    found = FinishedShards(tmp_path, {"a": 1}).get("part", [1])
     assert repr(found) == repr(written)
 
 

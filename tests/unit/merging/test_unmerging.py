@@ -541,7 +541,7 @@ def test_a_killed_merge_is_done_anew_where_it_is_to_be_reversible(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loraio.merging.on_files.FinishedParts, "forget", stopped)
+        patch.setattr(loraio.merging.on_files.FinishedShards, "forget", stopped)
         with pytest.raises(KeyboardInterrupt):
             loraio.merge_file(base, path, tmp_path / "m")
     assert (tmp_path / ".m.merging").is_dir()
