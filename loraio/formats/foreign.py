@@ -615,9 +615,9 @@ def _check_base(adapter: Adapter, state: Mapping[str, Tensor], where: str, optio
 
 
 def _state_of(base: nn.Module) -> dict[str, Tensor]:
-    from loraio.live.parametrization import AdapterPart
+    from loraio.bases.attached import carries_adapter
 
-    if any(isinstance(module, AdapterPart) for module in base.modules()):
+    if carries_adapter(base):
         raise StateError("the base carries an adapter", hint="live.detach() first")
     return {name: tensor.detach() for name, tensor in base.state_dict().items()}
 

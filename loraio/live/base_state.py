@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from loraio.bases.attached import carries_adapter, is_adapter_part
 from loraio.errors import StateError
-from loraio.live.parametrization import AdapterPart, Place
+from loraio.live.parametrization import Place
 
 
 def refuse_attached(model: nn.Module) -> None:
@@ -19,7 +20,7 @@ def refuse_attached(model: nn.Module) -> None:
     Raises:
         StateError: it does.
     """
-    if any(isinstance(module, AdapterPart) for module in model.modules()):
+    if carries_adapter(model):
         raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
 
 
@@ -55,7 +56,7 @@ def attachments(model: nn.Module) -> list[Any]:
     """The handle, a `loraio.Attachment`, of each adapter that a model and its parts carry."""
     found: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, AdapterPart):
+        if is_adapter_part(module):
             found[id(module.handle)] = module.handle
     return list(found.values())
 

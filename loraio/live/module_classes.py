@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from loraio.bases.attached import carries_adapter
 from loraio.errors import StateError
 from loraio.live.training_step import forward_for
 from loraio.live.weight_cache import reader
 
 FROZEN = "_loraio_frozen"
 """In a class, the sign of one whose ``training`` is always False."""
-
-PART = "_loraio_part"
-"""In a class, the sign of what an adapter puts on a tensor."""
 
 _Class = type[nn.Module]
 
@@ -172,7 +170,7 @@ def copied_with_its_class(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def refuse_pickling(module: nn.Module) -> NoReturn:
     """Say what to do instead; as ``__getstate__``."""
-    if hasattr(module, FROZEN) or any(hasattr(type(part), PART) for part in module.modules()):
+    if hasattr(module, FROZEN) or carries_adapter(module):
         raise StateError(
             "a model with an adapter on it cannot be pickled",
             hint="live.detach() first, or save loraio.base_state_dict(model) and loraio.adapter_from(model)",

@@ -34,7 +34,7 @@ class AdapterPart(nn.Module):
         readings: what was read last of the weights of this model.
     """
 
-    _loraio_part = True  # `PART`
+    _loraio_part = True  # `loraio.bases.attached.PART_MARK`
 
     enabled: bool
     handle: Any
