@@ -14,7 +14,7 @@ thread is using.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
@@ -23,32 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter.adapter import Adapter, Target, check_strength
-from loraio.adapter.layers import (
-    AFFINE,
-    STATISTICS,
-    find_head,
-    normalisation_modules,
-    refuse_shared,
-    refuse_unusable,
-    select_targets,
-    target_modules,
-)
+from loraio.adapter.layers import STATISTICS, find_head, normalisation_modules
 from loraio.adapter.overflow import refuse_overflow
-from loraio.bases.identity import check_base, digests, identity_of
+from loraio.bases.identity import digests, identity_of
 from loraio.bases.writes import writes_to
-from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
-from loraio.files.tensorfile import dtype_code, tensor_bytes
+from loraio.errors import StateError
+from loraio.files.tensorfile import tensor_bytes
 from loraio.live.base_state import attachments, base_state_dict, refuse_attached
 from loraio.live.compiled import Slot
+from loraio.live.fitting import Fitting, check_fit
 from loraio.live.locking import beside_changes, share, unshare
 from loraio.live.module_classes import freeze_statistics, release_statistics
-from loraio.live.parametrization import AdapterPart, FoldedWeight, GivenTensor, Place
+from loraio.live.parametrization import AdapterPart, FoldedWeight, GivenTensor
+from loraio.live.places import Place
+from loraio.live.reserving import Reserve, check_max_rank, check_reserved, padded_forms, reserved_weights
 from loraio.live.rollback import Undo
-from loraio.live.swap_cache import Fitting, Recent
-from loraio.registry import lookup
-
-Reserve = str | Adapter | Iterable[str | Adapter] | None
-"""Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
+from loraio.live.swap_cache import Recent
 
 
 class Attachment:
@@ -80,13 +70,13 @@ class Attachment:
         self._fitting = Fitting(None, model)
         self._recent = Recent()
         refuse_attached(model)
-        self._max_rank = _check_max_rank(max_rank, trainable)
+        self._max_rank = check_max_rank(max_rank, trainable)
         reserve = () if reserve is None and max_rank is not None else reserve
-        self._reserved = None if reserve is None else _reserved(model, adapter, reserve)
+        self._reserved = None if reserve is None else reserved_weights(model, adapter, reserve)
         self._forms: dict[str, Target] = {}
         self._check(adapter)
         if max_rank is not None:
-            self._forms = _forms(model, self._reserved or (), max_rank)
+            self._forms = padded_forms(model, self._reserved or (), max_rank)
         self._adapter = adapter
         self._base: dict[str, _Mark] = {}
         if trainable:
@@ -257,7 +247,7 @@ class Attachment:
                 self._check(adapter)
                 return
             if self._reserved is not None:
-                self._check_reserved(adapter, self._reserved)
+                check_reserved(adapter, self._reserved, self._max_rank)
             if self._strength != self._recent.strength_of(adapter):
                 self._check_finite(adapter.targets, adapter.factors, self._strength)
 
@@ -325,79 +315,17 @@ class Attachment:
             raise StateError("the adapter is detached", hint="loraio.attach(model, adapter) gives a new handle")
 
     def _check(self, adapter: Adapter) -> None:
-        """Everything that can be wrong with this adapter on this model; changes nothing."""
-        modules = target_modules(self.model)
-        problems = self._misfits(adapter)
-        for name, target in adapter.targets.items():
-            found = modules.get(name)
-            if found is None:
-                continue  # no such weight, which check_base says better, or a layer that adapters do not know
-            if (found.layer.name, found.groups) != (target.layer, target.groups):
-                problems.append(
-                    f"{name!r}: the layer is a {found.layer.name} with groups={found.groups}, "
-                    f"the adapter was made for a {target.layer} with groups={target.groups}"
-                )
-            if name not in self._places:
-                refuse_unusable(found)
-        if problems:
-            raise BaseMismatchError("the adapter does not belong to this base", problems=problems)
-        state = base_state_dict(self.model)
-        known = identity_of(self.model).digests(state)
-        check_base(adapter, state, allow_mismatch=self._allow_base_mismatch, known=known)
-        unknown = [name for name in adapter.targets if name not in modules]
-        if unknown:
-            raise BaseMismatchError(
-                "the adapter does not belong to this base",
-                problems=[f"{name!r}: its module is not of a layer type that adapters know" for name in unknown],
-            )
-        refuse_shared(self.model, [*adapter.targets, *adapter.whole])
+        """Check everything that can be wrong with this adapter on this model; change nothing."""
+        state = check_fit(
+            self.model, adapter, placed=self._places.keys(), allow_base_mismatch=self._allow_base_mismatch
+        )
         if self._reserved is not None:
-            self._check_reserved(adapter, self._reserved)
+            check_reserved(adapter, self._reserved, self._max_rank)
         refuse_overflow(adapter.targets, adapter.factors, state, strength=self._strength)
-
-    def _check_reserved(self, adapter: Adapter, reserved: Sequence[str]) -> None:
-        outside = [name for name in adapter.targets if name not in reserved]
-        problems = [f"{name!r} is adapted and not reserved" for name in outside]
-        problems += [f"{name!r} is replaced whole, which cannot be reserved" for name in adapter.whole]
-        largest = max(target.rank for target in adapter.targets.values())
-        if not problems and self._max_rank is not None and largest > self._max_rank:
-            raise StateError(
-                f"the adapter has rank {largest}, the attached model has a place for {self._max_rank}",
-                hint=f"attach(.., max_rank={largest})",
-            )
-        if problems:
-            raise StateError(
-                "the adapter changes tensors for which the attached model has reserved no place",
-                problems=problems,
-                hint="detach, and attach without reserve"
-                if adapter.whole
-                else f"reserve these too: attach(.., reserve={outside})",
-            )
 
     def _check_finite(self, targets: Mapping[str, Target], factors: Mapping[str, Tensor], strength: float) -> None:
         weights = {name: self._base_tensor(name) for name in targets}
         refuse_overflow(targets, factors, weights, strength=strength)
-
-    def _misfits(self, adapter: Adapter) -> list[str]:
-        """A line for each whole tensor whose layer is not of the kind that its role asks for."""
-        problems: list[str] = []
-        if not adapter.whole:
-            return problems
-        state, norms = base_state_dict(self.model), normalisation_modules(self.model)
-        for name, whole in adapter.whole.items():
-            path, _, last = name.rpartition(".")
-            if name not in state:
-                continue  # which check_base says better
-            if whole.role == "head":
-                try:
-                    find_head(self.model, path)
-                except UnknownNameError as error:
-                    problems.append(error.message)
-            elif whole.role == "norm" and (path not in norms or last not in (*AFFINE, *STATISTICS)):
-                problems.append(f"{name!r} is no tensor of a normalisation layer")
-            if name not in self._places and _is_parametrized(self.model.get_submodule(path), last):
-                problems.append(f"{name!r} is computed from another parametrization")
-        return problems
 
     def _freeze(self, adapter: Adapter, undo: Undo) -> None:
         """Keep normalisation from writing to the base's statistics; layers that learn their own follow their mode."""
@@ -684,57 +612,3 @@ def _written(state: Mapping[str, Tensor], before: Mapping[str, _Mark]) -> list[s
         if not tensor.is_meta and (tensor.dtype == before[name].dtype or writes_to(tensor) != before[name].writes)
     }
     return [name for name, digest in digests(suspects).items() if digest != before[name].sha256]
-
-
-def _check_max_rank(max_rank: int | None, trainable: bool) -> int | None:
-    if max_rank is None:
-        return None
-    if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
-        raise ConfigError(f"max_rank is {max_rank!r}, it must be a whole number of at least 1")
-    if not trainable:
-        raise ConfigError("max_rank is for adapters that are trained", hint="trainable=True, or reserve alone")
-    return max_rank
-
-
-def _forms(model: nn.Module, names: Iterable[str], max_rank: int) -> dict[str, Target]:
-    """What all targets look like that these weights can have while they are trained, with a scale of 1."""
-    modules = target_modules(model)
-    return {
-        name: Target(
-            rank=max_rank,
-            alpha=max_rank,
-            shape=tuple(modules[name].weight.shape),
-            dtype=dtype_code(modules[name].weight.dtype),
-            layer=modules[name].layer.name,
-            groups=modules[name].groups,
-            base_sha256="0" * 64,  # of no weight in particular
-        )
-        for name in names
-    }
-
-
-def _reserved(model: nn.Module, adapter: Adapter, reserve: str | Adapter | Iterable[str | Adapter]) -> tuple[str, ...]:
-    """The weights that are reserved, in the model's order.
-
-    Raises:
-        UnknownNameError: a pattern or a target of an adapter is not in the model.
-        StateError: a weight that no adapter can be put on.
-    """
-    modules = target_modules(model)
-    names = set(adapter.targets)
-    patterns = []
-    for each in (reserve,) if isinstance(reserve, str | Adapter) else reserve:
-        if isinstance(each, str):
-            patterns.append(each)
-        else:
-            names.update(each.targets)
-    if patterns:
-        names.update(select_targets(model, patterns))
-    for name in names - adapter.targets.keys():  # whose own are checked with it
-        refuse_unusable(lookup(modules, name, what="target"))
-    refuse_shared(model, names)
-    return tuple(name for name in modules if name in names)
-
-
-def _is_parametrized(module: nn.Module, name: str) -> bool:
-    return name not in module._parameters and name not in module._buffers

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from loraio.bases.attached import carries_adapter, is_adapter_part
 from loraio.errors import StateError
-from loraio.live.parametrization import Place
+from loraio.live.places import Place
 
 
 def refuse_attached(model: nn.Module) -> None:

@@ -7,55 +7,11 @@ from collections.abc import Mapping
 from operator import attrgetter, getitem, is_
 from typing import Any, NamedTuple
 
-from torch import nn
-
-from loraio.adapter import Adapter, Target
-from loraio.bases.writes import Watch
-from loraio.live.parametrization import AdapterPart, FoldedWeight
+from loraio.adapter import Adapter
+from loraio.live.parametrization import FoldedWeight
 
 KEPT_BYTES = 256 * 2**20
 """What an `Attachment` may hold of adapters that it had before, so that swapping back to one computes nothing."""
-
-
-class Fitting:
-    """An adapter that fits the model, and what follows for others for as long as the model is the same.
-
-    What is asked of an adapter follows from its targets' metadata alone; the factors, strength and rank may be others.
-
-    Args:
-        adapter: fits the model as it is now; None where nothing is known.
-        model: with the adapter on it.
-    """
-
-    def __init__(self, adapter: Adapter | None, model: nn.Module) -> None:
-        self._watch: Watch | None = None
-        self._targets: dict[str, Any] = {}
-        if adapter is not None and not adapter.whole:
-            self._watch = Watch(model, lambda module: isinstance(module, AdapterPart))
-            self._base = _base_facts(adapter)
-            self._targets = {name: _target_facts(target) for name, target in adapter.targets.items()}
-
-    def covers(self, adapter: Adapter) -> bool:
-        """Whether it follows that this one fits too."""
-        known = self._targets
-        return (
-            self._watch is not None
-            and not adapter.whole
-            and self._base == _base_facts(adapter)
-            and all(known.get(name) == _target_facts(target) for name, target in adapter.targets.items())
-            and self._watch.same()
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Fitting:
-        return Fitting(None, nn.Module())
-
-
-def _base_facts(adapter: Adapter) -> tuple[Any, ...]:
-    return adapter.base.sha256, adapter.base.sha256_without_statistics
-
-
-def _target_facts(target: Target) -> tuple[Any, ...]:
-    return target.base_sha256, target.shape, target.dtype, target.layer, target.groups
 
 
 class Recent:

@@ -22,9 +22,8 @@ parametrized weight, whenever anything is out of the ordinary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,178 +31,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-THIN = 2
-"""How much longer a multiplication takes in a product as thin as a rank; measured for rank 8 on one CPU core."""
-
-
-COLUMNS = 3
-"""Width of kernel for which weight gradients of depthwise convolutions are fast on a CPU."""
-
-
-SMALL = 32
-"""How many times as many numbers the input must have as the hidden channels that are kept with it."""
+from loraio.live.geometry import Geometry, is_channels_last
+from loraio.live.routes import PADDING_MODES, SMALL, Pair, Route, folding_is_cheaper, route_for, thin_is_cheaper
 
 KEPT = 2**25 - 2**17
 """Bytes, just below the 32 MiB up to which glibc raises its thresholds by what is freed: mallopt(3)."""
-
-_EXACT = (torch.float32, torch.float64)
-"""Dtypes in which a sum of products is not rounded to less than factors have."""
-
-
-class Pair(NamedTuple):
-    """One weight and what is added to it: ``weight + scale * (B @ A)``."""
-
-    weight: Tensor
-    lora_A: Tensor  # noqa: N815
-    lora_B: Tensor  # noqa: N815
-    scale: float
-
-    def fold(self, dtype: torch.dtype) -> Tensor:
-        """The folded weight, rounded to the weight's dtype and then to the one that the layer computes in."""
-        weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
-        if weight.dtype == lora_A.dtype == lora_B.dtype == dtype and dtype in _EXACT:
-            return weight.reshape(len(weight), -1).addmm(lora_B, lora_A, alpha=self.scale).view(weight.shape)
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        matrix = weight.to(exact).reshape(len(weight), -1)
-        folded = matrix.addmm(lora_B.to(exact), lora_A.to(exact), alpha=self.scale)
-        return folded.view(weight.shape).to(weight.dtype).to(dtype)
-
-    def in_one_dtype(self, x: Tensor) -> bool:
-        """Whether all is in the input's dtype, and sums of products in it are no sums of roundings."""
-        return x.dtype == self.weight.dtype == self.lora_A.dtype == self.lora_B.dtype and x.dtype in _EXACT
-
-    def from_full(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of A and B from that of the folded weight."""
-        matrix = gradient.reshape(len(gradient), -1).to(torch.promote_types(gradient.dtype, torch.float32))
-        lora_A, lora_B = self.lora_A.to(matrix.dtype), self.lora_B.to(matrix.dtype)
-        grad_A = torch.addmm(lora_A, lora_B.t(), matrix, beta=0, alpha=self.scale)
-        grad_B = torch.addmm(lora_B, matrix, lora_A.t(), beta=0, alpha=self.scale)
-        return grad_A.to(self.lora_A.dtype), grad_B.to(self.lora_B.dtype)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of these images come last in memory, and would not in another order too."""
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-class Geometry(NamedTuple):
-    """How a convolution is moved over its input, as torch's own operators take it."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def sizes(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        """Of the output, without batch and channels.
-
-        >>> Geometry((2, 2), (1, 1), (1, 1), 1).sizes(torch.empty(1, 3, 28, 28), torch.empty(4, 3, 3, 3))
-        (14, 14)
-        """
-        axes = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
-        return tuple((size + 2 * pad - gap * (wide - 1) - 1) // step + 1 for size, wide, step, pad, gap in axes)
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The convolution."""
-        none = (0,) * len(self.stride)
-        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups)
-
-    def is_product(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the convolution is computed as matrix products; of the weight only the shape counts.
-
-        It is where a kernel has one point. Not where something else is to be done: more than a point, groups, padding;
-        memory in which the channels come last; other devices than a CPU, where oneDNN takes longer on one core than
-        matrix products (seen in v3.12).
-        """
-        plain = self.groups == 1 and not any(self.padding) and weight.numel() == weight.shape[0] * weight.shape[1]
-        return plain and x.device.type == "cpu" and x.is_contiguous()
-
-    def met(self, x: Tensor) -> Tensor:
-        """What a kernel of one point is multiplied with, as (batch, channels, points)."""
-        return (x[self._met_points()] if max(self.stride) > 1 else x).flatten(2)
-
-    def unmet(self, gradient: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """The gradient of the input of a kernel of one point, from that of what it met: none where strides skip.
-
-        Args:
-            gradient: as `met`.
-            x: the input, for its shape.
-            sizes: of the output.
-        """
-        gradient = gradient.view(*gradient.shape[:2], *sizes)
-        if max(self.stride) == 1:
-            return gradient
-        whole = torch.zeros_like(x)
-        whole[self._met_points()] = gradient
-        return whole
-
-    def _met_points(self) -> tuple[slice, ...]:
-        return (slice(None), slice(None), *(slice(None, None, stride) for stride in self.stride))
-
-    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the input; of the input only shape and layout count."""
-        return self._gradients(grad, x, weight, (True, False, False))[0]
-
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the weight; of the weight only shape and layout count.
-
-        oneDNN is several times as fast at weight gradients of depthwise convolutions where the kernel is three wide and
-        nothing is left to pad (seen in v3.12 with 5 x 5 kernels), so that wider kernels are parted.
-        """
-        if not self.is_parted(x, weight):
-            return self._gradients(grad, x, weight, (False, True, False))[1]
-        inside = self._replace(padding=(0, 0))
-        part = weight.new_empty(len(weight), 1, weight.shape[2], COLUMNS)
-        width = self.stride[1] * (grad.shape[3] - 1) + COLUMNS
-        rows, columns = self.padding
-        parts = []
-        for start in range(0, weight.shape[3], COLUMNS):  # the input that these columns meet, cropped where negative
-            margins = (columns - start, width - x.shape[3] - columns + start, rows, rows)
-            parts.append(inside._gradients(grad, F.pad(x, margins), part, (False, True, False))[1])
-        return torch.cat(parts, 3)[..., : weight.shape[3]]
-
-    def is_parted(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the gradient of the weight is computed for some columns of the kernel at a time."""
-        depthwise = self.groups == x.shape[1] == len(weight) and x.dim() == 4 and self.dilation == (1, 1)
-        return depthwise and weight.shape[3] > COLUMNS and x.device.type == "cpu"
-
-    def both_gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of input and weight: together in less time where both want the same order of memory."""
-        if self.is_parted(x, weight):
-            return self.input_gradient(grad, x, weight), self.weight_gradient(grad, x, weight)
-        return self._gradients(grad, x, weight, (True, True, False))[:2]
-
-    def _gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of input, weight and bias that the mask asks for."""
-        sizes = self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
-        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *sizes, mask
-        )
-        return gradients
-
-
-def thin_is_cheaper(*, rank: int, out: int, fan_in: int, groups: int, positions: int) -> bool:
-    """Whether two gradients by way of the rank take less time than the whole weight gradient and its two products.
-
-    Multiplications, by way of the rank: ``2 * rank * (groups * fan_in + out)`` for each position of the output, each
-    counted `THIN` times. In full: ``out * fan_in`` for each position, and ``2 * rank * out * fan_in`` for the products.
-
-    Args:
-        rank: r.
-        out: number of output channels.
-        fan_in: inputs of one of them, in / groups * kernel.
-        groups: of the convolution.
-        positions: of the output, over the whole batch.
-
-    >>> thin_is_cheaper(rank=8, out=64, fan_in=576, groups=1, positions=3136)
-    True
-    >>> thin_is_cheaper(rank=8, out=64, fan_in=9, groups=64, positions=3136)
-    False
-    """
-    thin = 2 * rank * (groups * fan_in + out) * positions
-    return THIN * thin < out * fan_in * (positions + 2 * rank)
 
 
 def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any) -> Any:
@@ -211,75 +43,6 @@ def _without_autocast(function: Callable[..., Any], device: str, *arguments: Any
         return function(*arguments)
     with torch.autocast(device, enabled=False):  # would round the base weight itself, before the fold
         return function(*arguments)
-
-
-def folding_is_cheaper(*, positions: int, width: int) -> bool:
-    """Whether a pass folds the weight first, rather than adds a product of two thin matrices to what it gives.
-
-    A fold goes through ``out * fan_in`` numbers, whatever the positions; such a product, one factor of which is there
-    anyhow, through ``out`` numbers for each position in the forward pass, and ``fan_in`` in the backward pass.
-
-    Args:
-        positions: of the output, over the whole batch.
-        width: fan_in in the forward pass, out in the backward pass.
-
-    >>> folding_is_cheaper(positions=196, width=2048), folding_is_cheaper(positions=12544, width=64)
-    (False, True)
-    """
-    return positions > width
-
-
-class Route(NamedTuple):
-    """How the steps of a convolution go for inputs of one form: found out once, which takes as long as a small layer.
-
-    Attributes:
-        margins: what is padded beforehand, as `torch.nn.functional.pad` takes it; None where nothing is.
-        geometry: how the convolution is moved over what is then there.
-        sizes: of its output, without batch and channels.
-        rows: whether it is one product with a matrix of rows, one for each point: nothing below counts then.
-        product: as `Geometry.is_product`.
-        thin: whether the factors' gradients come by way of the rank.
-        adds: whether the forward pass adds a thin product rather than folds.
-        adds_back: whether the backward pass does.
-    """
-
-    margins: tuple[int, ...] | None
-    geometry: Geometry
-    sizes: tuple[int, ...]
-    rows: bool
-    product: bool
-    thin: bool
-    adds: bool
-    adds_back: bool
-
-    @classmethod
-    def of(cls, module: Any, x: Tensor, pair: Pair) -> Route:
-        """For inputs that have shape, strides, dtype and device of this one."""
-        margins, padding = _margins(module)
-        padded = x if margins is None else F.pad(x, margins, mode=_MODES.get(module.padding_mode, module.padding_mode))
-        geometry = Geometry(module.stride, padding, module.dilation, module.groups)
-        sizes = geometry.sizes(padded, pair.weight)
-        (out, rank), fan_in = pair.lora_B.shape, pair.lora_A.shape[1]
-        positions = len(x) * math.prod(sizes)
-        point = pair.weight.numel() == padded.shape[1] * out and not any(padding)  # without groups
-        in_order = is_channels_last(padded) and x.device.type == "cpu" and max(geometry.stride) == 1
-        thin = thin_is_cheaper(rank=rank, out=out, fan_in=fan_in, groups=geometry.groups, positions=positions)
-        addable = thin and geometry.groups == 1 and pair.in_one_dtype(padded)
-        is_small = SMALL * rank * positions <= padded.numel()
-        return cls(
-            margins,
-            geometry,
-            sizes,
-            rows=point and (in_order or padded.numel() == padded.shape[0] * padded.shape[1]),
-            product=geometry.is_product(padded, pair.weight),
-            thin=thin,
-            adds=addable and is_small and not folding_is_cheaper(positions=positions, width=fan_in),
-            adds_back=addable and not folding_is_cheaper(positions=positions, width=out),
-        )
-
-
-_MODES = {"zeros": "constant"}
-"""What `torch.nn.functional.pad` calls a padding mode of convolutions, where it has another name for it."""
 
 
 class _Convolution(torch.autograd.Function):
@@ -574,34 +337,6 @@ def _in_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return (x, bias) if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) else None
 
 
-def _margins(module: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    """What has to be padded before a convolution that cannot do so by itself, and what it can."""
-    none = (0,) * len(module.stride)
-    margins = tuple(module._reversed_padding_repeated_twice)
-    if module.padding_mode != "zeros":
-        return margins, none
-    if module.padding == "valid":
-        return None, none
-    if module.padding == "same":
-        return (margins, none) if margins[::2] != margins[1::2] else (None, margins[::-2])
-    return None, module.padding
-
-
-MAX_ROUTES = 64
-"""How many forms of inputs a layer remembers a route for."""
-
-
-def _route_of(module: Any, x: Tensor, pair: Pair, known: dict[Any, Route]) -> Route:
-    form = x.shape, x.stride(), x.dtype, x.device, pair.weight.dtype, pair.lora_A.dtype, pair.lora_B.dtype
-    key = (*form, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-    route = known.get(key)
-    if route is None:
-        if len(known) >= MAX_ROUTES:
-            known.clear()
-        known[key] = route = Route.of(module, x, pair)
-    return route
-
-
 def _convolution_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     def forward(module: Any, x: Tensor) -> Tensor:
         found, bias = _pair_of(module, x), module.bias
@@ -614,9 +349,9 @@ def _convolution_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[An
 
     def convolved(module: Any, x: Tensor, pair: Pair, known: dict[Any, Route], bias: Tensor | None) -> Tensor:
         weight, lora_A, lora_B, scale = pair
-        route = _route_of(module, x, pair, known)
+        route = route_for(module, x, pair, known)
         if route.margins is not None:
-            x = F.pad(x, route.margins, mode=_MODES.get(module.padding_mode, module.padding_mode))
+            x = F.pad(x, route.margins, mode=PADDING_MODES.get(module.padding_mode, module.padding_mode))
         result: Tensor
         if not route.rows:
             result = _Convolution.apply(x, weight, lora_A, lora_B, bias, scale, route)

@@ -23,8 +23,9 @@ from loraio.errors import ConfigError, FormatError, LoraioError, MissingFileErro
 from loraio.files.names import name_clashes, normal_form
 from loraio.formats.dialects import load_bytes
 from loraio.formats.pack import SUFFIX, Pack, listed_files, read_index, read_member, read_range, stamp_of
-from loraio.live.attachment import Attachment, Reserve, attach, attachment_of
+from loraio.live.attachment import Attachment, attach, attachment_of
 from loraio.live.base_state import base_state_dict, refuse_attached
+from loraio.live.reserving import Reserve
 from loraio.registry import lookup
 from loraio.serving.mixed_batches import (
     Folded,

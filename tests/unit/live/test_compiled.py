@@ -19,8 +19,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import loraio
 from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
 from loraio.files.tensorfile import tensor_bytes
-from loraio.live.attachment import Place, Reserve
 from loraio.live.parametrization import FoldedWeight
+from loraio.live.places import Place
+from loraio.live.reserving import Reserve
 
 COMPILED = {"rtol": 1e-5, "atol": 1e-4}
 """Compiled kernels sum float32 in another order than eager ones; logits are up to 100."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import loraio
-from loraio.live.parametrization import parametrization_list
+from loraio.live.places import parametrization_list
 
 
 class Twice(nn.Module):

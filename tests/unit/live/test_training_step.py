@@ -19,8 +19,10 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loraio
-from loraio.live import training_step
-from loraio.live.training_step import FORWARDS, Geometry, Route, forward_for
+from loraio.live import routes
+from loraio.live.geometry import Geometry
+from loraio.live.routes import Route
+from loraio.live.training_step import FORWARDS, forward_for
 
 
 def adapter_for(model: nn.Module, **options: Any) -> loraio.Adapter:
@@ -116,7 +118,7 @@ def test_gradients_are_those_of_plain_arithmetic_either_way(
             pytest.skip("of images only")
         x = x.contiguous(memory_format=memory_format)
     if thin is not None:
-        monkeypatch.setattr(training_step, "THIN", thin)
+        monkeypatch.setattr(routes, "THIN", thin)
     adapter = adapter_for(model)
     x = x.requires_grad_()
     leaves = {name: factor.double().requires_grad_() for name, factor in adapter.factors.items()}
@@ -156,7 +158,7 @@ def test_first_and_second_derivatives_pass_gradcheck(
     case: tuple[nn.Module, Tensor], thin: float, monkeypatch: Any
 ) -> None:
     model, x = case
-    monkeypatch.setattr(training_step, "THIN", thin)
+    monkeypatch.setattr(routes, "THIN", thin)
     adapter = adapter_for(model)
     with loraio.attach(model, adapter, trainable=True) as live:
         part = model[0].parametrizations.weight[0]  # type: ignore[index, union-attr]
@@ -327,7 +329,7 @@ def plain_layer(layer: Any, x: Tensor, adapter: loraio.Adapter, leaves: dict[str
 
 def test_a_layer_that_meets_ever_new_sizes_forgets_routes(monkeypatch: Any) -> None:
     model, _ = one_layer()
-    monkeypatch.setattr(training_step, "MAX_ROUTES", 2)
+    monkeypatch.setattr(routes, "MAX_ROUTES", 2)
     with loraio.attach(model, adapter_for(model), trainable=True):
         part: Any = model[0].parametrizations.weight[0]  # type: ignore[union-attr, index]
         for size in (4, 5, 6, 4):

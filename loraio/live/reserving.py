@@ -1,0 +1,93 @@
+"""Which weights later adapters may change while the model stays compiled, and how large they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from loraio.adapter.adapter import Adapter, Target
+from loraio.adapter.layers import refuse_shared, refuse_unusable, select_targets, target_modules
+from loraio.errors import ConfigError, StateError
+from loraio.files.tensorfile import dtype_code
+from loraio.registry import lookup
+
+Reserve = str | Adapter | Iterable[str | Adapter] | None
+"""Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
+
+
+def check_max_rank(max_rank: int | None, trainable: bool) -> int | None:
+    if max_rank is None:
+        return None
+    if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
+        raise ConfigError(f"max_rank is {max_rank!r}, it must be a whole number of at least 1")
+    if not trainable:
+        raise ConfigError("max_rank is for adapters that are trained", hint="trainable=True, or reserve alone")
+    return max_rank
+
+
+def padded_forms(model: nn.Module, names: Iterable[str], max_rank: int) -> dict[str, Target]:
+    """What all targets look like that these weights can have while they are trained, with a scale of 1."""
+    modules = target_modules(model)
+    return {
+        name: Target(
+            rank=max_rank,
+            alpha=max_rank,
+            shape=tuple(modules[name].weight.shape),
+            dtype=dtype_code(modules[name].weight.dtype),
+            layer=modules[name].layer.name,
+            groups=modules[name].groups,
+            base_sha256="0" * 64,  # of no weight in particular
+        )
+        for name in names
+    }
+
+
+def reserved_weights(
+    model: nn.Module, adapter: Adapter, reserve: str | Adapter | Iterable[str | Adapter]
+) -> tuple[str, ...]:
+    """The weights that are reserved, in the model's order.
+
+    Raises:
+        UnknownNameError: a pattern or a target of an adapter is not in the model.
+        StateError: a weight that no adapter can be put on.
+    """
+    modules = target_modules(model)
+    names = set(adapter.targets)
+    patterns = []
+    for each in (reserve,) if isinstance(reserve, str | Adapter) else reserve:
+        if isinstance(each, str):
+            patterns.append(each)
+        else:
+            names.update(each.targets)
+    if patterns:
+        names.update(select_targets(model, patterns))
+    for name in names - adapter.targets.keys():  # whose own are checked with it
+        refuse_unusable(lookup(modules, name, what="target"))
+    refuse_shared(model, names)
+    return tuple(name for name in modules if name in names)
+
+
+def check_reserved(adapter: Adapter, reserved: Sequence[str], max_rank: int | None) -> None:
+    """Refuse an adapter that changes a tensor for which nothing is reserved, or has a larger rank.
+
+    Raises:
+        StateError: it does.
+    """
+    outside = [name for name in adapter.targets if name not in reserved]
+    problems = [f"{name!r} is adapted and not reserved" for name in outside]
+    problems += [f"{name!r} is replaced whole, which cannot be reserved" for name in adapter.whole]
+    largest = max(target.rank for target in adapter.targets.values())
+    if not problems and max_rank is not None and largest > max_rank:
+        raise StateError(
+            f"the adapter has rank {largest}, the attached model has a place for {max_rank}",
+            hint=f"attach(.., max_rank={largest})",
+        )
+    if problems:
+        raise StateError(
+            "the adapter changes tensors for which the attached model has reserved no place",
+            problems=problems,
+            hint="detach, and attach without reserve"
+            if adapter.whole
+            else f"reserve these too: attach(.., reserve={outside})",
+        )
