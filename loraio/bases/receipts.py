@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import loraio
 from loraio.adapter.adapter import Adapter, check_strength
 from loraio.bases.identity import check_base, digests, state_sha256
 from loraio.errors import AlreadyMergedError, ConfigError, FormatError
+from loraio.version import __version__
 
 FAST_SUMS = "float32"
 """What a receipt says of its sums where they are not exact."""
@@ -113,7 +113,7 @@ def made_receipt(adapter: Adapter, base_sha256: str, strength: float, **facts: A
         base_sha256=base_sha256,
         strength=strength,
         adapter=label(adapter),
-        versions={"loraio": loraio.__version__, "torch": str(torch.__version__)},
+        versions={"loraio": __version__, "torch": str(torch.__version__)},
         **facts,
     )
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-import loraio
 from loraio.training.config import PretrainConfig, TrainConfig
 from loraio.training.datasets import Dataset
 from loraio.training.evaluation import Evaluation
+from loraio.version import __version__
 
 
 def base_record(config: PretrainConfig, dataset: Dataset, counted_on: Dataset, result: Evaluation) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def adapter_record(
 
 def _provenance(dataset: Dataset, seed: int) -> dict[str, Any]:
     """No dates and no host names: two runs of one training on one machine say the same."""
-    versions = {"loraio": loraio.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"loraio": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {"dataset": dataset.name, "split": dataset.split, "images": len(dataset), "seed": seed, "versions": versions}
 
 
