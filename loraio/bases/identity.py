@@ -6,7 +6,6 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from loraio.adapter.adapter import FLOAT_DTYPES, Adapter, BaseReference
 from loraio.adapter.layers import STATISTICS
-from loraio.bases.writes import sampled
+from loraio.bases.writes import TensorMark
 from loraio.errors import BaseMismatchError, StateError
 from loraio.files.integrity import state_digest
 from loraio.files.tensorfile import dtype_code, tensor_bytes, tensor_sha256
@@ -65,14 +64,8 @@ def state_sha256(state: Mapping[str, Tensor], known: Mapping[str, str] | None = 
 class BaseIdentity:
     """The digests of a live model's tensors, each computed once for as long as its tensor is not written to.
 
-    A tensor counts as the same while its memory, shape, strides, dtype, device and the count of writes that torch keeps
-    (``Tensor._version``) are the same, and some numbers, evenly spaced over it, compare equal. The memory is
-    held on to, so that no other tensor can come to lie in its place.
-
-    The count misses writes through ``.data``, NumPy views, DLPack, other processes and
-    ``_unsafe_preserve_version_counter``. The comparison catches those that change a whole tensor, anything in a tensor
-    of at most `SAMPLED` numbers, and any numel / `SAMPLED` neighbours in a larger one; fewer go unseen until `forget`.
-    Tensors made under ``torch.inference_mode`` have no count and are hashed every time.
+    `loraio.bases.writes.TensorMark` says which writes are noticed; others go unseen until `forget`. Tensors that no
+    mark can compare, such as those made under ``torch.inference_mode``, are hashed every time.
 
     Methods may be called from several threads.
 
@@ -83,7 +76,7 @@ class BaseIdentity:
     def __init__(self) -> None:
         self.forgotten = 0
         self._lock = threading.Lock()
-        self._known: dict[str, _Digest] = {}
+        self._known: dict[str, tuple[str, TensorMark]] = {}
         self._whole: dict[tuple[tuple[str, str], ...], str] = {}
 
     def digests(self, state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -101,10 +94,8 @@ class BaseIdentity:
             if stale or len(state) != len(self._known):
                 self._whole.clear()
                 self._known = {name: digest for name, digest in self._known.items() if name in state}
-            samples = _samples({name: state[name] for name in found})
-            for name, sha256 in found.items():
-                self._known[name] = _Digest.of(state[name], sha256, samples[name])
-            return {name: self._known[name].sha256 for name in state}
+            self._learn(state, found)
+            return {name: self._known[name][0] for name in state}
 
     def learn(self, state: Mapping[str, Tensor], read: Mapping[str, Tensor], known: Mapping[str, str]) -> None:
         """Take over digests that came with a file: of each tensor that holds the bytes that were read.
@@ -115,10 +106,8 @@ class BaseIdentity:
             known: their digests, which were compared when they were read.
         """
         same = [name for name in known if tensor_bytes(state[name]).equal(tensor_bytes(read[name]))]
-        samples = _samples({name: state[name] for name in same})
         with self._lock:
-            for name in same:
-                self._known[name] = _Digest.of(state[name], known[name], samples[name])
+            self._learn(state, {name: known[name] for name in same})
 
     def state_sha256(self, state: Mapping[str, Tensor], known: Mapping[str, str]) -> str:
         """As the function `state_sha256`, remembered for as long as no digest changes."""
@@ -137,45 +126,11 @@ class BaseIdentity:
 
     def _is_known(self, name: str, tensor: Tensor) -> bool:
         known = self._known.get(name)
-        return known is not None and isinstance(tensor, Tensor) and known.holds_for(tensor)
+        return known is not None and isinstance(tensor, Tensor) and known[1].same([tensor])
 
-
-@dataclass(frozen=True, slots=True)
-class _Digest:
-    """One tensor's digest, and what must be the same for it to hold."""
-
-    sha256: str
-    tensor: Tensor
-    key: tuple[Any, ...] | None
-    sample: Tensor
-
-    @classmethod
-    def of(cls, tensor: Tensor, sha256: str, sample: Tensor) -> _Digest:
-        # a detached view shares memory and count of writes with the tensor, but not its graph
-        return cls(sha256, tensor.detach(), _write_key(tensor), sample)
-
-    def holds_for(self, tensor: Tensor) -> bool:
-        return self.key is not None and self.key == _write_key(tensor) and self.sample.equal(sampled(tensor))
-
-
-def _samples(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Some numbers of each tensor, copied: those of one dtype on one device by one call."""
-    samples = {name: sampled(tensor) for name, tensor in state.items()}
-    groups: dict[Any, list[str]] = {}
-    for name, sample in samples.items():
-        groups.setdefault((sample.dtype, sample.device), []).append(name)
-    for names in groups.values():
-        views = [samples[name] for name in names]
-        samples |= zip(names, torch.cat(views).split(list(map(len, views))), strict=True)
-    return samples
-
-
-def _write_key(tensor: Tensor) -> tuple[Any, ...] | None:
-    if tensor.is_inference() or tensor.is_meta:
-        return None
-    memory = tensor.untyped_storage()
-    place = (tensor.data_ptr(), memory.data_ptr(), memory.nbytes())
-    return (*place, tensor._version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    def _learn(self, state: Mapping[str, Tensor], found: Mapping[str, str]) -> None:
+        marks = TensorMark.each([state[name] for name in found])
+        self._known |= {name: (sha256, mark) for (name, sha256), mark in zip(found.items(), marks, strict=True)}
 
 
 def identity_of(model: nn.Module) -> BaseIdentity:

@@ -1,156 +1,195 @@
-"""Whether a model is still what it was: the same modules with the same tensors, to which nothing was written."""
+"""Marks of tensors and of models, to tell later whether any tensor was written to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from operator import is_, methodcaller
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 SAMPLED = 64
-"""How many numbers of a tensor are compared besides torch's own count of writes."""
+"""How many numbers of each tensor a mark compares, besides the version counter."""
 
 
-class Watch:
-    """A model as it is now, in a form that is quick to compare with what it is later.
+class TensorMark:
+    """Tensors as they are now, to be compared with tensors of a later time.
 
-    The same are: the modules, by identity; their parameters and buffers, by identity; of each of these the memory, the
-    count of writes that torch keeps and up to `SAMPLED` numbers. What `loraio.bases.identity.BaseIdentity` says of
-    writes
-    that torch does not count holds here too.
+    A tensor is unchanged while its address, strides and version counter (``Tensor._version``) are the same, and up to
+    `SAMPLED` numbers, evenly spaced over it, compare equal. The mark holds on to the memory, so that no other tensor
+    can get the same address.
+
+    The version counter misses writes through ``.data``, NumPy views, DLPack, other processes and
+    ``_unsafe_preserve_version_counter``. The numbers catch those that change a whole tensor, anything in a tensor of
+    at most `SAMPLED` numbers, and any numel / `SAMPLED` neighbours in a larger one.
+
+    Tensors without a version counter (inference mode), without values (meta) or with holes in their memory cannot be
+    compared: a mark of one of those never holds.
+    """
+
+    __slots__ = ("_addresses", "_can_tell", "_forms", "_samples", "_strides", "_versions")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._can_tell = all(map(_can_tell, tensors))
+        if self._can_tell:
+            self._note(tensors)
+            groups: dict[Any, list[Tensor]] = {}
+            for tensor in tensors:
+                groups.setdefault((tensor.dtype, tensor.device), []).append(sampled(tensor))
+            self._samples = [(views, torch.cat(views)) for views in groups.values()]
+
+    @classmethod
+    def each(cls, tensors: Sequence[Tensor]) -> list[TensorMark]:
+        """Return a mark for each tensor; the numbers of all of them are copied together."""
+        marks = [cls.__new__(cls) for _ in tensors]
+        groups: dict[Any, list[tuple[TensorMark, Tensor]]] = {}
+        for mark, tensor in zip(marks, tensors, strict=True):
+            mark._can_tell = _can_tell(tensor)
+            if mark._can_tell:
+                mark._note([tensor])
+                groups.setdefault((tensor.dtype, tensor.device), []).append((mark, sampled(tensor)))
+        for group in groups.values():
+            views = [view for _, view in group]
+            for (mark, view), numbers in zip(group, torch.cat(views).split(list(map(len, views))), strict=True):
+                mark._samples = [([view], numbers)]
+        return marks
+
+    def unwritten(self, tensors: Sequence[Tensor]) -> bool:
+        """Return True if nobody wrote to the tensors; they must be the very objects that were marked."""
+        return (
+            self._can_tell
+            and list(map(_VERSION, tensors)) == self._versions
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and list(map(Tensor.stride, tensors)) == self._strides
+            and all(_joined(views).equal(numbers) for views, numbers in self._samples)
+        )
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Return True if the tensors, any objects, have the memory, form and values of those that were marked."""
+        return (
+            self._can_tell
+            and not any(map(Tensor.is_inference, tensors))
+            and list(map(_FORM, tensors)) == self._forms
+            and self.unwritten(tensors)
+        )
+
+    def _note(self, tensors: Sequence[Tensor]) -> None:
+        self._versions = list(map(_VERSION, tensors))
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._strides = list(map(Tensor.stride, tensors))
+        self._forms = list(map(_FORM, tensors))
+
+
+class ModelMark:
+    """A model as it is now, in a form that is quick to compare with the model later.
+
+    Unchanged means: the same objects as modules, parameters and buffers, and the tensors as `TensorMark` compares them.
 
     Args:
-        model: the model.
+        model: the model; the mark keeps it alive.
         besides: tells which modules do not belong to it and may come and go.
     """
 
     def __init__(self, model: nn.Module, besides: Callable[[nn.Module], bool]) -> None:
         self._held: list[Mapping[str, Any]] = []
-        tensors: list[Tensor] = []
-        for module in model.modules():
-            if besides(module):
-                continue
-            for held in (module._parameters, module._buffers):
-                self._held.append(held)
-                tensors += [tensor for tensor in held.values() if tensor is not None]
+        own = [module for module in model.modules() if not besides(module)]
+        for module in own:
+            self._held += (module._parameters, module._buffers)
             if not any(child is not None and besides(child) for child in module._modules.values()):
                 self._held.append(module._modules)
         self._objects = list(self._objects_now())
         self._lengths = list(map(len, self._held))
-        self._tensors = tensors
-        self._can_tell = not any(t.is_inference() or t.is_meta or not is_dense(t) for t in tensors)
-        if self._can_tell:
-            self._marks = self._marks_now()
-            groups: dict[Any, list[Tensor]] = {}
-            for tensor in tensors:
-                if tensor.numel():
-                    groups.setdefault((tensor.dtype, tensor.device), []).append(sampled(tensor))
-            self._samples = [(views, torch.cat(views)) for views in groups.values()]
+        self._tensors = _tensors(own)
+        self._mark = TensorMark(self._tensors)
 
-    def same(self) -> bool:
-        """Whether nothing has changed; False also where that cannot be told."""
+    def unchanged(self) -> bool:
+        """Return True if nothing has changed; False also where that cannot be told."""
         return (
-            self._can_tell
-            and list(map(len, self._held)) == self._lengths
+            list(map(len, self._held)) == self._lengths
             and all(map(is_, self._objects_now(), self._objects))
-            and self._marks_now() == self._marks
-            and all(torch.cat(views).equal(was) for views, was in self._samples)
+            and self._mark.unwritten(self._tensors)
         )
 
     def _objects_now(self) -> Iterable[Any]:
-        """All modules, parameters and buffers."""
-        return chain.from_iterable(map(_values, self._held))
-
-    def _marks_now(self) -> list[tuple[int, int]]:
-        """Of each tensor its address and how often it was written to."""
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+        return chain.from_iterable(map(_VALUES, self._held))
 
 
-class Glance:
-    """A model's tensors as they are now, without holding on to the model.
+class WeakModelMark:
+    """A model as it is now, which does not keep the model alive.
 
-    For who remembers something of a model for as long as that lives: a module may be the model itself, or refer to it.
-    The same are: the names and classes of the modules; the names of their parameters and buffers; of each of these the
-    address, shape, strides, dtype, device and count of writes, and some numbers. Their memory is held on to, so that no
-    other tensor can come to lie in its place.
+    Unchanged means: the same paths and classes of modules, the same names of parameters and buffers, and the tensors
+    as `TensorMark` compares them. The objects may be others.
 
     Args:
-        modules: by path, under every path that they have.
-        state: the model's state dict. Where it has tensors of another origin, nothing can be told.
+        modules: of the model, by path, under every path that they have.
+        state: the model's state dict. A tensor in it that lies elsewhere than the modules' own makes the mark void.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
-        self._marks = _marks(modules)
-        tensors = [] if self._marks is None else [tensor.detach() for tensor in _tensors(modules)]
+        tensors = _tensors(modules.values())
         places = {tensor.data_ptr() for tensor in tensors if not tensor.is_meta}
         own = all(isinstance(tensor, Tensor) and tensor.data_ptr() in places for tensor in state.values())
-        self._can_tell = own and all(map(is_dense, tensors))
-        groups: dict[Any, list[Tensor]] = {}
-        for tensor in tensors if self._can_tell else ():
-            if tensor.numel():
-                groups.setdefault((tensor.dtype, tensor.device), []).append(sampled(tensor))
-        self._samples = [(views, torch.cat(views)) for views in groups.values()]
+        self._names = _names(modules) if own else None
+        self._mark = TensorMark(tensors)
 
-    def same(self, modules: Mapping[str, nn.Module]) -> bool:
-        """Whether nothing has changed; False also where that cannot be told.
+    def unchanged(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Return True if nothing has changed; False also where that cannot be told.
 
         Args:
             modules: of the model as it is now.
         """
         return (
-            self._can_tell
-            and _marks(modules) == self._marks
-            and all(torch.cat(views).equal(was) for views, was in self._samples)
+            self._names is not None and _names(modules) == self._names and self._mark.same(_tensors(modules.values()))
         )
 
 
-def _marks(modules: Mapping[str, nn.Module]) -> list[Any] | None:
-    """What must be the same for a model's tensors to be; None where one of them cannot be told from another."""
-    marks: list[Any] = []
+def _names(modules: Mapping[str, nn.Module]) -> list[Any] | None:
+    """Return paths and classes of modules and names of tensors; None where one is of a class of its own."""
+    found: list[Any] = []
     for path, module in modules.items():
-        marks += [path, type(module)]
+        found += [path, type(module)]
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                if tensor is None:
-                    marks.append(name)
-                elif type(tensor) not in _PLAIN or tensor.is_inference():
+                if type(tensor) not in _PLAIN:
                     return None
-                else:
-                    form = tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-                    marks += (name, tensor.data_ptr(), tensor._version, form)
-    return marks
+                found += (name, tensor is None)
+    return found
 
 
-def _tensors(modules: Mapping[str, nn.Module]) -> list[Tensor]:
-    held = [tensors for module in modules.values() for tensors in (module._parameters, module._buffers)]
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    held = (tensors for module in modules for tensors in (module._parameters, module._buffers))
     return [tensor for tensors in held for tensor in tensors.values() if tensor is not None]
 
 
-_PLAIN = (Tensor, nn.Parameter)
+def _can_tell(tensor: Tensor) -> bool:
+    return not (tensor.is_inference() or tensor.is_meta) and is_dense(tensor)
 
-_values = methodcaller("values")
+
+def _joined(views: list[Tensor]) -> Tensor:
+    return views[0] if len(views) == 1 else torch.cat(views)
+
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
+_VALUES, _VERSION, _FORM = methodcaller("values"), attrgetter("_version"), attrgetter("shape", "dtype", "device")
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """Up to `SAMPLED` numbers, evenly spaced; a view wherever the tensor's memory has no holes."""
+    """Return a view of up to `SAMPLED` evenly spaced numbers of a dense tensor."""
     plain = tensor.detach()
     count = plain.numel()
     step = -(-count // SAMPLED) or 1
-    if count and is_dense(plain):
-        return plain.as_strided((-(-count // step),), (step,))
-    return plain.reshape(-1)[::step]
+    return plain.as_strided((-(-count // step),), (step,))
 
 
-def writes_to(tensor: Tensor) -> int:
-    """Torch's count of writes to a tensor; 0 for one made in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors are not counted, nor are they trained
+def version_of(tensor: Tensor) -> int:
+    """Return a tensor's version counter; 0 for one made in inference mode, which has none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's memory has no holes, in whatever order its dimensions lie."""
+    """Return True if a tensor's memory has no holes, whatever the order of its dimensions."""
     if tensor.layout != torch.strided:
         return False
     count = tensor.numel()

@@ -26,7 +26,7 @@ from loraio.adapter.adapter import Adapter, Target, check_strength
 from loraio.adapter.layers import STATISTICS, find_head, normalisation_modules
 from loraio.adapter.overflow import refuse_overflow
 from loraio.bases.identity import digests, identity_of
-from loraio.bases.writes import writes_to
+from loraio.bases.writes import version_of
 from loraio.errors import StateError
 from loraio.files.tensorfile import tensor_bytes
 from loraio.live.base_state import attachments, base_state_dict, refuse_attached
@@ -82,7 +82,7 @@ class Attachment:
         if trainable:
             state = base_state_dict(model)
             known = identity_of(model).digests(state)
-            self._base = {name: _Mark(writes_to(state[name]), state[name].dtype, known[name]) for name in state}
+            self._base = {name: _Mark(version_of(state[name]), state[name].dtype, known[name]) for name in state}
         undo = Undo()
         try:
             self._sharing = share(model, undo)
@@ -609,6 +609,6 @@ def _written(state: Mapping[str, Tensor], before: Mapping[str, _Mark]) -> list[s
     suspects = {
         name: tensor
         for name, tensor in state.items()
-        if not tensor.is_meta and (tensor.dtype == before[name].dtype or writes_to(tensor) != before[name].writes)
+        if not tensor.is_meta and (tensor.dtype == before[name].dtype or version_of(tensor) != before[name].writes)
     }
     return [name for name, digest in digests(suspects).items() if digest != before[name].sha256]

@@ -19,7 +19,7 @@ from loraio.adapter.layers import (
 )
 from loraio.bases.attached import is_adapter_part
 from loraio.bases.identity import check_base, identity_of
-from loraio.bases.writes import Watch
+from loraio.bases.writes import ModelMark
 from loraio.errors import BaseMismatchError, UnknownNameError
 from loraio.live.base_state import base_state_dict
 
@@ -103,10 +103,10 @@ class Fitting:
     """
 
     def __init__(self, adapter: Adapter | None, model: nn.Module) -> None:
-        self._watch: Watch | None = None
+        self._mark: ModelMark | None = None
         self._targets: dict[str, Any] = {}
         if adapter is not None and not adapter.whole:
-            self._watch = Watch(model, is_adapter_part)
+            self._mark = ModelMark(model, is_adapter_part)
             self._base = _base_facts(adapter)
             self._targets = {name: _target_facts(target) for name, target in adapter.targets.items()}
 
@@ -114,11 +114,11 @@ class Fitting:
         """Whether it follows that this one fits too."""
         known = self._targets
         return (
-            self._watch is not None
+            self._mark is not None
             and not adapter.whole
             and self._base == _base_facts(adapter)
             and all(known.get(name) == _target_facts(target) for name, target in adapter.targets.items())
-            and self._watch.same()
+            and self._mark.unchanged()
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fitting:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from loraio.adapter.adapter import Adapter, check_strength
 from loraio.adapter.layers import TargetModule, target_modules
 from loraio.bases.identity import BaseIdentity, identity_of
-from loraio.bases.writes import Glance
+from loraio.bases.writes import WeakModelMark
 from loraio.errors import ConfigError, FormatError, LoraioError, MissingFileError, ShapeError, StateError
 from loraio.files.names import name_clashes, normal_form
 from loraio.formats.dialects import load_bytes
@@ -448,7 +448,7 @@ class _Base(NamedTuple):
     """What was learned of a model, and when it holds. Nothing here refers to the model: that would keep it alive.
 
     Attributes:
-        glance: holds while it is the same.
+        mark: the facts hold while it does.
         identity: of the model.
         forgotten: how often that had been made to forget.
         digest: of the state dict.
@@ -456,7 +456,7 @@ class _Base(NamedTuple):
         targets: what `TargetModule` says of each but its module.
     """
 
-    glance: Glance
+    mark: WeakModelMark
     identity: BaseIdentity
     forgotten: int
     digest: str
@@ -475,14 +475,14 @@ class _Live:
     def known(self, modules: Mapping[str, nn.Module]) -> _Base | None:
         """What was learned of the base; None where that may have changed."""
         base = self._base
-        if base is None or base.identity.forgotten != base.forgotten or not base.glance.same(modules):
+        if base is None or base.identity.forgotten != base.forgotten or not base.mark.unchanged(modules):
             return None
         return base
 
     def learn(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> _Base:
         """Look at the base as it is now."""
         identity, state = identity_of(model), base_state_dict(model)
-        forgotten, glance = identity.forgotten, Glance(modules, state)  # before its numbers are read
+        forgotten, mark = identity.forgotten, WeakModelMark(modules, state)  # before its numbers are read
         found = target_modules(model)
         targets = {
             name: {"name": name, "path": at.path, "parameter": at.parameter, "layer": at.layer}
@@ -490,7 +490,7 @@ class _Live:
         }
         digest = identity.state_sha256(state, identity.digests(state))
         placed = digest, tuple(at.weight.device for at in found.values())
-        self._base = _Base(glance, identity, forgotten, digest, placed, targets)
+        self._base = _Base(mark, identity, forgotten, digest, placed, targets)
         return self._base
 
     def check(self, model: nn.Module, pick: _Picked, digest: str) -> None:

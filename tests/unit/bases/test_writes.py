@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraio.bases.writes import SAMPLED, Glance, Watch, sampled
+from loraio.bases.writes import SAMPLED, ModelMark, WeakModelMark, sampled
 
 
 def network() -> nn.Sequential:
@@ -18,8 +18,8 @@ def network() -> nn.Sequential:
     return nn.Sequential(inner, nn.Flatten(), nn.Linear(4 * 4, 3))
 
 
-def watch(model: nn.Module) -> Watch:
-    return Watch(model, lambda module: isinstance(module, nn.Dropout))
+def watch(model: nn.Module) -> ModelMark:
+    return ModelMark(model, lambda module: isinstance(module, nn.Dropout))
 
 
 CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
@@ -40,9 +40,9 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
 
 
 def glance(model: nn.Module) -> Callable[[], bool]:
-    """Whether a `Glance` of the model as it is now is the same when that is called."""
-    seen = Glance(modules_of(model), model.state_dict())
-    return lambda: seen.same(modules_of(model))
+    """Whether a `WeakModelMark` of the model as it is now is the same when that is called."""
+    seen = WeakModelMark(modules_of(model), model.state_dict())
+    return lambda: seen.unchanged(modules_of(model))
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -53,11 +53,11 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 def test_every_change_is_noticed(change: Callable[[nn.Sequential], object]) -> None:
     model = network()
     seen = watch(model)
-    assert seen.same()
+    assert seen.unchanged()
     with torch.no_grad():
         change(model)
-    assert not seen.same()
-    assert watch(model).same()
+    assert not seen.unchanged()
+    assert watch(model).unchanged()
 
 
 def test_use_is_no_change() -> None:
@@ -65,26 +65,26 @@ def test_use_is_no_change() -> None:
     seen = watch(model)
     model(torch.rand(2, 1, 4, 4)).sum().backward()
     model.train()
-    assert seen.same()
+    assert seen.unchanged()
 
 
 def test_what_does_not_belong_to_it_may_come_and_go() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     seen = watch(model)
     model[1] = nn.Dropout(0.3)
-    assert seen.same()
+    assert seen.unchanged()
     model[0].weight.detach().zero_()
-    assert not seen.same()
+    assert not seen.unchanged()
 
 
 def test_what_cannot_be_told_is_not_the_same() -> None:
     with torch.inference_mode():
         made_there = nn.Linear(2, 2)
-    assert not watch(made_there).same()
-    assert not watch(nn.Linear(2, 2, device="meta")).same()
+    assert not watch(made_there).unchanged()
+    assert not watch(nn.Linear(2, 2, device="meta")).unchanged()
     with_holes = nn.Linear(4, 4)
     with_holes.weight = nn.Parameter(torch.rand(4, 8)[:, ::2])
-    assert not watch(with_holes).same()
+    assert not watch(with_holes).unchanged()
 
 
 @pytest.mark.parametrize("count", [0, 1, SAMPLED, SAMPLED + 1, 10 * SAMPLED + 3])
@@ -118,7 +118,7 @@ def inferred(weight: torch.Tensor) -> nn.Parameter:
 
 
 SAME_NUMBERS = ("another parameter", "another module")
-"""These are noticed by a `Watch`, and do not count for a `Glance`: same memory under the same names."""
+"""These are noticed by a `ModelMark`, and do not count for a `WeakModelMark`: same memory under the same names."""
 
 
 @pytest.mark.parametrize("name", sorted({*CHANGES, *FORMS} - {*SAME_NUMBERS}))
@@ -135,17 +135,17 @@ def test_a_glance_of_what_it_cannot_tell_is_never_the_same() -> None:
     strange[2].weight = inferred(strange[2].weight)
     assert not glance(strange)()
     model = network()
-    foreign = Glance(modules_of(model), {**model.state_dict(), "more": torch.ones(3)})
-    assert not foreign.same(modules_of(model))
-    text = Glance(modules_of(model), {**model.state_dict(), "_extra_state": "text"})  # type: ignore[dict-item]
-    assert not text.same(modules_of(model))
+    foreign = WeakModelMark(modules_of(model), {**model.state_dict(), "more": torch.ones(3)})
+    assert not foreign.unchanged(modules_of(model))
+    text = WeakModelMark(modules_of(model), {**model.state_dict(), "_extra_state": "text"})  # type: ignore[dict-item]
+    assert not text.unchanged(modules_of(model))
 
 
 def test_a_glance_keeps_no_module_alive() -> None:
     model = network()
     model[2].whole = [model]  # type: ignore[assignment]
-    seen, gone = Glance(modules_of(model), model.state_dict()), weakref.ref(model)
-    assert seen.same(modules_of(model))
+    seen, gone = WeakModelMark(modules_of(model), model.state_dict()), weakref.ref(model)
+    assert seen.unchanged(modules_of(model))
     del model
     gc.collect()
     assert gone() is None
