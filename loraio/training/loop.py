@@ -24,7 +24,7 @@ from loraio.training.optimizing import Observer, OnProgress, Optimization, Plan,
 from loraio.training.placement import placed, takes_channels_last
 from loraio.training.planning import new_adapter
 from loraio.training.provenance import adapter_record
-from loraio.training.resuming import SideFile, identity_of
+from loraio.training.resuming import SideFile, run_identity
 from loraio.training.run_files import MetricsLog, RunFiles, TensorBoardLog
 from loraio.training.together import Member, optimize_together, reason_to_part
 from loraio.training.validation import Validation
@@ -217,7 +217,7 @@ class _Surroundings:
             validation = Validation(model, held, every=config.val_every, patience=config.patience)
         side = None
         if files.checkpoint is not None:
-            identity = identity_of(config, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
+            identity = run_identity(config, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
             side = SideFile(
                 Path(files.checkpoint), every=files.checkpoint_every, identity=identity, validation=validation
             )

@@ -31,7 +31,7 @@ WHERE_NOT_WHAT = ("device", "compile")
 """Settings in which a run may go on differently; its last bits then differ too."""
 
 
-def identity_of(config: TrainConfig, dataset: Dataset, *, steps: int, base_sha256: str) -> dict[str, Any]:
+def run_identity(config: TrainConfig, dataset: Dataset, *, steps: int, base_sha256: str) -> dict[str, Any]:
     """What must be the same in both parts of a run, as plain values.
 
     Args:
@@ -56,7 +56,7 @@ class SideFile:
     Args:
         path: the file; it is replaced whole each time.
         every: steps between two writes.
-        identity: as `identity_of`.
+        identity: as `run_identity`.
         validation: whose state belongs to the run's.
     """
 
