@@ -54,6 +54,8 @@ class BaseCheckpoint:
         parts: the files of a parted checkpoint; empty for others.
         digests: SHA-256 of each tensor's bytes under ``stripped`` and its name, where the file says it and the tensors
             were compared with it.
+        model: the network's name as the caller gives it, who may also name code of his own.
+        model_args: the options as the caller gives them.
     """
 
     path: Path
@@ -65,6 +67,12 @@ class BaseCheckpoint:
     stripped: str = ""
     parts: tuple[Path, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
+    model: str | None = None
+    model_args: Mapping[str, Any] | None = None
+
+    def for_network(self, model: str | None, model_args: Mapping[str, Any] | None = None) -> BaseCheckpoint:
+        """Return the checkpoint for the network that the caller names, in place of the one that the file states."""
+        return replace(self, model=model, model_args=model_args)
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
@@ -174,14 +182,14 @@ def load_base(
         ConfigError: the network cannot be built, or only the file names code of the user's own.
         BaseMismatchError: names or shapes of the file are not those of the network; all differences are listed.
     """
-    return model_from(read_base(path), model=model, model_args=model_args)
+    return model_from(read_base(path).for_network(model, model_args))
 
 
-def model_from(
-    checkpoint: BaseCheckpoint, *, model: str | None = None, model_args: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """The network of a checkpoint that was read, with its weights; see `load_base`, and `stripped_of`."""
-    network = network_for(checkpoint, model=model, model_args=model_args)
+def model_from(checkpoint: BaseCheckpoint) -> nn.Module:
+    """Build the network of a checkpoint with its weights, as `load_base`; of `scan_base`'s, read the weights first."""
+    if any(tensor.is_meta for tensor in checkpoint.state.values()):
+        checkpoint = read_base(checkpoint.path).for_network(checkpoint.model, checkpoint.model_args)
+    network = network_for(checkpoint)
     checkpoint = fitted(checkpoint, network.state_dict())
     load_state(network, checkpoint.state, where=f"{str(checkpoint.path)!r}")
     names = {name: checkpoint.stripped + name for name in checkpoint.state}
@@ -191,14 +199,12 @@ def model_from(
     return network
 
 
-def network_for(
-    checkpoint: BaseCheckpoint, *, model: str | None = None, model_args: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """The network of a checkpoint that was read, with the weights of seed 0; arguments and errors as `load_base`.
+def network_for(checkpoint: BaseCheckpoint) -> nn.Module:
+    """Build the network of a checkpoint with the weights of seed 0; errors as `load_base`.
 
-    The file's own options belong to the network that it names: with another ``model`` they are not used.
+    The file's own options belong to the network that the file names: they are not used for another ``model``.
     """
-    where = f"{str(checkpoint.path)!r}"
+    where, model, model_args = f"{str(checkpoint.path)!r}", checkpoint.model, checkpoint.model_args
     if model is None and checkpoint.network is None:
         raise UnknownNameError(
             f"{where} does not say which network it is for",

@@ -56,10 +56,8 @@ def verify(
 
     if dataset is not None and samples is not None:
         raise click.UsageError("--dataset and --random exclude each other")
-    before, after = loraio.read_base(base), loraio.read_base(merged)
-    loaded = load_for(
-        adapter, base, model=model, model_args=model_args, alpha=alpha, allow_base_mismatch=allow_base_mismatch
-    )
+    before, after = loraio.read_base(base).for_network(model, model_args), loraio.read_base(merged)
+    loaded = load_for(adapter, before, alpha=alpha, allow_base_mismatch=allow_base_mismatch)
     before, after = (fitted(checkpoint, loaded.targets) for checkpoint in (before, after))
     _output.note_stripped(before.stripped, as_json=as_json)
     if model_args is not None and model is None and before.network is None:
@@ -71,7 +69,7 @@ def verify(
         loaded,
         after.state,
         strength,
-        model=network_for(before, model=model, model_args=model_args) if named else None,
+        model=network_for(before) if named else None,
         inputs=inputs,
         samples=samples or 256,
         seed=seed,

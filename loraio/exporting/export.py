@@ -151,8 +151,8 @@ def export(
         for package in ONNX_PACKAGES:
             _package(package)
     check_output(output, overwrite=overwrite, inputs=checkpoint_files(checkpoint))
-    read = read_base(checkpoint)
-    network = model_from(read, model=model, model_args=model_args)
+    read = read_base(checkpoint).for_network(model, model_args)
+    network = model_from(read)
     shape = _shape_of(network, input_shape)
     dtype = next((tensor.dtype for tensor in network.parameters() if tensor.dtype in RTOL), torch.float32)
     if suffix == ".onnx":

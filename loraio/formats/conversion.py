@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter
-from loraio.bases.checkpoints import load_base
+from loraio.bases.checkpoints import BaseCheckpoint, load_base, model_from
 from loraio.bases.identity import check_base
 from loraio.bases.networks import build_network, is_own_code, resize_heads
 from loraio.errors import AdapterError, ConfigError, LoraioError, OutputError
@@ -131,7 +131,7 @@ def convert(
     mismatch = check_base(adapter, state, allow_mismatch=allow_base_mismatch) if state is not None else ()
     encoded = None
     if dialect is not None:
-        shown = network if network is not None else network_of(adapter, model=model, model_args=model_args)
+        shown = network if network is not None else network_for_adapter(adapter, model=model, model_args=model_args)
         encoded = dialect.encode(adapter, network=shown, state=state, options=options)
     made = Conversion(
         source=found.dialect.name if found.dialect is not None else "native",
@@ -164,7 +164,7 @@ def _check(options: Options, to: str) -> None:
         raise ConfigError(f"{to} has no prefix to choose", hint=f"--to {' or '.join(PREFIXED)}")
 
 
-def network_of(
+def network_for_adapter(
     adapter: Adapter, *, model: str | None = None, model_args: Mapping[str, Any] | None = None
 ) -> nn.Module | None:
     """The network that an adapter is for, by the name it states or the one given, with weights that mean nothing.
@@ -188,14 +188,12 @@ def network_of(
 
 def load_for(
     path: str | os.PathLike[str],
-    base: str | os.PathLike[str],
+    base: BaseCheckpoint,
     *,
-    model: str | None = None,
-    model_args: Mapping[str, Any] | None = None,
     alpha: int | float | None = None,
     allow_base_mismatch: bool = False,
 ) -> Adapter:
-    """As `loraio.load`, for a base checkpoint that is read only where the adapter's dialect needs it.
+    """Load an adapter for a base checkpoint; the base's network is built only where the adapter's dialect needs it.
 
     Raises:
         LoraioError: as `loraio.load` and `loraio.load_base`.
@@ -203,7 +201,7 @@ def load_for(
     if dialects.identify(path).dialect is None:
         return dialects.load(path)
     try:
-        network = load_base(base, model=model, model_args=model_args)
+        network = model_from(base)
     except LoraioError as error:
         raise AdapterError(
             f"an adapter of another tool needs the base's network: {error.message}", where=error.where, hint=error.hint

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import loraio
 from loraio.adapter.adapter import Adapter, check_strength
 from loraio.bases.checkpoints import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.bases.identity import check_base, state_sha256
@@ -54,6 +53,7 @@ from loraio.merging.streaming import (
     write_tensors,
 )
 from loraio.merging.weight_check import FoldCheck, WeightReport
+from loraio.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +150,7 @@ def merge_file(
     checkpoint, headers = (read_base(base), ()) if is_pickle(base) else scan_base(base)
     loaded = load_for(
         adapter,
-        base,
-        model=model,
-        model_args=model_args,
+        checkpoint.for_network(model, model_args),
         alpha=alpha,
         allow_base_mismatch=allow_base_mismatch
         or bool(checkpoint.receipts),  # which explain it, or it is refused below
@@ -623,7 +621,7 @@ class _Merge:
             "adapter_sha256": state_sha256(self.adapter.all_tensors),
             "base_sha256": self.base_sha256 or self.adapter.base.sha256,
             "exact": self.exact,
-            "loraio": loraio.__version__,
+            "loraio": __version__,
             "parts": list(self.groups),
             "strength": self.strength,
             "stripped": self.checkpoint.stripped,

@@ -119,6 +119,7 @@ def unmerge_file(
     if is_pickle(merged):
         raise FormatError(f"{os.fspath(merged)!r} is a pickle, which has no receipts")
     checkpoint, headers = scan_base(merged)
+    checkpoint = checkpoint.for_network(model, model_args)
     receipts = checkpoint.receipts
     if not receipts:
         raise FormatError(
@@ -139,9 +140,7 @@ def unmerge_file(
         else:
             loaded = load_for(
                 adapter or "",
-                merged,
-                model=model,
-                model_args=model_args,
+                checkpoint,
                 alpha=alpha,
                 allow_base_mismatch=True,  # it is made for what comes out
             )

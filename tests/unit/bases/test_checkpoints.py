@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import loraio
-from loraio.bases import identity
+from loraio.bases import checkpoints, identity, networks
 from loraio.bases.checkpoints import fitted, stripped_of
 from loraio.bases.networks import NETWORKS, network_args_of
 from loraio.errors import (
@@ -34,7 +34,7 @@ def test_every_network_takes_its_input_shape_and_gives_its_classes(name: str) ->
     network = NETWORKS[name]
     model = loraio.build_network(name, seed=0)
     assert not model.training
-    assert loraio.bases.network_of(model) == name
+    assert networks.network_of(model) == name
     with torch.no_grad():
         assert model(torch.rand(2, *network.input_shape)).shape == (2, network.classes)
 
@@ -73,7 +73,7 @@ def test_a_saved_base_comes_back_with_its_network_and_bits(trained_base: nn.Modu
     loraio.save_base(trained_base, path, training={"note": 1})
     model = loraio.load_base(path)
     assert not model.training
-    assert loraio.bases.network_of(model) == "digit-cnn"
+    assert networks.network_of(model) == "digit-cnn"
     state, expected = model.state_dict(), trained_base.state_dict()
     assert list(state) == list(expected)
     assert all(state[name].equal(expected[name]) for name in expected)
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_does_not_fit_lists_every_difference_and_changes_nothi
     state["conv_1.weight"] = state.pop("conv1.weight")
     state["fc.bias"] = torch.zeros(11)
     with pytest.raises(BaseMismatchError) as caught:
-        loraio.bases.load_state(base, state, where="here")
+        checkpoints.load_state(base, state, where="here")
     assert len(caught.value.problems) == 3
     text = str(caught.value)
     assert "'conv1.weight' is missing; did you mean 'conv_1.weight'?" in text
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_does_not_fit_lists_every_difference_and_changes_nothi
 
 def test_loading_copies_so_that_later_training_does_not_reach_the_state_dict(base: nn.Module) -> None:
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    loraio.bases.load_state(base, state)
+    checkpoints.load_state(base, state)
     with torch.no_grad():
         base.fc.bias.add_(1)  # type: ignore[union-attr, operator]
     assert not base.fc.bias.equal(state["fc.bias"])  # type: ignore[union-attr, operator, arg-type]
@@ -194,7 +194,7 @@ def test_a_model_that_is_no_longer_its_network_is_not_saved_under_its_name(base:
 def test_whole_numbers_for_weights_are_refused(base: nn.Module) -> None:
     state = {name: tensor.int() for name, tensor in base.state_dict().items()}
     with pytest.raises(BaseMismatchError, match=r"int32, the network has torch\.float32"):
-        loraio.bases.load_state(base, state)
+        checkpoints.load_state(base, state)
 
 
 def test_receipts_that_are_no_list_of_objects_are_refused(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_prefix_of_some_names_stays(tmp_path: Path) -> None:
 
 def test_names_of_our_own_files_are_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"
-    loraio.bases.write_base({"model.a": torch.zeros(1)}, path, network=None)
+    checkpoints.write_base({"model.a": torch.zeros(1)}, path, network=None)
     assert loraio.read_base(path).stripped == ""
 
 
@@ -399,13 +399,13 @@ class Tied(nn.Module):
 
 def test_weights_that_are_one_stay_one_when_a_checkpoint_is_loaded() -> None:
     model, state = Tied(), Tied().state_dict()
-    loraio.bases.load_state(model, state)
+    checkpoints.load_state(model, state)
     assert model.a.weight is model.b.weight
     assert model.a.weight.equal(state["a.weight"])
     assert [name for name, _ in model.named_parameters()] == ["a.weight", "a.bias"]
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(BaseMismatchError, match=r"'b\.weight' and 'a\.weight' are one tensor in the network, and two"):
-        loraio.bases.load_state(model, {**state, "b.weight": state["b.weight"] + 1})
+        checkpoints.load_state(model, {**state, "b.weight": state["b.weight"] + 1})
     assert all(model.state_dict()[name].equal(kept[name]) for name in kept)
 
 
