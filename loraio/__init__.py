@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraio.exporting.export import Exported, ExportedOutput, export
     from loraio.formats.checking import Checked, check
     from loraio.formats.conversion import Conversion, convert
-    from loraio.formats.dialects import load, save
+    from loraio.formats.loading import load, save
     from loraio.formats.pack import pack, unpack
     from loraio.live.attachment import Attachment, adapter_from, attach, attachment_of
     from loraio.live.base_state import base_state_dict
@@ -51,7 +51,7 @@ _PLACES = {
     "errors": ("LoraioError",),
     "exporting.export": ("Exported", "ExportedOutput", "export"),
     "merging.on_files": ("MergedFile", "merge_file"),
-    "formats.dialects": ("load", "save"),
+    "formats.loading": ("load", "save"),
     "formats.pack": ("pack", "unpack"),
     "merging.effect": ("MergeEffect", "merge_effect"),
     "merging.in_memory": ("merge",),

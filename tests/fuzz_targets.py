@@ -26,11 +26,12 @@ from loraio.errors import LoraioError
 from loraio.files import pickles, sharded, strictjson, tensorfile
 from loraio.files.tensorfile import DTYPE_BITS, METADATA_KEY, Header
 from loraio.formats import dialects
-from loraio.formats.foreign import Options, bind
+from loraio.formats.binding import bind
+from loraio.formats.foreign import Options
 from loraio.formats.native import read_metadata
 from loraio.formats.pack import check_index, is_pack
 from loraio.formats.patterns import Budget, Pattern
-from loraio.formats.sources import Source, source_of
+from loraio.formats.sources import Source, open_source, source_of
 
 ANYWHERE = Path("some.safetensors")
 
@@ -159,7 +160,7 @@ def pickled(data: bytes) -> None:
     path = FOLDER / "some.pt"
     path.write_bytes(data)
     with contextlib.suppress(LoraioError):
-        foreign(dialects.open_source(path))
+        foreign(open_source(path))
         pickles.read_pickle(path)
 
 

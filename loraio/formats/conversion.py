@@ -16,7 +16,7 @@ from loraio.errors import AdapterError, ConfigError, LoraioError, OutputError
 from loraio.files.atomic import check_output
 from loraio.files.pickles import PICKLE_SUFFIXES
 from loraio.files.sharded import checkpoint_files
-from loraio.formats import dialects
+from loraio.formats import dialects, loading
 from loraio.formats.dialects import DIALECTS
 from loraio.formats.foreign import Options
 from loraio.formats.report import Report
@@ -127,7 +127,7 @@ def convert(
     found = dialects.identify(path)
     network = load_base(base, model=model, model_args=model_args) if base is not None else None
     state = None if network is None else network.state_dict()
-    adapter, read = dialects.load_reported(path, base=network, options=options)
+    adapter, read = loading.load_reported(path, base=network, options=options)
     mismatch = check_base(adapter, state, allow_mismatch=allow_base_mismatch) if state is not None else ()
     encoded = None
     if dialect is not None:
@@ -147,9 +147,9 @@ def convert(
     inputs = [*adapter_files(path), *(checkpoint_files(base) if base is not None else ())]
     if dialect is None or encoded is None:
         check_output(output, overwrite=overwrite, inputs=inputs)
-        dialects.save(adapter, output, overwrite=overwrite)
+        loading.save(adapter, output, overwrite=overwrite)
     else:
-        dialects.write(dialect, encoded, output, overwrite=overwrite, inputs=inputs)
+        loading.write(dialect, encoded, output, overwrite=overwrite, inputs=inputs)
     return replace(made, done=True)
 
 
@@ -199,11 +199,11 @@ def load_for(
         LoraioError: as `loraio.load` and `loraio.load_base`.
     """
     if dialects.identify(path).dialect is None:
-        return dialects.load(path)
+        return loading.load(path)
     try:
         network = model_from(base)
     except LoraioError as error:
         raise AdapterError(
             f"an adapter of another tool needs the base's network: {error.message}", where=error.where, hint=error.hint
         ) from error
-    return dialects.load(path, base=network, alpha=alpha, allow_base_mismatch=allow_base_mismatch)
+    return loading.load(path, base=network, alpha=alpha, allow_base_mismatch=allow_base_mismatch)

@@ -6,33 +6,21 @@ is what every dialect writes.
 
 from __future__ import annotations
 
-import io
-import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from loraio.adapter import Adapter
-from loraio.errors import ConfigError, FormatError
-from loraio.files import tensorfile
-from loraio.files.atomic import staged, staged_folder
-from loraio.files.names import refuse_link
+from loraio.errors import FormatError
 from loraio.formats.diffusers import Diffusers
-from loraio.formats.foreign import Dialect, Encoded, Options, bind
+from loraio.formats.foreign import Dialect
 from loraio.formats.kohya import Kohya
 from loraio.formats.loralib import Loralib
 from loraio.formats.lycoris import Lycoris
 from loraio.formats.minlora import MinLora
 from loraio.formats.native import Native
 from loraio.formats.peft import Peft
-from loraio.formats.report import Report
-from loraio.formats.sources import CONFIG, WEIGHTS, Source, is_adapter_folder, open_source, source_of
+from loraio.formats.sources import Source, is_adapter_folder, open_source
 from loraio.formats.torchtune import Torchtune
-
-if TYPE_CHECKING:
-    from torch import nn
 
 NATIVE = Native()
 
@@ -73,7 +61,7 @@ def identify(path: str | os.PathLike[str]) -> Found:
     source = open_source(path)
     found = recognised(source)
     if found is None:
-        raise FormatError(f"{str(path)!r} is not an adapter but {_otherwise(source)}")
+        raise FormatError(f"{str(path)!r} is not an adapter but {otherwise(source)}")
     return found
 
 
@@ -99,7 +87,7 @@ def recognised(source: Source) -> Found | None:
     return None
 
 
-def _otherwise(source: Source) -> str:
+def otherwise(source: Source) -> str:
     document = source.header.document() if source.header is not None else None
     if document is not None and "pack" in document:
         return "a pack of them"
@@ -107,144 +95,3 @@ def _otherwise(source: Source) -> str:
         return "a base model"
     first = next(iter(source.tensors), None)
     return "a file without loraio metadata" + (f", and {first!r} is no adapter's key" if first is not None else "")
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    base: nn.Module | None = None,
-    alpha: int | float | None = None,
-    enable_lora: Sequence[bool] | None = None,
-    allow_base_mismatch: bool = False,
-) -> Adapter:
-    """Read an adapter file or folder of any dialect, whole and checked, onto the CPU.
-
-    Args:
-        path: the file; of a PEFT adapter the folder.
-        base: the network with the base's weights, from `loraio.load_base` for example. Files of other tools need it:
-            they do not say which layers they are for. Files of ours do not, and pass over it.
-        alpha: of every layer, where a file of another tool does not say it.
-        enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
-        allow_base_mismatch: go on where a file that loraio wrote for another tool was made for another base than this:
-            where values or dtypes are others; names and shapes must fit. A file of another tool does not know its base,
-            and of a file of ours it is asked where the adapter is used.
-
-    Raises:
-        MissingFileError: no such file.
-        FormatError: its bytes are not what the format says, or it is no adapter.
-        AdapterError: what it says contradicts itself or cannot be held here, or a factor holds NaN or infinity.
-        BaseMismatchError: layers of a file of another tool are not in the base; all are listed. Or it was written by
-            loraio, for another base.
-        ConfigError: a file of another tool, and no base.
-    """
-    options = Options(alpha=alpha, enable_lora=enable_lora, allow_base_mismatch=allow_base_mismatch)
-    adapter, _ = load_reported(path, base=base, options=options)
-    return adapter
-
-
-def load_reported(
-    path: str | os.PathLike[str], *, base: nn.Module | None, options: Options
-) -> tuple[Adapter, Report | None]:
-    """As `load`, and what became of every tensor and setting; None of a file of ours, of which all is kept."""
-    found = identify(path)
-    if found.dialect is None:
-        assert found.source.header is not None
-        return NATIVE.read(found.source.header), None
-    if base is None:
-        raise ConfigError(
-            f"{str(path)!r} is a {found.dialect.name} adapter, which does not say what it is for",
-            hint="--base BASE (base=loraio.load_base(..) in Python), the model that it was trained on",
-        )
-    return bind(found.dialect, found.source, base, options)
-
-
-def load_bytes(data: bytes, path: str | os.PathLike[str]) -> Adapter:
-    """As `load`, of a whole adapter file of ours in memory.
-
-    Args:
-        data: all bytes of the file.
-        path: where they are from, for errors only.
-
-    Raises:
-        FormatError, AdapterError: as `load`.
-    """
-    header = tensorfile.parse_file(data, path)
-    if NATIVE.detect(header):
-        return NATIVE.read(header)
-    source = source_of(header)
-    found = recognised(source)
-    if found is None or found.dialect is None:
-        raise FormatError(f"{str(path)!r} is not an adapter but {_otherwise(source)}")
-    raise FormatError(
-        f"{str(path)!r} is a {found.dialect.name} adapter, not one of ours", hint="`loraio convert --to native` first"
-    )
-
-
-def save(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write an adapter in the native format, atomically; the same adapter always gives the same bytes.
-
-    Args:
-        adapter: any device.
-        path: the safetensors file to make.
-        overwrite: replace an existing file.
-
-    Raises:
-        OutputExistsError: the file exists and ``overwrite`` is false.
-        OutputError: the system refused to write.
-    """
-    NATIVE.write(adapter, path, overwrite=overwrite)
-
-
-def write(
-    dialect: Dialect,
-    encoded: Encoded,
-    path: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    inputs: Sequence[str | os.PathLike[str]] = (),
-) -> None:
-    """Write an adapter in the dialect of another tool; the same adapter always gives the same bytes.
-
-    It is written whole or not at all; of a folder see `loraio.files.atomic.staged_folder`, the configuration comes
-    last.
-
-    Args:
-        dialect: of the tool.
-        encoded: what it made of the adapter.
-        path: the file or folder to make.
-        overwrite: replace existing files.
-        inputs: files that the output must not be.
-
-    Raises:
-        OutputExistsError: a file is there already and ``overwrite`` is false.
-        OutputError: the system refused to write.
-    """
-
-    def write_weights(file: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]] = ()) -> None:
-        tensorfile.write(
-            encoded.tensors,
-            file,
-            document=encoded.document,
-            metadata=encoded.metadata,
-            overwrite=overwrite,
-            inputs=inputs,
-        )
-
-    if dialect.container == "pickle":
-        import torch
-
-        buffer = io.BytesIO()
-        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in encoded.tensors.items()}, buffer)
-        with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-        return
-    if dialect.container == "safetensors":
-        write_weights(path, inputs)
-        return
-    files = (WEIGHTS[0], CONFIG)
-    for name in files:
-        refuse_link(Path(path) / name)
-    text = json.dumps(encoded.config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    with staged_folder(path, files, last=CONFIG, overwrite=overwrite, inputs=inputs) as temporary:
-        write_weights(temporary / WEIGHTS[0])
-        (temporary / CONFIG).write_text(text, encoding="utf-8")

@@ -15,20 +15,12 @@ from loraio.adapter import Adapter
 from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError, FormatError
 from loraio.files.strictjson import parse_json
-from loraio.formats.foreign import (
-    ORIGIN,
-    Encoded,
-    Factors,
-    Foreign,
-    ForeignLayer,
-    Options,
-    carried_lines,
-    exported_document,
-    is_pipeline,
-    origin_of,
-)
+from loraio.formats.exported import ORIGIN, carried_lines, exported_document, origin_of
+from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.patterns import PatternTable
-from loraio.formats.peft import MEANT, PEFT, layer_of, refused_settings, tables_of, unmatched
+from loraio.formats.peft import PEFT
+from loraio.formats.peft_config import MEANT, layer_of, refused_settings, tables_of, unmatched
+from loraio.formats.pitfalls import is_pipeline
 from loraio.formats.report import Report, settings, tensors
 from loraio.formats.sources import Source
 from loraio.registry import known, lookup

@@ -17,21 +17,9 @@ from loraio.adapter.layers import TargetModule, target_modules
 from loraio.errors import AdapterError
 from loraio.files import tensorfile
 from loraio.files.tensorfile import METADATA_KEY
-from loraio.formats.foreign import (
-    ORIGIN,
-    Added,
-    Encoded,
-    Factors,
-    Foreign,
-    ForeignLayer,
-    Options,
-    carried_lines,
-    exported_document,
-    is_pipeline,
-    misuse,
-    origin_of,
-    passed_over,
-)
+from loraio.formats.exported import ORIGIN, carried_lines, exported_document, origin_of
+from loraio.formats.foreign import Added, Encoded, Factors, Foreign, ForeignLayer, Options
+from loraio.formats.pitfalls import is_pipeline, misuse, passed_over
 from loraio.formats.products import alpha_at, relative_error, with_core
 from loraio.formats.report import Line, Report, settings, tensors
 from loraio.formats.sources import Source

@@ -21,7 +21,7 @@ from loraio.bases.identity import BaseIdentity, identity_of
 from loraio.bases.writes import WeakModelMark
 from loraio.errors import ConfigError, FormatError, LoraioError, MissingFileError, ShapeError, StateError
 from loraio.files.names import name_clashes, normal_form
-from loraio.formats.dialects import load_bytes
+from loraio.formats.loading import load_bytes
 from loraio.formats.pack import SUFFIX, Pack, listed_files, read_index, read_member, read_range, stamp_of
 from loraio.live.attachment import Attachment, attach, attachment_of
 from loraio.live.base_state import base_state_dict, refuse_attached

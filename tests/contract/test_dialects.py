@@ -15,9 +15,9 @@ from loraio.adapter import Adapter
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
 from loraio.errors import AdapterError, ConfigError
-from loraio.formats import dialects
-from loraio.formats.dialects import DIALECTS, Dialect
-from loraio.formats.foreign import Options
+from loraio.formats import dialects, loading
+from loraio.formats.dialects import DIALECTS
+from loraio.formats.foreign import Dialect, Options
 from loraio.formats.report import FATES
 
 LAYERS: dict[str, nn.Module] = {
@@ -70,7 +70,7 @@ def written(dialect: Dialect, adapter: Adapter, model: nn.Module, path: Path) ->
     """The file or folder of that name; what ``torch.save`` makes is only read under a name of its own."""
     path = path.with_suffix(".pt") if dialect.container == "pickle" else path
     encoded = dialect.encode(adapter, network=model, state=model.state_dict(), options=OPTIONS)
-    dialects.write(dialect, encoded, path)
+    loading.write(dialect, encoded, path)
     return path
 
 
@@ -96,7 +96,7 @@ def test_what_a_dialect_holds_comes_back_to_the_bit(dialect: Dialect, layer: str
     found = dialects.identify(path)
     assert found.dialect is dialect
     assert found.reason
-    again, report = dialects.load_reported(path, base=model, options=OPTIONS)
+    again, report = loading.load_reported(path, base=model, options=OPTIONS)
     expected, merged = (loraio.merge(model.state_dict(), one) for one in (adapter, again))
     assert any(not merged[name].equal(tensor) for name, tensor in model.state_dict().items())
     assert all(merged[name].equal(tensor) for name, tensor in expected.items())
@@ -116,10 +116,10 @@ def test_two_conversions_of_one_adapter_have_the_same_bytes(
     path = written(dialect, adapter, model, tmp_path / "out")
     first = files_in(path)
     (tmp_path / "other").mkdir()
-    again, _ = dialects.load_reported(path, base=model, options=OPTIONS)
+    again, _ = loading.load_reported(path, base=model, options=OPTIONS)
     assert files_in(written(dialect, adapter, model, tmp_path / "other/out")) == first
     third = written(dialect, again, model, tmp_path / "third")
-    dialects.load_reported(third, base=model, options=OPTIONS)
+    loading.load_reported(third, base=model, options=OPTIONS)
     assert {name.replace("third", "out") for name in files_in(third)} == set(first)
 
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import loraio
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, FormatError, LoraioError
-from loraio.formats import dialects
+from loraio.formats import loading
 from loraio.formats.diffusers import Diffusers
-from loraio.formats.foreign import ORIGIN, Options
+from loraio.formats.exported import ORIGIN
+from loraio.formats.foreign import Options
 from loraio.formats.report import Report
 
 ULP = 16
@@ -90,7 +91,7 @@ def ours(base: nn.Module, **settings: Any) -> Adapter:
 
 def written(adapter: Adapter, base: nn.Module, path: Path, **options: Any) -> Report:
     encoded = DIFFUSERS.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))
-    dialects.write(DIFFUSERS, encoded, path)
+    loading.write(DIFFUSERS, encoded, path)
     return encoded.report
 
 
@@ -190,7 +191,7 @@ def test_files_of_every_era_give_its_outputs_here(
             tensors[f"unet.{start}.alpha"] = torch.tensor(5.0)
             given[f"{path}.alpha"] = 5.0
     save_file(tensors, tmp_path / "file")
-    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=Options())
+    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options())
     theirs = loaded(
         base, plain, **({"network_alphas": {f"unet.{key}": value for key, value in given.items()}} if alphas else {})
     )

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 import loraio
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError, FormatError, LoraioError
-from loraio.formats import dialects
-from loraio.formats.foreign import ORIGIN, Options
+from loraio.formats import loading
+from loraio.formats.exported import ORIGIN
+from loraio.formats.foreign import Options
 from loraio.formats.kohya import Kohya, hashes
 from loraio.formats.report import Report
 
@@ -146,7 +147,7 @@ def ours(base: nn.Module, **settings: Any) -> Adapter:
 
 def written(adapter: Adapter, base: nn.Module, path: Path, **options: Any) -> Report:
     encoded = KOHYA.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))
-    dialects.write(KOHYA, encoded, path)
+    loading.write(KOHYA, encoded, path)
     return encoded.report
 
 
@@ -162,7 +163,7 @@ def test_its_files_give_its_outputs_here(
     mid: bool, alpha: float | None, base: nn.Module, x: Tensor, tmp_path: Path
 ) -> None:
     tensors = random_file(base, tmp_path / "file", mid=mid, alpha=alpha)
-    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=Options())
+    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options())
     expected = attached(base, tensors)(x)
     assert not close(base(x), expected)
     with loraio.attach(base, adapter):
@@ -180,7 +181,7 @@ def test_cores_whose_products_need_no_rounding_are_exact(base: nn.Module, tmp_pa
     tensors = random_file(base, tmp_path / "file", mid=True)
     tensors = {key: value.mul(4).round() for key, value in tensors.items()}
     save_file(tensors, tmp_path / "file")
-    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=Options())
+    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options())
     assert report is not None
     lines = {line.name: line.how for line in report.lines}
     assert lines["lora_unet_conv_in.lora_mid.weight"].endswith("without rounding")

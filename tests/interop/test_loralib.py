@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import loraio
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError
-from loraio.formats import dialects
+from loraio.formats import loading
 from loraio.formats.foreign import Options
 from loraio.formats.loralib import Loralib
 
@@ -139,7 +139,7 @@ def test_what_loralib_trained_gives_its_outputs_here(bias: str, tmp_path: Path) 
     if bias == "lora_only":  # its own function leaves these out, because it looks for them elsewhere
         saved |= {f"{name}.bias": net.state_dict()[f"{name}.conv.bias"] for name in ("conv", "halves")}
     torch.save(saved, tmp_path / "theirs.pt")
-    adapter, report = dialects.load_reported(
+    adapter, report = loading.load_reported(
         tmp_path / "theirs.pt", base=base, options=Options(alpha=ALPHA, enable_lora=FLAGS)
     )
     assert report is not None
@@ -173,7 +173,7 @@ def test_what_we_write_gives_our_outputs_in_loralib(tmp_path: Path) -> None:
     adapter = random_adapter(base, "all")
     dialect = Loralib()
     encoded = dialect.encode(adapter, network=None, state=None, options=Options())
-    dialects.write(dialect, encoded, tmp_path / "ours.pt")
+    loading.write(dialect, encoded, tmp_path / "ours.pt")
     loaded = torch.load(tmp_path / "ours.pt", weights_only=True)
     kernels = {name: sizes[2] for name, (sizes, _) in CONVOLUTIONS.items()}
     ranks = {key[:-7]: len(A) // kernels.get(key[:-7], 1) for key, A in loaded.items() if key.endswith(".lora_A")}
@@ -194,7 +194,7 @@ def test_there_and_back_gives_our_own_pairs(tmp_path: Path) -> None:
     adapter = random_adapter(base, "all")
     dialect = Loralib()
     for name in ("one.pt", "two.pt"):
-        dialects.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
+        loading.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
     again = loraio.load(tmp_path / "one.pt", base=base, alpha=ALPHA)
     for name, target in again.targets.items():
@@ -211,7 +211,7 @@ def test_many_groups_take_no_memory_that_grows_with_their_square(tmp_path: Path)
     base = nn.Sequential(nn.Conv2d(384, 384, 3, groups=384, bias=False))
     adapter = random_adapter(base, "all")
     encoded = Loralib().encode(adapter, network=None, state=None, options=Options())
-    dialects.write(Loralib(), encoded, tmp_path / "ours.pt")
+    loading.write(Loralib(), encoded, tmp_path / "ours.pt")
     again = loraio.load(tmp_path / "ours.pt", base=base, alpha=ALPHA)
     assert again.targets["0.weight"].rank == 2
     expected, merged = (loraio.merge(base.state_dict(), one)["0.weight"] for one in (adapter, again))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import loraio
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError
-from loraio.formats import dialects
+from loraio.formats import loading
 from loraio.formats.foreign import Options
 from loraio.formats.lycoris import Lycoris
 from loraio.formats.report import Report
@@ -106,7 +106,7 @@ def ours(base: nn.Module, *targets: str, **settings: Any) -> Adapter:
 
 def written(adapter: Adapter, base: nn.Module, path: Path, **options: Any) -> Report:
     encoded = LYCORIS.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))
-    dialects.write(LYCORIS, encoded, path)
+    loading.write(LYCORIS, encoded, path)
     return encoded.report
 
 
@@ -163,7 +163,7 @@ def test_a_product_is_exact_at_the_rank_of_its_structure(
         loraio.load(tmp_path / "file", base=base)
     assert "--approximate" in str(caught.value)
     options = Options(approximate=True, rank=1000)
-    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=options)
+    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=options)
     assert report is not None
     assert {line.fate for line in report.lines if line.what == "tensor" and not line.name.endswith("alpha")} == {
         "changed"
@@ -176,7 +176,7 @@ def test_a_product_is_exact_at_the_rank_of_its_structure(
 def test_the_error_of_an_approximation_is_the_one_that_it_has(base: nn.Module, tmp_path: Path) -> None:
     trained(base, tmp_path / "file", algo="loha")
     exact, rough = (
-        dialects.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=rank))
+        loading.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=rank))
         for rank in (1000, None)
     )
     assert rough[1] is not None
@@ -194,7 +194,7 @@ def test_the_error_of_an_approximation_is_the_one_that_it_has(base: nn.Module, t
 
 def test_a_whole_change_may_be_approximated_too(base: nn.Module, tmp_path: Path) -> None:
     trained(base, tmp_path / "file", algo="full")
-    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=2))
+    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=2))
     assert adapter.targets["mid.fc.weight"].rank == 2
     assert report is not None
     assert any("approximated at rank 2" in line.how for line in report.lines)

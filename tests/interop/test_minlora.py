@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import loraio
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError
-from loraio.formats import dialects
+from loraio.formats import dialects, loading
 from loraio.formats.foreign import Options
 from loraio.formats.minlora import MinLora
 
@@ -162,7 +162,7 @@ def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, t
     adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
     dialect = MinLora()
     for name in ("one.pt", "two.pt"):
-        dialects.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
+        loading.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
     net = adapted(base, 2)
     loaded = net.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True), strict=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import loraio
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError
-from loraio.formats import dialects
+from loraio.formats import loading
 from loraio.formats.foreign import Options
 from loraio.formats.peft import Peft
 
@@ -121,7 +121,7 @@ def test_what_we_write_gives_our_outputs_in_peft(
 ) -> None:
     trained(base, tmp_path / "peft", r=3, **settings)
     adapter = loraio.load(tmp_path / "peft", base=base)
-    dialects.write(
+    loading.write(
         PEFT, PEFT.encode(adapter, network=base, state=base.state_dict(), options=Options()), tmp_path / "ours"
     )
     with warnings.catch_warnings():
@@ -136,7 +136,7 @@ def test_a_round_trip_keeps_the_bytes(settings: dict[str, Any], base: nn.Module,
     trained(base, tmp_path / "peft", r=3, **settings)
     adapter = loraio.load(tmp_path / "peft", base=base)
     for name in ("one", "two"):
-        dialects.write(
+        loading.write(
             PEFT, PEFT.encode(adapter, network=base, state=base.state_dict(), options=Options()), tmp_path / name
         )
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -169,11 +169,11 @@ def test_an_adapter_of_one_projection_alone_is_completed(base: nn.Module, tokens
         adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
         encoded = PEFT.encode(adapter, network=base, state=None, options=Options())
         folder = tmp_path / targets[0].strip("*")
-        dialects.write(PEFT, encoded, folder)
+        loading.write(PEFT, encoded, folder)
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
         with loraio.attach(base, adapter):
             assert close(theirs(tokens), base(tokens))
-        again, _ = dialects.load_reported(folder, base=base, options=Options())
+        again, _ = loading.load_reported(folder, base=base, options=Options())
         merged, remerged = (loraio.merge(base.state_dict(), one) for one in (adapter, again))
         assert all(merged[name].equal(remerged[name]) for name in merged)
 
@@ -188,7 +188,7 @@ def test_a_bias_that_peft_passes_over_is_said_and_left_out(base: nn.Module, toke
     with pytest.raises(AdapterError, match="lora_bias is not set: PEFT would pass over it") as caught:
         loraio.load(folder, base=base)
     assert "base_model.model.fc.lora_B.bias" in str(caught.value)
-    adapter, report = dialects.load_reported(folder, base=base, options=Options(lossy=True))
+    adapter, report = loading.load_reported(folder, base=base, options=Options(lossy=True))
     assert report is not None
     assert [line.name for line in report.lost] == [f"base_model.model.{path}.lora_B.bias" for path in ("c1", "fc")]
     assert not adapter.whole
@@ -215,7 +215,7 @@ def test_an_adapter_of_our_own_gives_its_outputs_in_peft(
     tensors = {name: tensor + 1 for name, tensor in fresh.tensors.items()}
     adapter = Adapter(targets=fresh.targets, factors=moved, base=fresh.base, whole=fresh.whole, tensors=tensors)
     encoded = PEFT.encode(adapter, network=base, state=base.state_dict(), options=Options())
-    dialects.write(PEFT, encoded, tmp_path / "ours")
+    loading.write(PEFT, encoded, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
     with loraio.attach(base, adapter):
         assert close(theirs(tokens), base(tokens))

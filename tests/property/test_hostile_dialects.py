@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loraio.errors import LoraioError
-from loraio.formats import dialects
+from loraio.formats import loading
 from loraio.formats.foreign import Options
 
 SLOTS = [
@@ -64,7 +64,7 @@ def base() -> nn.Module:
 def read(shapes_of: Mapping[str, tuple[int, ...]], path: Path) -> None:
     save_file({name: torch.ones(shape) for name, shape in shapes_of.items()}, path)
     try:
-        _, report = dialects.load_reported(path, base=base(), options=Options(approximate=True, lossy=True))
+        _, report = loading.load_reported(path, base=base(), options=Options(approximate=True, lossy=True))
     except LoraioError:  # anything else is a failure
         return
     assert report is not None

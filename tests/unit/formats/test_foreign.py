@@ -25,8 +25,9 @@ from loraio.errors import (
     OutputError,
     StateError,
 )
-from loraio.formats import dialects
-from loraio.formats.foreign import ORIGIN, Options
+from loraio.formats import dialects, loading
+from loraio.formats.exported import ORIGIN
+from loraio.formats.foreign import Options
 from loraio.formats.peft import Peft
 from loraio.formats.report import Report
 from loraio.formats.sources import open_source
@@ -83,7 +84,7 @@ def write(tmp_path: Path) -> Write:
 
 def refusal(path: Path, base: nn.Module, error: type[LoraioError] = AdapterError, **options: Any) -> str:
     with pytest.raises(error) as caught:
-        dialects.load_reported(path, base=base, options=Options(**options))
+        loading.load_reported(path, base=base, options=Options(**options))
     return str(caught.value)
 
 
@@ -197,7 +198,7 @@ def test_a_missing_alpha_has_to_be_given(write: Write, base: nn.Module) -> None:
 
 def test_a_given_alpha_scales_a_bias_beside_the_factors_too(write: Write, base: nn.Module) -> None:
     path = write(fc_tensors(**{"fc.lora_B.bias": torch.arange(6.0)}), lora_bias=True, lora_alpha=None)
-    adapter, report = dialects.load_reported(path, base=base, options=Options(alpha=6))
+    adapter, report = loading.load_reported(path, base=base, options=Options(alpha=6))
     assert adapter.tensors["fc.bias"].equal((base.fc.bias.double() + 3 * torch.arange(6.0)).float())  # type: ignore[union-attr,operator]
     assert report is not None
     assert "setting alpha: changed, 6 as given, the file does not say it" in map(str, report.lines)
@@ -219,7 +220,7 @@ def test_patterns_are_looked_up_as_peft_does(write: Write, base: nn.Module) -> N
 
 def test_a_bias_beside_the_factors_is_added_to_the_layers_own(write: Write, base: nn.Module) -> None:
     path = write(fc_tensors(**{"fc.lora_B.bias": torch.arange(6.0)}), lora_bias=True)
-    adapter, report = dialects.load_reported(path, base=base, options=Options())
+    adapter, report = loading.load_reported(path, base=base, options=Options())
     assert adapter.tensors["fc.bias"].equal((base.fc.bias.double() + 2 * torch.arange(6.0)).float())  # type: ignore[union-attr,operator]
     assert adapter.whole["fc.bias"].role == "bias"
     assert report is not None
@@ -235,7 +236,7 @@ def test_a_bias_without_a_place_is_lost_only_when_asked(write: Write, base: nn.M
     }
     path = write(tensors, lora_bias=True, target_modules=["bare"])
     assert "has no bias to add it to" in refusal(path, base)
-    adapter, report = dialects.load_reported(path, base=base, options=Options(lossy=True))
+    adapter, report = loading.load_reported(path, base=base, options=Options(lossy=True))
     assert not adapter.whole
     assert report is not None
     assert [line.name for line in report.lost] == [f"{PREFIX}bare.lora_B.bias"]
@@ -269,7 +270,7 @@ def test_any_other_tensor_may_be_replaced_and_is_put_back(write: Write, base: nn
 
 def test_a_tensor_of_another_float_dtype_takes_the_bases(write: Write, base: nn.Module) -> None:
     path = write(fc_tensors(**{"conv.bias": torch.ones(4, dtype=torch.float64)}))
-    adapter, report = dialects.load_reported(path, base=base, options=Options())
+    adapter, report = loading.load_reported(path, base=base, options=Options())
     assert adapter.tensors["conv.bias"].dtype == torch.float32
     assert report is not None
     assert [line.name for line in report.of_fate("changed")] == [f"{PREFIX}conv.bias"]
@@ -293,7 +294,7 @@ def test_layers_whose_forward_pass_peft_gets_wrong_are_said(write: Write, base: 
         f"{PREFIX}wide.lora_B.weight": torch.ones(4, 2, 1, 1),
     }
     path = write(tensors, target_modules=["wide"])
-    _, report = dialects.load_reported(path, base=base, options=Options())
+    _, report = loading.load_reported(path, base=base, options=Options())
     assert report is not None
     assert {line.how for line in report.of_fate("changed")} == {
         "as PEFT merges it; attached, PEFT ignores the layer's dilation (2, 2)"
@@ -302,7 +303,7 @@ def test_layers_whose_forward_pass_peft_gets_wrong_are_said(write: Write, base: 
 
 def test_an_export_that_was_edited_is_read_as_it_is_now(base: nn.Module, tmp_path: Path) -> None:
     adapter = on(base, "fc", alpha=6)
-    dialects.write(Peft(), encode(adapter, base), tmp_path / "out")
+    loading.write(Peft(), encode(adapter, base), tmp_path / "out")
     assert loraio.load(tmp_path / "out", base=base) == adapter
     config = tmp_path / "out/adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 7'))
@@ -312,7 +313,7 @@ def test_an_export_that_was_edited_is_read_as_it_is_now(base: nn.Module, tmp_pat
 
 
 def test_an_export_remembers_the_base_that_it_was_made_for(base: nn.Module, tmp_path: Path) -> None:
-    dialects.write(Peft(), encode(on(base, "fc"), base), tmp_path / "out")
+    loading.write(Peft(), encode(on(base, "fc"), base), tmp_path / "out")
     other = copy.deepcopy(base)
     with torch.no_grad():
         other.fc.weight += 1  # type: ignore[union-attr,operator]
@@ -451,7 +452,7 @@ def test_a_pickle_that_needs_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_report_is_sorted_and_speaks(write: Write, base: nn.Module) -> None:
-    _, report = dialects.load_reported(write(), base=base, options=Options())
+    _, report = loading.load_reported(write(), base=base, options=Options())
     assert report is not None
     assert Report.of(reversed(report.lines)) == report
     assert str(report.lines[0]) == f"tensor {PREFIX}fc.lora_A.weight: carried"
@@ -465,12 +466,12 @@ def test_a_report_is_sorted_and_speaks(write: Write, base: nn.Module) -> None:
 
 def test_written_files_are_not_replaced_without_being_asked(base: nn.Module, tmp_path: Path) -> None:
     encoded = encode(on(base, "fc"), base)
-    dialects.write(Peft(), encoded, tmp_path / "out")
+    loading.write(Peft(), encoded, tmp_path / "out")
     with pytest.raises(LoraioError, match="exists"):
-        dialects.write(Peft(), encoded, tmp_path / "out")
-    dialects.write(Peft(), encoded, tmp_path / "out", overwrite=True)
+        loading.write(Peft(), encoded, tmp_path / "out")
+    loading.write(Peft(), encoded, tmp_path / "out", overwrite=True)
     with pytest.raises(LoraioError, match="folder"):
-        dialects.write(Peft(), encoded, tmp_path / "no/such")
+        loading.write(Peft(), encoded, tmp_path / "no/such")
     assert sorted(load_file(tmp_path / "out/adapter_model.safetensors")) == sorted(encoded.tensors)
 
 
@@ -483,7 +484,7 @@ def export(base: nn.Module, tmp_path: Path) -> Callable[[], Path]:
 
     def made() -> Path:
         encoded = encode(on(base, "fc"), base)
-        dialects.write(Peft(), encoded, tmp_path / "exported")
+        loading.write(Peft(), encoded, tmp_path / "exported")
         return tmp_path / "exported"
 
     return made
@@ -551,7 +552,7 @@ def test_replaced_tensors_belong_to_the_base_of_the_export_too(write: Write, bas
     head = {"inner.fc.weight": torch.ones(6, 4), "inner.fc.bias": torch.zeros(6)}
     adapter = loraio.load(write(fc_tensors(**head), modules_to_save=["inner.fc"]), base=base)
     path = tmp_path / "exported"
-    dialects.write(Peft(), encode(adapter, base), path)
+    loading.write(Peft(), encode(adapter, base), path)
     other = other_of(base, "inner.fc.weight")
     assert "'inner.fc.weight': other values" in refusal(path, other, BaseMismatchError)
     assert loraio.load(path, base=other, allow_base_mismatch=True) == loraio.load(path, base=base)
@@ -568,8 +569,8 @@ def test_a_link_in_the_folder_is_not_written_through(base: nn.Module, tmp_path: 
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (folder / name).symlink_to(outside)
         with pytest.raises(OutputError, match="is a link"):
-            dialects.write(Peft(), encoded, folder, overwrite=True)
+            loading.write(Peft(), encoded, folder, overwrite=True)
         (folder / name).unlink()
     assert outside.read_text() == "mine"
     assert not list(folder.iterdir())
-    dialects.write(Peft(), encoded, folder)
+    loading.write(Peft(), encoded, folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import loraio
 from loraio.errors import AdapterError, BaseMismatchError, LoraioError
-from loraio.formats import dialects
+from loraio.formats import dialects, loading
 from loraio.formats.foreign import Options
 from loraio.formats.lycoris import Lycoris
 from loraio.formats.products import nearest_pair, whole
@@ -65,13 +65,13 @@ CORES = {"hada_w1_a": (2, 6), "hada_w1_b": (2, 4), "hada_w2_a": (2, 6), "hada_w2
 
 def refusal(path: Path, base: nn.Module, error: type[LoraioError] = AdapterError, *, approximate: bool = True) -> str:
     with pytest.raises(error) as caught:
-        dialects.load_reported(path, base=base, options=Options(approximate=approximate))
+        loading.load_reported(path, base=base, options=Options(approximate=approximate))
     return str(caught.value)
 
 
 def written(adapter: loraio.Adapter, base: nn.Module, path: Path, **options: bool) -> Report:
     encoded = LYCORIS.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))  # type: ignore[arg-type]
-    dialects.write(LYCORIS, encoded, path)
+    loading.write(LYCORIS, encoded, path)
     return encoded.report
 
 
@@ -186,7 +186,7 @@ def test_products_are_offered_a_rank_that_is_exact(write: Write, base: nn.Module
 
 def test_two_whole_halves_have_the_scale_1(write: Write, base: nn.Module) -> None:
     path = write(lokr_w1=torch.full((3, 2), 2.0), lokr_w2=torch.full((2, 2), 3.0), alpha=torch.tensor(7.0))
-    adapter, report = dialects.load_reported(path, base=base, options=Options(approximate=True))
+    adapter, report = loading.load_reported(path, base=base, options=Options(approximate=True))
     target, factors = adapter.targets["fc.weight"], adapter.factors_of("fc.weight")
     assert (target.scale * factors["lora_B"] @ factors["lora_A"]).equal(torch.full((6, 4), 6.0))
     assert report is not None
@@ -194,7 +194,7 @@ def test_two_whole_halves_have_the_scale_1(write: Write, base: nn.Module) -> Non
 
 
 def test_alpha_0_is_r(write: Write, base: nn.Module) -> None:
-    adapter, report = dialects.load_reported(write(**PAIR, alpha=torch.tensor(0.0)), base=base, options=Options())
+    adapter, report = loading.load_reported(write(**PAIR, alpha=torch.tensor(0.0)), base=base, options=Options())
     assert adapter.targets["fc.weight"].alpha == 2
     assert report is not None
     assert "setting lycoris_fc.alpha: changed, 0, which LyCORIS takes as r, 2" in map(str, report.lines)
@@ -204,7 +204,7 @@ def test_changes_of_biases_and_norms_are_added_to_the_bases(write: Write, base: 
     write(diff=(6, 4), diff_b=(6,))
     norm = {"lycoris_norm.w_norm": torch.full((6,), 0.5), "lycoris_norm.b_norm": torch.full((6,), 0.25)}
     save_file(load_file(tmp_path / "file") | norm, tmp_path / "file")
-    adapter, report = dialects.load_reported(tmp_path / "file", base=base, options=Options())
+    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options())
     assert {name: whole.role for name, whole in adapter.whole.items()} == {
         "fc.bias": "bias",
         "norm.weight": "norm",
@@ -231,13 +231,13 @@ def test_normalisation_alone_is_no_adapter(write: Write, base: nn.Module) -> Non
 
 def test_rows_so_short_that_its_epsilon_shows_are_said(write: Write, base: nn.Module, tmp_path: Path) -> None:
     path = write(**PAIR, dora_scale=(6, 1))
-    _, report = dialects.load_reported(path, base=base, options=Options())
+    _, report = loading.load_reported(path, base=base, options=Options())
     assert report is not None
     assert not any("to the length" in line.how for line in report.lines)
     with torch.no_grad():
         base.fc.weight.mul_(1e-4)  # type: ignore[union-attr,operator]
     path = write(lora_down__weight=torch.zeros(2, 4), lora_up__weight=torch.zeros(6, 2), dora_scale=(6, 1))
-    adapter, report = dialects.load_reported(path, base=base, options=Options())
+    adapter, report = loading.load_reported(path, base=base, options=Options())
     assert report is not None
     assert any("LyCORIS adds 1.2e-07 to the length of each row" in line.how for line in report.lines)
     assert any("LyCORIS adds" in line.how for line in written(adapter, base, tmp_path / "out").lines)
@@ -247,7 +247,7 @@ def test_padding_that_its_forward_pass_ignores_is_said_and_not_written(
     write: Write, base: nn.Module, tmp_path: Path
 ) -> None:
     path = write("lycoris_round", lora_down__weight=(2, 2, 3, 3), lora_up__weight=(4, 2, 1, 1))
-    adapter, report = dialects.load_reported(path, base=base, options=Options())
+    adapter, report = loading.load_reported(path, base=base, options=Options())
     assert report is not None
     assert any("attached, it ignores the layer's padding_mode 'circular'" in line.how for line in report.lines)
     with pytest.raises(AdapterError, match="LyCORIS ignores the layer's padding_mode 'circular'"):

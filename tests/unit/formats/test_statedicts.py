@@ -13,8 +13,8 @@ import loraio
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError
 from loraio.formats import dialects
-from loraio.formats.dialects import DIALECTS, Encoded
-from loraio.formats.foreign import Options
+from loraio.formats.dialects import DIALECTS
+from loraio.formats.foreign import Encoded, Options
 from loraio.formats.statedicts import alpha_for, at_other_rank, joined, lone_biases, module_and_parameter
 
 
