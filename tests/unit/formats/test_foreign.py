@@ -30,7 +30,7 @@ from loraio.formats.exported import ORIGIN
 from loraio.formats.foreign import Options
 from loraio.formats.peft import Peft
 from loraio.formats.report import Report
-from loraio.formats.sources import open_source
+from loraio.formats.sources import open_source, source_of
 
 PREFIX = "base_model.model."
 
@@ -415,7 +415,7 @@ def test_one_number_is_read_from_any_container(value: Tensor, expected: float, f
     torch.save(tensors, path) if form == "pickle" else save_file(tensors, path)
     source = open_source(path)
     if form == "memory":
-        source = dialects.source_of(loraio.files.tensorfile.parse_file(path.read_bytes(), path))
+        source = source_of(loraio.files.tensorfile.parse_file(path.read_bytes(), path))
     assert source.number("x.alpha") == expected
     assert type(source.number("x.alpha")) is type(expected)
     with pytest.raises(FormatError, match="it should be one number"):
