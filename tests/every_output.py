@@ -53,7 +53,7 @@ def shuffle_listings(seed: int) -> None:
 
 
 def train(files: Path, folder: Path) -> None:
-    """Adapters of each kind, of a run that was killed and resumed, and of two runs together."""
+    """Adapters of each kind, of a run that was killed and resumed, and of two digits in turn."""
     digits = loraio.load_dataset("digits", "train")
     few = replace(digits, images=digits.images[:80], labels=digits.labels[:80])
     base = loraio.load_base(files / "base.safetensors")
@@ -79,7 +79,7 @@ def train(files: Path, folder: Path) -> None:
     side.unlink()
     (folder / "log.csv").unlink()
     for digit, adapter in loraio.train_each(copy.deepcopy(base), config, few, digits=(3, 7)).items():
-        loraio.save(adapter, folder / f"together-{digit}.safetensors")
+        loraio.save(adapter, folder / f"each-{digit}.safetensors")
     loraio.save_base(base, folder / "base.safetensors")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ def train(
     images = {name: settings.pop(name) for name in IMAGE_OPTIONS}
     config = _training.config_of(settings)
     every = digit == "all"
-    _check_outputs(base, output, every=every, force=force)
+
+    def may_replace(n: int | str | None) -> bool:
+        return force or (every and files.of(f"digit-{n}").resume)  # a killed run leaves the adapters that it finished
+
+    _check_outputs(base, output, every=every, may_replace=may_replace)
     if not every:
         files.check(inputs=(*checkpoint_files(base), output))
     network = loraio.load_base(base, model=model, model_args=model_args)
@@ -77,12 +82,9 @@ def train(
         if every:
             make_folder(file)
             file /= FILE_NAME.format(n)
-        loraio.save(adapter, file, overwrite=force)
+        loraio.save(adapter, file, overwrite=may_replace(n))
         results = {key: adapter.training["results"].get(key) for key in ("before", "after")}
         rows.append({"file": str(file), "digit": n, "bytes": file.stat().st_size, **results})
-
-    def say_apart(reason: str) -> None:
-        _output.note(f"note: one adapter after another: {reason}")
 
     with _output.progress(lines=not as_json) as report:
         adapters = loraio.train_each(
@@ -94,7 +96,6 @@ def train(
             files=files,
             on_progress=report,
             on_trained=save,
-            on_apart=None if as_json else say_apart,
         )
     parameters = loraio.parameter_report(network, next(iter(adapters.values())))
     if as_json:
@@ -109,7 +110,7 @@ def train(
         _output.line(f"{parameters['replaced']:,} numbers in tensors that are replaced whole")
 
 
-def _check_outputs(base: str, output: str, *, every: bool, force: bool) -> None:
+def _check_outputs(base: str, output: str, *, every: bool, may_replace: Callable[[int | str | None], bool]) -> None:
     """Refuse before the training what could not be written after it."""
     from loraio.errors import OutputError
     from loraio.files.atomic import check_output
@@ -117,14 +118,14 @@ def _check_outputs(base: str, output: str, *, every: bool, force: bool) -> None:
 
     inputs = checkpoint_files(base)
     if not every:
-        check_output(output, overwrite=force, inputs=inputs)
+        check_output(output, overwrite=may_replace(None), inputs=inputs)
     elif Path(output).is_file():
         raise OutputError(f"{output!r} is a file", hint="with --digit all the output is a folder")
     elif Path(output).is_dir():
         check_output(Path(output) / FILE_NAME.format(0), overwrite=True)  # may files be made in it at all?
         for file in sorted(Path(output).iterdir()):
-            if re.fullmatch(FILE_NAME.format(r"\d+"), file.name):
-                check_output(file, overwrite=force, inputs=inputs)
+            if found := re.fullmatch(FILE_NAME.format(r"(\d+)"), file.name):
+                check_output(file, overwrite=may_replace(found[1]), inputs=inputs)
     else:
         check_output(output)
 

@@ -55,10 +55,9 @@ def focused_batches(
     if digit is None:
         everything = torch.arange(len(labels))
         return _in_turn(everything, steps * batch_size, generator).view(steps, batch_size)
+    refuse_missing(labels, digit)
     pools = {int(label): torch.nonzero(labels == label).flatten() for label in labels.unique()}
-    own = pools.pop(digit, None)
-    if own is None:
-        raise DataError(f"the data set has no image of class {digit}, only of {', '.join(map(str, pools))}")
+    own = pools.pop(digit)
     share = max(1, int(batch_size * focus + 0.5))
     rest = batch_size - share
     if focus < 1 and not rest:
@@ -77,6 +76,17 @@ def focused_batches(
             others[places] = _in_turn(pool, int(places.sum()), generator)
         rows[:, share:] = others.view(steps, rest)
     return rows
+
+
+def refuse_missing(labels: Tensor, digit: int) -> None:
+    """Refuse a class without images.
+
+    Raises:
+        DataError: naming the classes that have some.
+    """
+    found = labels.unique().tolist()
+    if digit not in found:
+        raise DataError(f"the data set has no image of class {digit}, only of {', '.join(map(str, found))}")
 
 
 def drawn(images: Tensor, labels: Tensor, rows: Tensor, *, channels_last: bool) -> tuple[Tensor, Tensor]:

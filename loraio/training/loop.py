@@ -16,7 +16,7 @@ from loraio.adapter import Adapter
 from loraio.bases.networks import NETWORKS, build_network, find_network
 from loraio.errors import DataError, TrainingError
 from loraio.live.attachment import Attachment, attach
-from loraio.training.batches import epoch_batches, focused_batches, stratified_split
+from loraio.training.batches import epoch_batches, focused_batches, refuse_missing, stratified_split
 from loraio.training.config import PretrainConfig, TrainConfig
 from loraio.training.datasets import Dataset
 from loraio.training.evaluation import Evaluation, evaluate, has_outputs, kept_modes, predict
@@ -26,7 +26,6 @@ from loraio.training.planning import new_adapter
 from loraio.training.provenance import adapter_record
 from loraio.training.resuming import SideFile, run_identity
 from loraio.training.run_files import MetricsLog, RunFiles, TensorBoardLog
-from loraio.training.together import Member, optimize_together, reason_to_part
 from loraio.training.validation import Validation
 
 
@@ -126,7 +125,10 @@ def train(
                     observers=around.observers,
                     start=around.start,
                 )
-            trained = _trained(run, around.validation, fresh, live)
+            if around.validation is not None:
+                around.validation.give_best(run)
+            _refuse_unmoved(fresh, live, plan.label)
+            trained = live.adapter
         return _counted(model, trained, config, dataset, counted_on, before, plan, around.validation)
 
 
@@ -138,14 +140,6 @@ def _runs_plainly(config: TrainConfig) -> bool:
 def _planned(config: TrainConfig, rows: Tensor, on_progress: OnProgress | None) -> Plan:
     label = "all classes" if config.digit is None else f"digit {config.digit}"
     return Plan.of(config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
-
-
-def _trained(run: Optimization, validation: Validation | None, fresh: Adapter, live: Attachment) -> Adapter:
-    """What is on the model after a run: the best of it, if that was asked for."""
-    if validation is not None:
-        validation.give_best(run)
-    _refuse_unmoved(fresh, live)
-    return live.adapter
 
 
 def _counted(
@@ -263,106 +257,45 @@ def train_each(
     files: RunFiles | None = None,
     on_progress: OnProgress | None = None,
     on_trained: Callable[[int | None, Adapter], None] | None = None,
-    on_apart: Callable[[str], None] | None = None,
 ) -> dict[int | None, Adapter]:
-    """One adapter for each digit, all with the same settings; see `train`.
+    """Train one adapter for each digit, one after another with the same settings; see `train`.
 
-    They are trained together in one loop, to the bits of separate runs, with the same logs and side files. What has no
-    place in it is trained one after another: another kind than lora, norms that adapt, mixed precision, torch.compile
-    and a GPU.
+    Missing classes and files that cannot be written are refused before the first run.
 
     Args:
         digits: which; None among them is an adapter that fits all classes. By default every class of the data set.
         files: as for `train`; with several digits each has its own, named by `RunFiles.of`.
-        on_trained: called with each digit and its adapter, to save it for example: in one loop when all are trained, so
-            that without a side file a run that is killed before leaves nothing; else as soon as it is done.
-        on_apart: called with the reason, in words, where several are trained one after another.
+        on_trained: called with each digit and its adapter as soon as it is trained, to save it for example.
 
     Returns:
         the adapters by digit, in the order of ``digits``.
     """
     chosen: list[int | None] = list(range(dataset.classes) if digits is None else digits)
-    own = dict.fromkeys(chosen, files)
+    own = dict.fromkeys(chosen, files or RunFiles())
     if files is not None and len(chosen) > 1:
         own = {digit: files.of(f"digit-{digit}") for digit in chosen}
-        if files.resume and not any(one.resume for one in own.values() if one):
+        if files.resume and not any(one.resume for one in own.values()):
             files.check()  # says that there is nothing to resume from
-    configs = {digit: replace(config, digit=digit) for digit in chosen}
-    counted_on = dataset if held_out is None else held_out
+    for digit in chosen:
+        own[digit].check()
+        if digit is not None:
+            refuse_missing(dataset.labels, digit)
     adapters: dict[int | None, Adapter] = {}
     with placed(model, config.device):
-        before = _results_of_base(model, config, counted_on)
-        reason = reason_to_part(config, chosen, dataset, next(model.parameters()).device)
-        if reason is None:
-            together = _train_together(model, configs, dataset, counted_on, before, own, on_progress)
-            for digit, adapter in together:
-                adapters[digit] = adapter
-                if on_trained is not None:
-                    on_trained(digit, adapter)
-            return adapters
-    if len(chosen) > 1 and on_apart is not None:
-        on_apart(reason)
-    for digit in chosen:
-        adapters[digit] = train(
-            model, configs[digit], dataset, held_out=held_out, before=before, files=own[digit], on_progress=on_progress
-        )
-        if on_trained is not None:
-            on_trained(digit, adapters[digit])
-    return adapters
-
-
-def _train_together(
-    model: nn.Module,
-    configs: Mapping[int | None, TrainConfig],
-    dataset: Dataset,
-    counted_on: Dataset,
-    before: Evaluation | None,
-    files: Mapping[int | None, RunFiles | None],
-    on_progress: OnProgress | None,
-) -> Iterator[tuple[int | None, Adapter]]:
-    """What `train` does, for all of them at once.
-
-    Args:
-        configs: by digit; they differ in it only.
-    """
-    shared = next(iter(configs.values()))
-    fresh = new_adapter(model, shared)
-    drawn = {digit: _drawn(config, dataset) for digit, config in configs.items()}
-    plans = {digit: _planned(config, drawn[digit][0], on_progress) for digit, config in configs.items()}
-    trained: dict[int | None, tuple[Adapter, Validation | None] | TrainingError] = {}
-    with _frozen(model), attach(model, fresh, trainable=True) as live, ExitStack() as stack:
-        if shared.heads:
-            predict(model, dataset.images[:1], classes=dataset.classes)
-        parameters = _named(model, live)
-        for one in files.values():
-            (one or RunFiles()).check()
-        members, going = {}, []
-        surroundings = {}
-        for digit, (rows, held) in drawn.items():
-            around = _Surroundings.of(
-                model, configs[digit], dataset, held, plans[digit], files[digit] or RunFiles(), fresh
+        before = _results_of_base(model, config, dataset if held_out is None else held_out)
+        for digit in chosen:
+            adapters[digit] = train(
+                model,
+                replace(config, digit=digit),
+                dataset,
+                held_out=held_out,
+                before=before,
+                files=own[digit],
+                on_progress=on_progress,
             )
-            surroundings[digit] = stack.enter_context(around)
-            members[digit] = member = Member.of(model, parameters, plans[digit], rows)
-            if member.start(around.start):
-                going.append(member)
-            member.observers = around.observers
-        optimize_together(model, going, dataset, channels_last=takes_channels_last(model, dataset.images[:2]))
-        for digit, member in members.items():
-            member.put_on()
-            validation = surroundings[digit].validation
-            try:
-                trained[digit] = _trained(member.run, validation, fresh, live), validation
-            except TrainingError as error:  # of this one alone: those before it are given
-                message = f"{plans[digit].label}: {error.message}"
-                trained[digit] = TrainingError(message, problems=error.problems, hint=error.hint)
-
-    for digit, found in trained.items():
-        if isinstance(found, TrainingError):
-            raise found
-        adapter, validation = found
-        config, plan = configs[digit], plans[digit]
-        yield digit, _counted(model, adapter, config, dataset, counted_on, before, plan, validation)
+            if on_trained is not None:
+                on_trained(digit, adapters[digit])
+    return adapters
 
 
 @contextmanager
@@ -385,14 +318,14 @@ def _results_of_base(model: nn.Module, config: TrainConfig, dataset: Dataset) ->
     return evaluate(model, dataset) if not config.heads or has_outputs(model, dataset) else None
 
 
-def _refuse_unmoved(fresh: Adapter, live: Attachment) -> None:
+def _refuse_unmoved(fresh: Adapter, live: Attachment, label: str) -> None:
     now = live.adapter.all_tensors
     heads = {name: fresh.tensors[name] for name, whole in fresh.whole.items() if whole.role == "head"}
     starts = {**fresh.factors, **heads}
     still = [f"{name!r} is where it started" for name, start in starts.items() if now[name].equal(start)]
     if still:
         raise TrainingError(
-            f"the run learned nothing: {len(still)} of {len(starts)} tensors did not move",
+            f"{label}: the run learned nothing: {len(still)} of {len(starts)} tensors did not move",
             problems=still,
             hint="lora_A moves from the second step on, since lora_B starts at zero: more --steps",
         )

@@ -198,7 +198,7 @@ class Optimization:
             return
         mean = float(self._running) / self._since
         if not math.isfinite(mean):
-            raise TrainingError(f"the loss is {mean} at step {self.done}", hint="a smaller --lr")
+            raise TrainingError(f"{self.plan.label}: the loss is {mean} at step {self.done}", hint="a smaller --lr")
         if self.plan.on_progress is not None:
             self.plan.on_progress(Progress(label=self.plan.label, step=self.done, steps=self.plan.steps, loss=mean))
         self._running, self._since = torch.zeros((), device=self.device), 0

@@ -44,7 +44,6 @@ ROWS = {
     "serving": Row(),
     "training_step": Row(),
     "mixed_batches": Row(),
-    "train_together": Row(networks=False),
     "bank": Row(networks=False),
     "file_size": Row(),
     "residues": Row(),

@@ -137,13 +137,6 @@ def test_the_command_writes_what_the_library_trains(
     assert loraio.load(path) == loraio.train(base, config, digits, held_out=digits_test)
 
 
-def test_all_says_why_it_trains_one_after_another(run: Run, files: Path, tmp_path: Path) -> None:
-    words = ("train", files / "base.safetensors", "--digit", "all", "--rank", 1, *BASICS, "-o")
-    assert "one after another" not in run(*words, tmp_path / "together").stderr
-    said = run(*words, tmp_path / "apart", "--kind", "dora").stderr
-    assert said.startswith("note: one adapter after another: kind dora\n")
-
-
 def test_all_makes_a_folder_of_ten_files(run_json: RunJson, files: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ten"
     found = run_json("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS)
@@ -362,6 +355,20 @@ def test_log_and_side_file_are_written_and_a_finished_run_resumes(run: Run, file
     side.unlink()
     assert "does not exist" in run(*words, "--resume", code=1).stderr
     assert "nothing to resume from" in run(*words[:-4], "--resume", code=1).stderr
+
+
+def test_all_resumes_over_the_adapters_that_a_killed_run_has_finished(run: Run, files: Path, tmp_path: Path) -> None:
+    folder, side = tmp_path / "all", tmp_path / "side.pt"
+    words = ("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS, "--checkpoint", side)
+    run(*words)
+    made = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for n in (7, 8, 9):  # as if it was killed between two digits
+        (folder / f"digit-{n}.safetensors").unlink()
+        (tmp_path / f"side-digit-{n}.pt").unlink()
+    run(*words, "--resume")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == made
+    (tmp_path / "side-digit-3.pt").unlink()
+    assert "digit-3.safetensors' exists" in run(*words, "--resume", code=1).stderr
 
 
 @pytest.mark.parametrize(

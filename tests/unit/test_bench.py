@@ -23,11 +23,11 @@ import loraio
 
 FOLDER = Path(__file__).parents[2] / "scripts/bench"
 ROWS = (
-    "merge", "loading", "swap", "serving", "training_step", "mixed_batches", "train_together", "bank", "file_size",
+    "merge", "loading", "swap", "serving", "training_step", "mixed_batches", "bank", "file_size",
     "residues", "cold_start", "streamed_merge",
     *(["compiled_swap"] if any(map(shutil.which, ("g++", "clang++", "c++"))) else []),
 )  # fmt: skip
-WITHOUT_NETWORKS = ("bank", "train_together", "cold_start", "streamed_merge")
+WITHOUT_NETWORKS = ("bank", "cold_start", "streamed_merge")
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
     "two threads": {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "2", "LC_ALL": "C.UTF-8", "COLUMNS": "20"},
 }  # fmt: skip
 
-TRAINED = {"lora.safetensors", "dora.safetensors", "resumed.safetensors", "together-3.safetensors"}
-TRAINED |= {"together-7.safetensors"}
+TRAINED = {"lora.safetensors", "dora.safetensors", "resumed.safetensors"}
+TRAINED |= {"each-3.safetensors", "each-7.safetensors"}
 """Sums over batches come in another order with another number of threads."""
 
 
@@ -52,7 +52,7 @@ def test_processes_that_differ_in_all_but_the_inputs_write_the_same_bytes(digest
 def test_ways_that_are_promised_to_agree_do_in_each_process(digests: dict[str, dict[str, str]], files: Path) -> None:
     three = hashlib.sha256((files / "three.safetensors").read_bytes()).hexdigest()
     for found in digests.values():
-        assert found["lora.safetensors"] == found["resumed.safetensors"] == found["together-3.safetensors"]
+        assert found["lora.safetensors"] == found["resumed.safetensors"] == found["each-3.safetensors"]
         assert found["merged-1.safetensors"] == found["merged-2.safetensors"] == found["merged-5.safetensors"]
         for part in ("part-0.safetensors", "part-1.safetensors", "base.safetensors.index.json"):
             assert len({found[f"parted-{workers}/{part}"] for workers in (1, 2, 5)}) == 1
