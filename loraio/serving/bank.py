@@ -27,7 +27,7 @@ from loraio.live.attachment import Attachment, attach, attachment_of
 from loraio.live.base_state import base_state_dict, refuse_attached
 from loraio.live.reserving import Reserve
 from loraio.registry import lookup
-from loraio.serving.mixed_batches import (
+from loraio.serving.layer_route import (
     Folded,
     Route,
     UnfitError,
@@ -175,7 +175,7 @@ class Bank:
         """The outputs of a batch in which each sample has its own adapter.
 
         As if each adapter were attached for its own samples. Where the batch goes by groups this is what happens, to
-        the bit; where it goes by layers, float32 sums come in another order. `loraio.serving.mixed_batches` says
+        the bit; where it goes by layers, float32 sums come in another order. `loraio.serving.layer_route` says
         when. Without
         gradients. Everything is looked up, read and checked before the model runs.
 

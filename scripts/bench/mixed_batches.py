@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import loraio
 from loraio.serving import bank as bank_module
-from loraio.serving import mixed_batches
+from loraio.serving import layer_route
 
 ROW = "mixed_batches"
 BASE = "base"
@@ -85,18 +85,18 @@ def layers_alone(run: Callable[[], Tensor]) -> Callable[[], list[Tensor]] | None
     Returns:
         None where the bank sends the batch by groups.
     """
-    parted, calls, expected = mixed_batches._parted, [], []
+    parted, calls, expected = layer_route._parted, [], []
 
     def noted(*call: Any) -> Tensor:
         calls.append(call)
         expected.append(parted(*call))
         return expected[-1]
 
-    mixed_batches._parted = noted
+    layer_route._parted = noted
     try:
         run()
     finally:
-        mixed_batches._parted = parted
+        layer_route._parted = parted
     require(
         all(parted(*call).equal(out) for call, out in zip(calls, expected, strict=True)), "a layer gives other bits"
     )

@@ -18,7 +18,7 @@ import loraio
 from loraio.bases.identity import base_reference, identity_of
 from loraio.errors import BaseMismatchError, ConfigError, ShapeError, StateError, UnknownNameError
 from loraio.serving import bank as bank_module
-from loraio.serving import mixed_batches
+from loraio.serving import layer_route
 
 TOLERANCE = 1e-5
 """Of the largest output: float32 sums of some hundred terms, in another order. The adapters' effect is over a tenth."""
@@ -85,8 +85,8 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return runs
 
-    monkeypatch.setattr(bank_module, "run_layers", noted("layers", mixed_batches.run_layers))
-    monkeypatch.setattr(bank_module, "run_groups", noted("groups", mixed_batches.run_groups))
+    monkeypatch.setattr(bank_module, "run_layers", noted("layers", layer_route.run_layers))
+    monkeypatch.setattr(bank_module, "run_groups", noted("groups", layer_route.run_groups))
     return taken
 
 
@@ -139,7 +139,7 @@ def samples(*shape: int) -> Tensor:
     return torch.randn(len(NAMES), *shape, generator=torch.Generator().manual_seed(0))
 
 
-SPARED = [0, mixed_batches.SPARED_BYTES, 1 << 40]
+SPARED = [0, layer_route.SPARED_BYTES, 1 << 40]
 """No convolution as a product of matrices, those of the rule, all that can be."""
 
 
@@ -155,9 +155,9 @@ def test_layers_give_what_one_by_one_gives(
     routes: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(mixed_batches, "SPARED_BYTES", spared)
+    monkeypatch.setattr(layer_route, "SPARED_BYTES", spared)
     if not packed:
-        monkeypatch.setattr(mixed_batches, "_HAS_PACKED", False)
+        monkeypatch.setattr(layer_route, "_HAS_PACKED", False)
     model = ready(Convolutions())
     for layer in (model.a, model.b, model.c):
         layer.to(memory_format=layout)  # type: ignore[operator,union-attr]
@@ -176,17 +176,17 @@ def test_windows_are_what_unfold_copies_and_bounded(
     x, weight = samples(3, 7, 8).to(memory_format=layout), torch.ones(5, 3, *kernel)
     expected = F.unfold(x, kernel, dilation, padding, stride)
     size = expected.nbytes + len(x) * weight.nbytes
-    found = mixed_batches._windows(x, weight, padding, stride, dilation, 1, most=size)
+    found = layer_route._windows(x, weight, padding, stride, dilation, 1, most=size)
     assert found is not None
     assert found.reshape(expected.shape).equal(expected)
-    assert mixed_batches._windows(x, weight, padding, stride, dilation, 1, most=size - 1) is None
+    assert layer_route._windows(x, weight, padding, stride, dilation, 1, most=size - 1) is None
 
 
 def test_there_are_no_windows_with_groups_nor_where_a_kernel_does_not_fit() -> None:
     x, plain = samples(4, 5, 5), ([0, 0], [1, 1], [1, 1])
-    assert mixed_batches._windows(x, torch.ones(4, 2, 3, 3), *plain, 2, most=1 << 40) is None
-    assert mixed_batches._windows(x, torch.ones(4, 4, 6, 3), *plain, 1, most=1 << 40) is None
-    assert mixed_batches._windows(x, torch.ones(4, 4, 5, 3), *plain, 1, most=1 << 40) is not None
+    assert layer_route._windows(x, torch.ones(4, 2, 3, 3), *plain, 2, most=1 << 40) is None
+    assert layer_route._windows(x, torch.ones(4, 4, 6, 3), *plain, 1, most=1 << 40) is None
+    assert layer_route._windows(x, torch.ones(4, 4, 5, 3), *plain, 1, most=1 << 40) is not None
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -472,4 +472,4 @@ def test_the_cheaper_route_is_taken() -> None:
         (3_211_264, 102_000_000, False),  # 224 pixels
         (262_144, 102_000_000, True),  # 64 pixels
     ):
-        assert mixed_batches.takes_layers(mixed_batches.Route(row_bytes, True), 64, weight_bytes) == layers
+        assert layer_route.takes_layers(layer_route.Route(row_bytes, True), 64, weight_bytes) == layers
