@@ -37,8 +37,7 @@ from _paired import (
 from torch import Tensor, nn
 
 import loraio
-from loraio.serving import bank as bank_module
-from loraio.serving import layer_route
+from loraio.serving import layer_route, mixed_batches
 
 ROW = "mixed_batches"
 BASE = "base"
@@ -69,12 +68,12 @@ def forced(layers: bool, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The bank with one of its routes wherever there is a choice."""
 
     def forward() -> Tensor:
-        before = bank_module.takes_layers
-        bank_module.takes_layers = lambda *_: layers
+        before = mixed_batches.takes_layers
+        mixed_batches.takes_layers = lambda *_: layers
         try:
             return run()
         finally:
-            bank_module.takes_layers = before
+            mixed_batches.takes_layers = before
 
     return forward
 
@@ -85,18 +84,18 @@ def layers_alone(run: Callable[[], Tensor]) -> Callable[[], list[Tensor]] | None
     Returns:
         None where the bank sends the batch by groups.
     """
-    parted, calls, expected = layer_route._parted, [], []
+    parted, calls, expected = layer_route.run_split, [], []
 
     def noted(*call: Any) -> Tensor:
         calls.append(call)
         expected.append(parted(*call))
         return expected[-1]
 
-    layer_route._parted = noted
+    layer_route.run_split = noted
     try:
         run()
     finally:
-        layer_route._parted = parted
+        layer_route.run_split = parted
     require(
         all(parted(*call).equal(out) for call, out in zip(calls, expected, strict=True)), "a layer gives other bits"
     )

@@ -18,8 +18,7 @@ import loraio
 from loraio.errors import LoraioError
 from loraio.files.names import name_key, name_problem
 from loraio.formats.pack import read_index, read_member
-from loraio.serving import bank as bank_module
-from loraio.serving import layer_route
+from loraio.serving import convolutions, mixed_batches
 
 HOSTILE = settings(max_examples=250, deadline=None)
 
@@ -160,8 +159,8 @@ def test_a_batch_mixed_at_random_is_each_of_its_samples_alone(data: st.DataObjec
     expected = torch.cat(rows)
     for layers, spared in ((True, 0), (True, 1 << 40), (False, 0)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bank_module, "takes_layers", lambda *_, layers=layers: layers)
-            patch.setattr(layer_route, "SPARED_BYTES", spared)
+            patch.setattr(mixed_batches, "takes_layers", lambda *_, layers=layers: layers)
+            patch.setattr(convolutions, "SPARED_BYTES", spared)
             found = bank.forward(model, x, chosen, strength=strengths)
         # a row may cancel to less than its terms: the tolerance is of the largest output
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max().clamp(min=1)

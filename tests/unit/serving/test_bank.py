@@ -26,7 +26,7 @@ from loraio.errors import (
 )
 from loraio.files import tensorfile
 from loraio.formats.native import to_document
-from loraio.serving import bank as bank_module
+from loraio.serving import sources
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def folder(files: Path, tmp_path: Path) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The file name of every adapter that is read from now on."""
     seen: list[str] = []
-    load = bank_module.load_bytes
+    load = sources.load_bytes
 
     def counted(data: bytes, path: Path | str) -> loraio.Adapter:
         seen.append(Path(path).name)
         return load(data, path)
 
-    monkeypatch.setattr(bank_module, "load_bytes", counted)
+    monkeypatch.setattr(sources, "load_bytes", counted)
     return seen
 
 

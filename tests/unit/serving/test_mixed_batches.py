@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import loraio
 from loraio.bases.identity import base_reference, identity_of
 from loraio.errors import BaseMismatchError, ConfigError, ShapeError, StateError, UnknownNameError
-from loraio.serving import bank as bank_module
-from loraio.serving import layer_route
+from loraio.serving import convolutions, mixed_batches
+from loraio.serving.layer_route import LayerRoute
 
 TOLERANCE = 1e-5
 """Of the largest output: float32 sums of some hundred terms, in another order. The adapters' effect is over a tenth."""
@@ -85,8 +85,8 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return runs
 
-    monkeypatch.setattr(bank_module, "run_layers", noted("layers", layer_route.run_layers))
-    monkeypatch.setattr(bank_module, "run_groups", noted("groups", layer_route.run_groups))
+    monkeypatch.setattr(mixed_batches, "run_layers", noted("layers", mixed_batches.run_layers))
+    monkeypatch.setattr(mixed_batches, "run_groups", noted("groups", mixed_batches.run_groups))
     return taken
 
 
@@ -139,25 +139,25 @@ def samples(*shape: int) -> Tensor:
     return torch.randn(len(NAMES), *shape, generator=torch.Generator().manual_seed(0))
 
 
-SPARED = [0, layer_route.SPARED_BYTES, 1 << 40]
+SPARED = [0, convolutions.SPARED_BYTES, 1 << 40]
 """No convolution as a product of matrices, those of the rule, all that can be."""
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("spared", SPARED)
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("reordered", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_layers_give_what_one_by_one_gives(
     kind: str,
     spared: int,
-    packed: bool,
+    reordered: bool,
     layout: torch.memory_format,
     routes: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(layer_route, "SPARED_BYTES", spared)
-    if not packed:
-        monkeypatch.setattr(layer_route, "_HAS_PACKED", False)
+    monkeypatch.setattr(convolutions, "SPARED_BYTES", spared)
+    if not reordered:
+        monkeypatch.setattr(convolutions, "_HAS_REORDERING", False)
     model = ready(Convolutions())
     for layer in (model.a, model.b, model.c):
         layer.to(memory_format=layout)  # type: ignore[operator,union-attr]
@@ -176,22 +176,22 @@ def test_windows_are_what_unfold_copies_and_bounded(
     x, weight = samples(3, 7, 8).to(memory_format=layout), torch.ones(5, 3, *kernel)
     expected = F.unfold(x, kernel, dilation, padding, stride)
     size = expected.nbytes + len(x) * weight.nbytes
-    found = layer_route._windows(x, weight, padding, stride, dilation, 1, most=size)
+    found = convolutions._windows(x, weight, padding, stride, dilation, 1, most=size)
     assert found is not None
     assert found.reshape(expected.shape).equal(expected)
-    assert layer_route._windows(x, weight, padding, stride, dilation, 1, most=size - 1) is None
+    assert convolutions._windows(x, weight, padding, stride, dilation, 1, most=size - 1) is None
 
 
 def test_there_are_no_windows_with_groups_nor_where_a_kernel_does_not_fit() -> None:
     x, plain = samples(4, 5, 5), ([0, 0], [1, 1], [1, 1])
-    assert layer_route._windows(x, torch.ones(4, 2, 3, 3), *plain, 2, most=1 << 40) is None
-    assert layer_route._windows(x, torch.ones(4, 4, 6, 3), *plain, 1, most=1 << 40) is None
-    assert layer_route._windows(x, torch.ones(4, 4, 5, 3), *plain, 1, most=1 << 40) is not None
+    assert convolutions._windows(x, torch.ones(4, 2, 3, 3), *plain, 2, most=1 << 40) is None
+    assert convolutions._windows(x, torch.ones(4, 4, 6, 3), *plain, 1, most=1 << 40) is None
+    assert convolutions._windows(x, torch.ones(4, 4, 5, 3), *plain, 1, most=1 << 40) is not None
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_groups_give_what_one_by_one_gives(kind: str, routes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_module, "takes_layers", lambda *_: False)
+    monkeypatch.setattr(mixed_batches, "takes_layers", lambda *_: False)
     model = ready(Convolutions())
     assert_mixed_is_one_by_one(model, bank_for(model, kind=kind), samples(2, 12, 5))
     assert routes == ["groups"] * 2
@@ -200,7 +200,7 @@ def test_groups_give_what_one_by_one_gives(kind: str, routes: list[str], monkeyp
 def test_groups_compute_the_bits_of_the_attached_model(digits_test: loraio.Dataset, base: nn.Module) -> None:
     bank, x = bank_for(base), digits_test.images[:12]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bank_module, "takes_layers", lambda *_: False)
+        patch.setattr(mixed_batches, "takes_layers", lambda *_: False)
         found = bank.forward(base, x, NAMES)
     for name in "abc":
         rows = [row for row, own in enumerate(NAMES) if own == name]
@@ -294,7 +294,7 @@ def test_outputs_may_be_dicts_tuples_and_lists() -> None:
     expected = torch.cat([part["out"][0] for part in one_by_one(nested, bank, x, NAMES)])
     for layers in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bank_module, "takes_layers", lambda *_, layers=layers: layers)
+            patch.setattr(mixed_batches, "takes_layers", lambda *_, layers=layers: layers)
             found = bank.forward(nested.eval(), x, NAMES)
         assert torch.allclose(found["out"][0], expected, atol=1e-5)
         assert torch.allclose(found["out"][1][0], 2 * expected, atol=1e-5)
@@ -306,7 +306,7 @@ def test_outputs_without_a_row_for_each_sample_are_refused(
 ) -> None:
     model = Calls(output, l=nn.Linear(5, 4)).eval()
     bank = bank_for(model)
-    monkeypatch.setattr(bank_module, "takes_layers", lambda *_: False)
+    monkeypatch.setattr(mixed_batches, "takes_layers", lambda *_: False)
     with pytest.raises(StateError, match=r"no row for each|gives a str"):
         bank.forward(model, samples(5), NAMES)
 
@@ -375,7 +375,7 @@ def test_an_error_inside_the_model_leaves_it_as_it_was(
                 raise KeyError("own")
 
         hook = base.fc.register_forward_hook(fail)  # type: ignore[union-attr,operator]
-        monkeypatch.setattr(bank_module, "takes_layers", lambda *_, layers=layers: layers)
+        monkeypatch.setattr(mixed_batches, "takes_layers", lambda *_, layers=layers: layers)
         with pytest.raises(KeyError, match="own"):
             bank.forward(base, x, NAMES)
         hook.remove()
@@ -472,4 +472,4 @@ def test_the_cheaper_route_is_taken() -> None:
         (3_211_264, 102_000_000, False),  # 224 pixels
         (262_144, 102_000_000, True),  # 64 pixels
     ):
-        assert layer_route.takes_layers(layer_route.Route(row_bytes, True), 64, weight_bytes) == layers
+        assert mixed_batches.takes_layers(LayerRoute(row_bytes, True), 64, weight_bytes) == layers
