@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from sampling import AGAIN, LEFT_OUT
 from torch import Tensor, nn
 
 import loraio
 from loraio.files.sharded import INDEX_SUFFIX
+
+
+def pytest_report_header() -> str:
+    """Say how to repeat the samples."""
+    return AGAIN
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say with a failed test how to repeat its sample."""
+    report = yield
+    if report.failed and item.get_closest_marker("sampled"):
+        report.sections.append(("sample", AGAIN))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name and count the cases that tests left out."""
+    reports = (each for key in ("passed", "failed") for each in terminalreporter.getreports(key))
+    cases = sorted(str(case) for each in reports for key, case in each.user_properties if key == LEFT_OUT)
+    if cases:
+        terminalreporter.section(f"{len(cases)} cases left out, where torch itself is wrong on this machine")
+        for case in cases:
+            terminalreporter.write_line(case)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -33,7 +33,7 @@ LINES = [
     {"registry"},
     {"errors", "version"},
 ]
-"""From the top down; rooms of one line do not import each other. Of the public names only the command line makes use."""
+"""From the top down; rooms of one line do not import each other."""
 
 ASIDE: dict[tuple[str, str], str] = {}
 """Imports between rooms of one line, by module and imported module, each with its reason."""
