@@ -1,10 +1,8 @@
-"""Regular expressions of strangers: matched with Python's meaning, in bounded time.
+"""Match the regular expressions of strangers with Python's ``re``, in bounded time.
 
-Python's ``re`` goes back and tries again: ``(a+)+$`` against thirty letters takes minutes, and nothing stops it. So a
-pattern is parsed and looked at first. One that cannot cost much is left to ``re``. Any other is matched here by sets of
-places, in which nothing is tried twice: for every part of the pattern, from the places where it may begin to all places
-where it may end. That is bounded by the lengths of pattern and text. What this has no form for, such as references to
-groups, and what goes beyond `loraio.files.limits`, is refused by an error.
+``re`` tries again from each place where it could have gone another way: ``(a+)+$`` against thirty letters takes
+minutes, and nothing stops it. So each pattern is parsed first, and its cost is estimated. A pattern whose cost is a
+polynomial of the text's length takes that many steps from the budget of its file. Any other pattern is refused.
 """
 
 from __future__ import annotations
@@ -13,40 +11,40 @@ import importlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from loraio.errors import FormatError, quoted
 from loraio.files.limits import limits, raising
 
 _PARSER: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
-_TAME = 20_000
-"""Steps that ``re`` may take for one text at the worst."""
+_ENDLESS = 1 << 40
+"""More steps than any pattern may take."""
 
-_PLAIN = re.compile(r"[A-Za-z0-9_.]*")  # no more than names of modules, as most patterns are
+_STEPS_PER_MICROSECOND = 100
 
-_FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL | re.ASCII | re.LOCALE
-"""Flags of whose patterns the sets of places know nothing."""
+_LENGTHS = 16
+"""Costs are estimated for texts of a multiple of this length, so that there are few to estimate."""
 
-_CATEGORIES: dict[str, Callable[[str], bool]] = {
-    "CATEGORY_DIGIT": str.isdecimal,
-    "CATEGORY_SPACE": str.isspace,
-    "CATEGORY_WORD": lambda char: char.isalnum() or char == "_",
-}
+_COMPILING = 2_000
+"""Microseconds that it takes to compile a short pattern, at the worst."""
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.]*")
+"""Patterns that are names of modules, as most are; they are compared without ``re``."""
 
 
 class Budget:
-    """Steps that all patterns of one file may still take together."""
+    """The microseconds that all patterns of one file may still take together."""
 
     def __init__(self) -> None:
         self._left = limits().pattern_steps
 
     def spend(self, steps: int) -> None:
-        """Take some.
+        """Take steps from the budget.
 
         Raises:
-            FormatError: there are none left.
+            FormatError: none are left.
         """
         self._left -= steps
         if self._left < 0:
@@ -54,22 +52,23 @@ class Budget:
 
 
 class Pattern:
-    """One pattern.
+    """A regular expression that was checked before use.
 
     Args:
         text: in the syntax of Python's ``re``.
-        budget: that it takes its steps from.
+        budget: pays for compiling and matching.
 
     Raises:
-        FormatError: it is no pattern, or too long.
+        FormatError: the text is too long, or no regular expression.
 
-    >>> Pattern(r"(a+)+b", Budget()).matches("a" * 100)
-    False
+    >>> Pattern(r".*\\.(q|k)_proj", Budget()).matches("layer.0.q_proj")
+    True
     """
 
     def __init__(self, text: str, budget: Budget) -> None:
         self.text = text
         self._budget = budget
+        self._steps: dict[int, int] = {}  # by length of the text
         most = limits().pattern_bytes
         if len(text) > most:
             raise FormatError(
@@ -80,7 +79,7 @@ class Pattern:
         if self._plain:
             budget.spend(1)
             return
-        budget.spend(2000 + len(text))
+        budget.spend(_COMPILING + len(text))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about syntax that may change
@@ -90,57 +89,52 @@ class Pattern:
             reason = str(error) if isinstance(error, re.error) else "nested or repeated too often"
             raise FormatError(f"{quoted(text)} is no regular expression: {reason}") from error
 
-    def matches(self, name: str, starts: list[int] | None = None) -> bool:
-        """Whether it matches a whole name, from its beginning or from one of several places on.
+    def matches(self, name: str, starts: Iterable[int] = (0,)) -> bool:
+        """Return True if the pattern matches from one of the starts to the end of the name.
 
         Raises:
-            FormatError: it would take too long, or needs what only ``re`` has.
+            FormatError: matching may take very long, or longer than the budget allows.
         """
-        starts = [0] if starts is None else starts
         if self._plain:
-            return self._is(name, len(name) - len(self.text), starts)
-        cost = _cost(self._tree, len(name) + 1) * len(starts)
-        if cost <= _TAME:
-            self._budget.spend(1 + cost // 100)
-            return any(self._compiled.fullmatch(name, start) for start in starts)
-        if self._tree.state.flags & _FLAGS:
-            raise self._refusal("has flags")
-        return _Places(name, self).ends(self._tree, sum(1 << start for start in set(starts))) >> len(name) & 1 == 1
+            start = len(name) - len(self.text)
+            return start in starts and _is_plain_match(self.text, name[start:])
+        steps = self._steps_for(len(name))
+        for start in starts:
+            self._budget.spend(1 + steps // _STEPS_PER_MICROSECOND)
+            if self._compiled.fullmatch(name, start):
+                return True
+        return False
 
-    def _is(self, name: str, start: int, starts: list[int]) -> bool:
-        """Whether a plain text is what begins there: its dots stand for any character."""
-        if start not in starts:
-            return False
-        end = name[start:]
-        return end == self.text or all(
-            char == wanted or (wanted == "." and char != "\n") for char, wanted in zip(end, self.text, strict=True)
-        )
+    def _steps_for(self, length: int) -> int:
+        length += -length % _LENGTHS
+        if length not in self._steps:
+            self._budget.spend(1 + len(self.text))
+            self._steps[length] = _cost(self._tree, length).steps
+        if self._steps[length] >= _ENDLESS:
+            raise FormatError(
+                f"the regular expression {quoted(self.text)} may take very long to match: it repeats a part that may "
+                "match in several ways",
+                hint="the names of the modules as a list",
+            )
+        return self._steps[length]
 
-    def spend(self, steps: int) -> None:
-        """Take steps from the budget."""
-        self._budget.spend(steps)
 
-    def _refusal(self, what: str) -> FormatError:
-        return FormatError(
-            f"the regular expression {quoted(self.text)} may take very long, and {what}, which is not matched in "
-            "bounded time here",
-            hint="the names of the modules as a list",
-        )
-
-    def unknown(self, part: str) -> FormatError:
-        """The error for a part of the pattern that sets of places have no form for."""
-        return self._refusal(f"has a part of the kind {part.lower()}")
+def _is_plain_match(text: str, name: str) -> bool:
+    """Compare texts of one length; a dot of the first stands for any character."""
+    return name == text or all(
+        char == wanted or (wanted == "." and char != "\n") for char, wanted in zip(name, text, strict=True)
+    )
 
 
 class PatternTable:
-    """Values by patterns for the ends of modules' names, as PEFT looks them up: the first that matches has it.
+    """Look up values by patterns for the ends of modules' names, as PEFT does: the first match counts.
 
     Args:
-        patterns: a setting of a configuration; what is not an object has no values.
-        budget: that the patterns take their steps from.
+        patterns: a setting of a configuration, from pattern to value; ignored where it is no object.
+        budget: pays for all patterns.
 
     Raises:
-        FormatError: one of the patterns is none.
+        FormatError: a pattern is no regular expression.
     """
 
     def __init__(self, patterns: Any, budget: Budget) -> None:
@@ -149,7 +143,7 @@ class PatternTable:
         self._values = [(Pattern(text, budget), value) for text, value in given]
 
     def value(self, path: str, otherwise: Any) -> Any:
-        """The value for a module.
+        """Return the value for a module.
 
         Raises:
             FormatError: as `Pattern.matches`.
@@ -159,132 +153,82 @@ class PatternTable:
         return next((value for pattern, value in self._values if pattern.matches(path, starts)), otherwise)
 
 
-def _cost(tree: Any, length: int) -> int:
-    """At least the number of ways that ``re`` may try, up to a bound that no tame pattern reaches."""
-    total = 1
+class _Cost(NamedTuple):
+    """The most that ``re`` may do with a part of a pattern.
+
+    Attributes:
+        ways: in which the part may match from one place on.
+        steps: to try them all.
+    """
+
+    ways: int
+    steps: int
+
+
+def _cost(tree: Any, length: int) -> _Cost:
+    """Return the cost of parts that follow each other, against a text of this length."""
+    ways, steps, repeats = 1, 0, 0
     for code, value in tree:
-        total = min(total * _cost_of(str(code), value, length) + 1, 1 << 40)
-    return total
+        part = _part_cost(str(code), value, length)
+        steps += ways * part.steps
+        if str(code) in ("MAX_REPEAT", "MIN_REPEAT") and value[1] - value[0] >= length:
+            # the ends of k repeats come in order: there are (n + k over k) of them, not n to the power of k
+            repeats += 1
+            ways = ways * (part.ways + repeats - 1) // repeats
+        else:
+            ways *= part.ways
+        ways, steps = min(ways, _ENDLESS), min(steps, _ENDLESS)
+    return _Cost(ways, steps)
 
 
-def _cost_of(code: str, value: Any, length: int) -> int:
+def _part_cost(code: str, value: Any, length: int) -> _Cost:
     if code == "BRANCH":
-        return sum(_cost(part, length) for part in value[1])
+        return _branch_cost(value[1], length)
     if code == "SUBPATTERN":
         return _cost(value[3], length)
     if code in ("ASSERT", "ASSERT_NOT"):
-        return _cost(value[1], length)
+        return _Cost(1, _cost(value[1], length).steps + 1)
     if code == "ATOMIC_GROUP":
-        return _cost(value, length)
+        return _Cost(1, _cost(value, length).steps + 1)
+    if code in ("GROUPREF", "GROUPREF_IGNORE"):
+        return _Cost(1, length + 1)
     if code == "GROUPREF_EXISTS":
-        return sum(_cost(part, length) for part in value[1:] if part is not None)
+        return _sum_of(_cost(part, length) for part in value[1:] if part is not None)
     if code in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
         least, most, part = value
-        inner = _cost(part, length)
-        if most <= 1:
-            return inner + 1
-        choices = min(most - least, length) + 1
-        return choices + min(least, length) if inner <= 2 else 1 << 40
-    return 1
+        return _repeat_cost(int(least), int(most), _cost(part, length), length)
+    return _Cost(1, 1)
 
 
-class _Places:
-    """Sets of places in one name, as the bits of an integer."""
+def _branch_cost(branches: Any, length: int) -> _Cost:
+    """Return the cost of alternatives; of those that begin with different letters only one can match."""
+    by_letter: dict[str, list[_Cost]] = {}
+    for branch in branches:
+        by_letter.setdefault(_first_letter(branch), []).append(_cost(branch, length))
+    anywhere = _sum_of(by_letter.pop("", []))
+    groups = [_sum_of(costs) for costs in by_letter.values()]
+    ways = anywhere.ways + max((group.ways for group in groups), default=0)
+    return _Cost(ways, anywhere.steps + sum(group.steps for group in groups) + len(branches))
 
-    def __init__(self, name: str, pattern: Pattern) -> None:
-        self._name = name
-        self._pattern = pattern
-        self._known: dict[tuple[str, Any], int] = {}
 
-    def ends(self, tree: Any, starts: int) -> int:
-        """Where a sequence may end that begins at one of these places."""
-        for code, value in tree:
-            if not starts:
-                break
-            starts = self._after(str(code), value, starts)
-        return starts
+def _first_letter(branch: Any) -> str:
+    """Return the ASCII letter that a branch begins with; empty for others, since case may make two of them one."""
+    if len(branch) and str(branch[0][0]) == "LITERAL" and branch[0][1] < 128:
+        return chr(branch[0][1]).lower()
+    return ""
 
-    def _after(self, code: str, value: Any, starts: int) -> int:
-        self._pattern.spend(1 + len(self._name) // 64)
-        if code == "BRANCH":
-            ends = 0
-            for part in value[1]:
-                ends |= self.ends(part, starts)
-            return ends
-        if code == "SUBPATTERN":
-            if value[1] or value[2]:
-                raise self._pattern.unknown("flags")
-            return self.ends(value[3], starts)
-        if code in ("MAX_REPEAT", "MIN_REPEAT"):
-            least, most, part = value
-            return self._repeated(least, most, part, starts)
-        if code in ("ASSERT", "ASSERT_NOT") and value[0] == 1:
-            return self._looked_ahead(value[1], starts, wanted=code == "ASSERT")
-        if code == "AT":
-            return starts & self._anchors(str(value))
-        return (starts & self._characters(code, value)) << 1
 
-    def _repeated(self, least: int, most: int, part: Any, starts: int) -> int:
-        for _ in range(least):
-            ends = self.ends(part, starts)
-            if ends == starts:  # and so for ever
-                break
-            starts = ends
-        found = fresh = starts
-        count = least
-        while fresh and count < most:
-            fresh = self.ends(part, fresh) & ~found
-            found |= fresh
-            count += 1
-        return found
+def _repeat_cost(least: int, most: int, part: _Cost, length: int) -> _Cost:
+    """Return the cost of a repeat: of a part that matches in several ways it grows as a power of the count."""
+    most = min(most, max(least, length + 1))  # each further one matches nothing
+    if part.ways == 1:
+        return _Cost(most - least + 1, most * part.steps + 1)
+    if most * part.ways.bit_length() > _ENDLESS.bit_length():
+        return _Cost(_ENDLESS, _ENDLESS)
+    ways = 2 * part.ways**most
+    return _Cost(ways, ways * part.steps)
 
-    def _looked_ahead(self, part: Any, starts: int, *, wanted: bool) -> int:
-        kept = 0
-        for place in range(len(self._name) + 1):
-            if starts >> place & 1 and bool(self.ends(part, 1 << place)) == wanted:
-                kept |= 1 << place
-        return kept
 
-    def _anchors(self, kind: str) -> int:
-        end = len(self._name)
-        if kind in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
-            return 1
-        if kind == "AT_END_STRING":
-            return 1 << end
-        if kind == "AT_END":
-            return 1 << end | (1 << end - 1 if self._name.endswith("\n") else 0)
-        if kind not in ("AT_BOUNDARY", "AT_NON_BOUNDARY"):
-            raise self._pattern.unknown(kind)
-        is_word = _CATEGORIES["CATEGORY_WORD"]
-        words = [False, *map(is_word, self._name), False]
-        return sum(
-            1 << place for place in range(end + 1) if (words[place] != words[place + 1]) == (kind == "AT_BOUNDARY")
-        )
-
-    def _characters(self, code: str, value: Any) -> int:
-        """The places of the characters that one character of the pattern stands for."""
-        key = (code, id(value) if code == "IN" else value)
-        if key not in self._known:
-            self._pattern.spend(len(self._name) * (len(value) if code == "IN" else 1))
-            self._known[key] = sum(
-                1 << place for place, char in enumerate(self._name) if self._stands_for(code, value, char)
-            )
-        return self._known[key]
-
-    def _stands_for(self, code: str, value: Any, char: str) -> bool:
-        if code == "LITERAL":
-            return bool(ord(char) == value)
-        if code == "NOT_LITERAL":
-            return bool(ord(char) != value)
-        if code == "ANY":
-            return char != "\n"
-        if code == "RANGE":
-            return bool(value[0] <= ord(char) <= value[1])
-        if code == "CATEGORY":
-            name = str(value)
-            negated = name.replace("_NOT_", "_")
-            return _CATEGORIES[negated](char) != (negated != name)
-        if code == "IN":
-            negated_set = str(value[0][0]) == "NEGATE"
-            return any(self._stands_for(str(c), v, char) for c, v in value[negated_set:]) != negated_set
-        raise self._pattern.unknown(code)
+def _sum_of(costs: Iterable[_Cost]) -> _Cost:
+    costs = list(costs)
+    return _Cost(sum(cost.ways for cost in costs), sum(cost.steps for cost in costs))
