@@ -15,7 +15,7 @@ import loraio
 from loraio.adapter import Adapter, BaseReference, Target
 from loraio.bases.identity import state_sha256, tensor_sha256
 from loraio.files.sharded import INDEX_SUFFIX
-from loraio.files.tensorfile import dtype_code
+from loraio.files.tensors import dtype_code
 
 State = dict[str, Tensor]
 

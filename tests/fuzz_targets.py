@@ -24,7 +24,8 @@ from loraio.adapter import Adapter, BaseReference, Target
 from loraio.bases import checkpoints
 from loraio.errors import LoraioError
 from loraio.files import pickles, sharded, strictjson, tensorfile
-from loraio.files.tensorfile import DTYPE_BITS, METADATA_KEY, Header
+from loraio.files.tensorfile import METADATA_KEY, Header
+from loraio.files.tensors import DTYPE_BITS
 from loraio.formats import dialects
 from loraio.formats.binding import bind
 from loraio.formats.foreign import Options

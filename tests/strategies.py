@@ -11,12 +11,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraio.adapter.adapter import SCALE_RULES, Adapter, BaseReference, Target
+from loraio.adapter.adapter import Adapter
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
+from loraio.adapter.metadata import SCALE_RULES, BaseReference, Target
 from loraio.bases.identity import state_sha256
 from loraio.files.names import HIDDEN
-from loraio.files.tensorfile import dtype_code, tensor_sha256
+from loraio.files.tensors import dtype_code, tensor_sha256
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

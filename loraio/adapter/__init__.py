@@ -1,5 +1,6 @@
 """What an adapter is, and what it does to one weight."""
 
-from loraio.adapter.adapter import Adapter, BaseReference, Target, WholeTensor
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import BaseReference, Target, WholeTensor
 
 __all__ = ["Adapter", "BaseReference", "Target", "WholeTensor"]

@@ -113,7 +113,7 @@ class SlicedFold:
         """
         import torch
 
-        from loraio.adapter.lowrank import ready_to_round
+        from loraio.adapter.rounding import ready_to_round
 
         layer, groups, wide, same = self._layer, self._groups, self._wide, folded is self.weight
         direct = wide == folded.dtype == torch.float32 and (self._kind.writes_once or not same)

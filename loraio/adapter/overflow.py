@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from loraio.adapter.adapter import Target, fold_finite
+from loraio.adapter.metadata import Target
+from loraio.errors import AdapterError
 
 
 def refuse_overflow(
@@ -57,3 +59,34 @@ def _peak(tensors: list[Tensor]) -> float:
     if len({tensor.device for tensor in tensors}) > 1:
         return max(_peak([tensor]) for tensor in tensors)
     return float(torch.cat([tensor.detach().flatten() for tensor in tensors]).abs_().max())
+
+
+def fold_finite(
+    name: str,
+    target: Target,
+    weight: Tensor,
+    factors: Mapping[str, Tensor],
+    *,
+    strength: float = 1.0,
+    exact: bool = True,
+) -> Tensor:
+    """As `Target.fold`, with factors on any device; refuses a sum that overflows.
+
+    Args:
+        name: of the target, for the error.
+        target, weight, factors, strength, exact: as `Target.fold` takes them.
+
+    Raises:
+        AdapterError: the sum overflows the weight's dtype.
+    """
+    moved = {short: factor.to(weight.device) for short, factor in factors.items()}
+    folded = target.fold(weight, moved, strength=strength, exact=exact)
+    if weight.numel() > 16 * target.parameters:  # the factors are read sooner
+        peaks = {short: float(torch.linalg.vector_norm(factor, math.inf)) for short, factor in moved.items()}
+        if target.stays_finite(peaks, weight.dtype, strength=strength):
+            return folded
+    # a sum is finite only where all are; but one of finite numbers may overflow itself
+    suspect = not math.isfinite(float(folded.sum(dtype=torch.promote_types(folded.dtype, torch.float32))))
+    if suspect and bool((weight.isfinite() & ~folded.isfinite()).any()):
+        raise AdapterError(f"{name!r}: the sum overflows {weight.dtype} at strength {strength:g}")
+    return folded

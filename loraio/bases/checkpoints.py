@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from loraio.adapter.adapter import check_heads
+from loraio.adapter.metadata import check_heads
 from loraio.bases.identity import identity_of, state_sha256
 from loraio.bases.networks import (
     NAME_FORMS,
@@ -28,8 +28,9 @@ from loraio.bases.receipts import Receipt, read_receipts
 from loraio.errors import AdapterError, BaseMismatchError, FormatError, LoraioError, StateError, UnknownNameError
 from loraio.files import tensorfile
 from loraio.files.pickles import PICKLE_SUFFIXES, read_pickle
-from loraio.files.sharded import is_parted, read_parted_header
-from loraio.files.tensorfile import TORCH_DTYPES, Header, TensorInfo, tensor_bytes
+from loraio.files.sharded import is_sharded, read_sharded_header
+from loraio.files.tensorfile import Header, TensorInfo
+from loraio.files.tensors import TORCH_DTYPES, tensor_bytes
 from loraio.registry import known, nearest
 
 FORMAT_VERSION = 2
@@ -112,7 +113,7 @@ def read_base(path: str | os.PathLike[str]) -> BaseCheckpoint:
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
     """Whether `read_base` reads it with ``torch.load``, which cannot read one tensor after the other."""
-    return Path(path).suffix.lower() in PICKLE_SUFFIXES and not is_parted(path)
+    return Path(path).suffix.lower() in PICKLE_SUFFIXES and not is_sharded(path)
 
 
 def scan_base(path: str | os.PathLike[str]) -> tuple[BaseCheckpoint, tuple[Header, ...]]:
@@ -131,8 +132,8 @@ def scan_base(path: str | os.PathLike[str]) -> tuple[BaseCheckpoint, tuple[Heade
 
 def _described(path: Path) -> tuple[BaseCheckpoint, tuple[Header, ...]]:
     """A checkpoint without values, under the names in the file."""
-    if is_parted(path):
-        parted = read_parted_header(path)
+    if is_sharded(path):
+        parted = read_sharded_header(path)
         headers = tuple(parted.headers.values())
         state = {name: _without_values(name, info, parted.index) for name, info in parted.tensors.items()}
         document = parted.document()

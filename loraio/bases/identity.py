@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from loraio.adapter.adapter import FLOAT_DTYPES, Adapter, BaseReference
+from loraio.adapter.adapter import Adapter
 from loraio.adapter.layers import STATISTICS
+from loraio.adapter.metadata import FLOAT_DTYPES, BaseReference
 from loraio.bases.writes import TensorMark
 from loraio.errors import BaseMismatchError, StateError
 from loraio.files.integrity import state_digest
-from loraio.files.tensorfile import dtype_code, tensor_bytes, tensor_sha256
+from loraio.files.tensors import dtype_code, tensor_bytes, tensor_sha256
 from loraio.registry import nearest
 
 PROJECTIONS = 8

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loraio.adapter.layers import find_head
+from loraio.bases.targets import find_head
 from loraio.errors import ConfigError, UnknownNameError
-from loraio.files.tensorfile import canonical_json
+from loraio.files.strictjson import canonical_json
 from loraio.registry import known, lookup, nearest
 
 NAME_FORMS = "torchvision:NAME, timm:NAME or package.module:callable"
@@ -160,7 +160,7 @@ def fresh_head(module: nn.Module, outputs: int) -> dict[str, Tensor]:
     """Start values of a layer like this one with that many outputs, as torch draws them from its global generator.
 
     Args:
-        module: a layer that `loraio.adapter.layers.find_head` finds.
+        module: a layer that `loraio.bases.targets.find_head` finds.
         outputs: at least 1.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraio.adapter.adapter import Adapter, check_strength
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import check_strength
 from loraio.bases.identity import check_base, digests, state_sha256
 from loraio.errors import AlreadyMergedError, ConfigError, FormatError
+from loraio.files.integrity import is_sha256
 from loraio.version import __version__
 
 FAST_SUMS = "float32"
@@ -20,8 +21,6 @@ FAST_SUMS = "float32"
 
 LABELS = ("dataset", "digit", "class", "seed", "steps")
 """What of an adapter's training a receipt repeats, for people to know it by."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,11 +177,6 @@ def _read(entry: Any, number: int, where: str) -> Receipt:
         residue_sha256=residue,
         extra=rest,
     )
-
-
-def is_sha256(value: Any) -> bool:
-    """Whether it is 64 lower-case hexadecimal digits."""
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def _are_texts(value: Any) -> bool:

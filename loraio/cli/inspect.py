@@ -29,8 +29,8 @@ def inspect(file: str, as_json: bool) -> None:
     from loraio.files import sharded
     from loraio.formats.sources import is_adapter_folder
 
-    if sharded.is_parted(file) and not is_adapter_folder(file):
-        parted = sharded.read_parted_header(file)
+    if sharded.is_sharded(file) and not is_adapter_folder(file):
+        parted = sharded.read_sharded_header(file)
         facts = _base_facts(parted.tensors, parted.document(), parts=list(parted.headers))
         facts = {"bytes": parted.file_bytes, "header_bytes": parted.header_bytes, **facts}
     else:

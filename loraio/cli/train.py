@@ -54,7 +54,7 @@ def train(
     """Train LoRA factors on a frozen BASE and save them alone."""
     import loraio
     from loraio.bases.checkpoints import stripped_of
-    from loraio.files.atomic import make_folder
+    from loraio.files.folders import make_folder
     from loraio.files.sharded import checkpoint_files
 
     if digit is not None and class_name is not None:

@@ -38,22 +38,22 @@ class Integrity(NamedTuple):
 
     Attributes:
         tensors: of each tensor's bytes, by name; None where the document itself has them elsewhere.
-        parts: of the headers of a checkpoint's parts, by file name; empty for a single file.
+        shards: of the headers of a checkpoint's shards, by file name; empty for a single file.
     """
 
     tensors: Mapping[str, str] | None
-    parts: Mapping[str, str]
+    shards: Mapping[str, str]
 
 
 def with_integrity(
-    document: Mapping[str, Any], tensors: Iterable[str] | None, parts: Mapping[str, str] | None = None
+    document: Mapping[str, Any], tensors: Iterable[str] | None, shards: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """The document with an entry for its digests, ready for `seal`.
 
     Args:
         document: JSON values.
         tensors: SHA-256 of each tensor, in the order in which the text lists them; None where the document has them.
-        parts: as `Integrity.parts`.
+        shards: as `Integrity.shards`.
 
     Raises:
         FormatError: the document has such an entry already.
@@ -63,8 +63,8 @@ def with_integrity(
     entry: dict[str, Any] = {"file": PENDING}
     if tensors is not None:
         entry["tensors"] = base64.b64encode(b"".join(bytes.fromhex(digest) for digest in tensors)).decode("ascii")
-    if parts:
-        entry["parts"] = dict(sorted(parts.items()))
+    if shards:
+        entry["parts"] = dict(sorted(shards.items()))
     return {**document, KEY: entry}
 
 
@@ -118,10 +118,15 @@ def check(text: bytes, document: dict[str, Any] | None, names: Sequence[str], *,
     digest.update(memoryview(text)[start + len(PENDING) :])
     if digest.hexdigest() != entry["file"]:
         raise _damaged("its header is not what was written", where)
-    parts = entry.get("parts", {})
-    if not isinstance(parts, dict) or not all(isinstance(d, str) and _SHA256.fullmatch(d) for d in parts.values()):
-        raise _damaged("the digests of its parts are malformed", where)
-    return Integrity(tensors=_by_name(entry.get("tensors"), names, where), parts=parts)
+    shards = entry.get("parts", {})
+    if not isinstance(shards, dict) or not all(is_sha256(digest) for digest in shards.values()):
+        raise _damaged("the digests of its shards are malformed", where)
+    return Integrity(tensors=_by_name(entry.get("tensors"), names, where), shards=shards)
+
+
+def is_sha256(value: Any) -> bool:
+    """Return True if a value is a string of 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def damaged_tensors(names: Sequence[str], *, of: int, where: str) -> FormatError:
@@ -135,7 +140,7 @@ def damaged_tensors(names: Sequence[str], *, of: int, where: str) -> FormatError
     )
 
 
-def damaged_parts(files: Sequence[str], *, where: str) -> FormatError:
+def damaged_shards(files: Sequence[str], *, where: str) -> FormatError:
     """The error for parts whose headers have other digests than the index says."""
     return FormatError(
         "the checkpoint is damaged, or its parts are of several checkpoints",

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loraio.errors import FormatError, LoraioError, quoted
 from loraio.files.limits import limits, raising
 from loraio.files.sniffing import LOOKED_AT, open_file, recognised
-from loraio.files.tensorfile import TORCH_DTYPES, check_name
+from loraio.files.tensorfile import check_name
+from loraio.files.tensors import TORCH_DTYPES
 from loraio.registry import known
 
 if TYPE_CHECKING:

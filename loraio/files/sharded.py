@@ -12,6 +12,7 @@ from typing import Any
 from loraio.errors import FormatError, LoraioError, MissingFileError
 from loraio.files import integrity, tensorfile
 from loraio.files.names import is_device, name_clashes
+from loraio.files.strictjson import read_json_text
 from loraio.files.tensorfile import METADATA_KEY, Header, TensorInfo
 from loraio.registry import known
 
@@ -20,7 +21,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PartedHeader:
+class ShardedHeader:
     """What an index and the headers of its parts say, checked against each other.
 
     Attributes:
@@ -56,7 +57,7 @@ class PartedHeader:
         return sum(header.file_bytes for header in self.headers.values())
 
 
-def is_parted(path: str | os.PathLike[str]) -> bool:
+def is_sharded(path: str | os.PathLike[str]) -> bool:
     """Whether it is named like the index of a parted checkpoint, or is a folder, in which one is looked for."""
     path = Path(path)
     return path.name.endswith(INDEX_SUFFIX) or _is_folder(path)
@@ -64,14 +65,14 @@ def is_parted(path: str | os.PathLike[str]) -> bool:
 
 def checkpoint_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     """The files that make up a checkpoint: of a parted one the index and the parts, as far as they can be read."""
-    if is_parted(path):
+    if is_sharded(path):
         with contextlib.suppress(LoraioError):
-            parted = read_parted_header(path)
+            parted = read_sharded_header(path)
             return (parted.index, *(header.path for header in parted.headers.values()))
     return (Path(path),)
 
 
-def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
+def read_sharded_header(path: str | os.PathLike[str]) -> ShardedHeader:
     """The headers of a parted checkpoint; every tensor must be where the index says, and nowhere else.
 
     Args:
@@ -84,7 +85,7 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
     """
     index = _index_of(Path(path))
     where = f"{str(index)!r}"
-    raw, document = tensorfile.read_json_text(index)
+    raw, document = read_json_text(index)
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
         raise FormatError("not an index of a parted checkpoint: it has no 'weight_map' with tensors", where=where)
@@ -126,15 +127,15 @@ def read_parted_header(path: str | os.PathLike[str]) -> PartedHeader:
         raise FormatError("the loraio metadata is not a JSON object", where=where)
     found = integrity.check(raw, own, sorted(places), where=where)
     if found is not None:
-        other = [file for file in headers if found.parts.get(file) != headers[file].sha256]
+        other = [file for file in headers if found.shards.get(file) != headers[file].sha256]
         if other:
-            raise integrity.damaged_parts(other, where=where)
+            raise integrity.damaged_shards(other, where=where)
         digests = found.tensors or {}
         headers = {
             file: replace(header, digests={name: digests[name] for name in header.tensors})
             for file, header in headers.items()
         }
-    return PartedHeader(index=index, places=places, headers=headers, metadata=metadata)
+    return ShardedHeader(index=index, places=places, headers=headers, metadata=metadata)
 
 
 def _is_folder(path: Path) -> bool:

@@ -13,6 +13,9 @@ from loraio.errors import MissingFileError
 LOOKED_AT = 512
 """Bytes at the start of a file that `recognised` wants."""
 
+FETCH_AGAIN = "fetch the file again: it may be damaged, or not be finished"
+"""The hint for a file that ends too soon."""
+
 _UNPACK = "unpack it and name the file inside"
 _ONLY = "only safetensors files and, by the endings .pt, .pth and .bin, those of torch.save are read"
 

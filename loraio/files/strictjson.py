@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from array import array
+from collections.abc import Mapping
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NoReturn
 
-from loraio.errors import FormatError, quoted
+from loraio.errors import FormatError, MissingFileError, quoted
 from loraio.files.limits import Limits, limits, raising
+from loraio.files.sniffing import FETCH_AGAIN, LOOKED_AT, open_file, reason, recognised
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a character
 
@@ -97,3 +101,44 @@ def _check_size(text: str, most: Limits, where: str) -> None:
             raise FormatError(
                 f"the JSON has more than {most.json_values:,} entries", where=where, hint=raising("json_values")
             )
+
+
+def canonical_json(document: Mapping[str, Any]) -> str:
+    """The one text of a JSON document: keys sorted, no spaces, NaN and infinities refused.
+
+    >>> canonical_json({"b": 1, "a": [0.5]})
+    '{"a":[0.5],"b":1}'
+    """
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a small JSON file holds, read as strictly as a header: no key twice, no NaN.
+
+    Raises:
+        MissingFileError: there is no such file, or it cannot be read.
+        FormatError: it is not JSON, or beyond `loraio.files.limits`.
+    """
+    return read_json_text(path)[1]
+
+
+def read_json_text(path: str | os.PathLike[str]) -> tuple[bytes, Any]:
+    """As `read_json`, and the bytes of the file."""
+    where, most = f"{os.fspath(path)!r}", limits().header_bytes
+    with open_file(Path(path)) as file:
+        try:
+            raw = file.read(most + 1)
+        except OSError as error:
+            raise MissingFileError(f"{where} cannot be read: {reason(error)}") from error
+    if len(raw) > most:
+        raise FormatError(f"longer than {most:,} bytes", where=where, hint=raising("header_bytes"))
+    if not raw:
+        raise FormatError("the file is empty", where=where, hint=FETCH_AGAIN)
+    found = None if re.match(rb"\s*[{\[]", raw) else recognised(raw[:LOOKED_AT])
+    if found is not None:
+        raise FormatError(f"not JSON but {found[0]}", where=where, hint=found[1])
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"not UTF-8: {error}", where=where) from error
+    return raw, parse_json(text, where=where)

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,40 +22,22 @@ from loraio.files import integrity
 from loraio.files.atomic import staged
 from loraio.files.limits import Limits, limits, raising
 from loraio.files.names import is_hidden
-from loraio.files.sniffing import LOOKED_AT, open_file, reason, recognised
-from loraio.files.strictjson import parse_json
+from loraio.files.sniffing import FETCH_AGAIN, LOOKED_AT, open_file, reason, recognised
+from loraio.files.strictjson import canonical_json, parse_json
+from loraio.files.tensors import DTYPE_BITS, TORCH_DTYPES, dtype_code, tensor_bytes, tensor_sha256
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 METADATA_KEY = "loraio"
 """The header key that holds the JSON document."""
 
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-}  # fmt: skip
-"""Bits in one element, by the dtype code of safetensors headers."""
-
-TORCH_DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F16": "float16",
-    "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
-}  # fmt: skip
-"""The torch dtype of each code that a tensor of a network can have, as the attribute name in ``torch``."""
 
 _LAYOUT_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
 """In which order of their dtypes the safetensors library writes tensors."""
-
-
-_CODES = {name: code for code, name in TORCH_DTYPES.items()}
-
-_AGAIN = "fetch the file again: it may be damaged, or not be finished"
 
 
 class TensorInfo(NamedTuple):
@@ -99,49 +80,6 @@ class Header:
         return self.parsed
 
 
-def dtype_code(dtype: torch.dtype) -> str:
-    """The safetensors code of a torch dtype: ``F32`` for ``torch.float32``.
-
-    Raises:
-        FormatError: safetensors has no code for it.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if name not in _CODES:
-        raise FormatError(f"tensors of dtype {name} cannot be stored in a safetensors file")
-    return _CODES[name]
-
-
-def tensor_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor in C order, as a flat uint8 tensor on the CPU: what files and digests are made of."""
-    import torch
-
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
-
-    >>> import torch
-    >>> tensor_sha256(torch.zeros(2))[:16]
-    'af5570f5a1810b7a'
-    """
-    import torch
-
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    if plain and tensor.dtype in (torch.float32, torch.int64) and tensor.is_contiguous():  # in a third of the time
-        return hashlib.sha256(tensor.detach().numpy().reshape(-1).data).hexdigest()
-    return hashlib.sha256(tensor_bytes(tensor).numpy().data).hexdigest()
-
-
-def canonical_json(document: Mapping[str, Any]) -> str:
-    """The one text of a JSON document: keys sorted, no spaces, NaN and infinities refused.
-
-    >>> canonical_json({"b": 1, "a": [0.5]})
-    '{"a":[0.5],"b":1}'
-    """
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
 # Reading
 
 
@@ -181,9 +119,9 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> Header:
     start = file.read(LOOKED_AT)
     length = int.from_bytes(start[:8], "little")
     if not start:
-        raise FormatError("the file is empty", where=where, hint=_AGAIN)
+        raise FormatError("the file is empty", where=where, hint=FETCH_AGAIN)
     if len(start) < 8:
-        raise FormatError(f"{size} bytes are too few for a safetensors file", where=where, hint=_AGAIN)
+        raise FormatError(f"{size} bytes are too few for a safetensors file", where=where, hint=FETCH_AGAIN)
     if length > most.header_bytes or 8 + length > size or start[8:9] != b"{":
         raise _not_safetensors(start, length, size, most, where)
     text = start[: 8 + length] + file.read(max(0, 8 + length - len(start)))
@@ -257,38 +195,6 @@ def _next_tensor(file: BinaryIO, name: str, info: TensorInfo, where: str) -> Ten
             raise FormatError(f"the file ends within {name!r}: it changed while it was being read", where=where)
         rest = rest[read:]
     return tensor
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a small JSON file holds, read as strictly as a header: no key twice, no NaN.
-
-    Raises:
-        MissingFileError: there is no such file, or it cannot be read.
-        FormatError: it is not JSON, or beyond `loraio.files.limits`.
-    """
-    return read_json_text(path)[1]
-
-
-def read_json_text(path: str | os.PathLike[str]) -> tuple[bytes, Any]:
-    """As `read_json`, and the bytes of the file."""
-    where, most = f"{os.fspath(path)!r}", limits().header_bytes
-    with open_file(Path(path)) as file:
-        try:
-            raw = file.read(most + 1)
-        except OSError as error:
-            raise MissingFileError(f"{where} cannot be read: {reason(error)}") from error
-    if len(raw) > most:
-        raise FormatError(f"longer than {most:,} bytes", where=where, hint=raising("header_bytes"))
-    if not raw:
-        raise FormatError("the file is empty", where=where, hint=_AGAIN)
-    found = None if re.match(rb"\s*[{\[]", raw) else recognised(raw[:LOOKED_AT])
-    if found is not None:
-        raise FormatError(f"not JSON but {found[0]}", where=where, hint=found[1])
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"not UTF-8: {error}", where=where) from error
-    return raw, parse_json(text, where=where)
 
 
 def _document(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
@@ -376,7 +282,7 @@ def _check_offsets(tensors: Mapping[str, TensorInfo], data_begin: int, size: int
             raise FormatError(f"tensor {name!r} starts at byte {info.begin} and {problem} ({position})", where=where)
         position = info.end
     if data_begin + position > size:
-        raise FormatError(f"truncated: {size:,} of {data_begin + position:,} bytes", where=where, hint=_AGAIN)
+        raise FormatError(f"truncated: {size:,} of {data_begin + position:,} bytes", where=where, hint=FETCH_AGAIN)
     if data_begin + position < size:
         raise FormatError(
             f"{size - data_begin - position:,} bytes follow the last tensor, which belong to none: "
@@ -391,7 +297,7 @@ def _not_safetensors(start: bytes, length: int, size: int, most: Limits, where: 
     if start[8:9] == b"{" and not (found and length > size):
         if length > size - 8:
             return FormatError(
-                f"truncated: the header alone has {length:,} bytes, the file {size:,}", where=where, hint=_AGAIN
+                f"truncated: the header alone has {length:,} bytes, the file {size:,}", where=where, hint=FETCH_AGAIN
             )
         return FormatError(
             f"the header has {length:,} bytes, at most {most.header_bytes:,} are read",
@@ -399,7 +305,7 @@ def _not_safetensors(start: bytes, length: int, size: int, most: Limits, where: 
             hint=raising("header_bytes"),
         )
     if found is None:
-        return FormatError("not a safetensors file", where=where, hint=_AGAIN)
+        return FormatError("not a safetensors file", where=where, hint=FETCH_AGAIN)
     what, advice = found
     return FormatError(f"not a safetensors file but {what}", where=where, hint=advice)
 

@@ -7,19 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraio.adapter.adapter import FLOAT_DTYPES, WHOLE_DTYPES, Adapter, Target, WholeTensor
-from loraio.adapter.layers import (
-    AFFINE,
-    HEAD_LAYERS,
-    STATISTICS,
-    TargetModule,
-    normalisation_modules,
-    refuse_shared,
-    refuse_unusable,
-    target_modules,
-)
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.layers import AFFINE, HEAD_LAYERS, STATISTICS
+from loraio.adapter.metadata import FLOAT_DTYPES, WHOLE_DTYPES, Target, WholeTensor
+from loraio.bases.targets import TargetModule, normalisation_modules, refuse_shared, refuse_unusable, target_modules
 from loraio.errors import AdapterError, BaseMismatchError, LoraioError, StateError
-from loraio.files import tensorfile
+from loraio.files.tensors import dtype_code, tensor_bytes, tensor_sha256
 from loraio.formats.exported import ORIGIN, kept_metadata
 from loraio.formats.foreign import Dialect, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.native import NativeMetadata
@@ -137,7 +130,7 @@ class _Binding:
         weight = self.state[place.name]
         alpha = made.alpha if made.alpha is not None else layer.alpha
         assert alpha is not None  # it was given, or the file would have been refused
-        code = tensorfile.dtype_code(weight.dtype)
+        code = dtype_code(weight.dtype)
         if code not in FLOAT_DTYPES:
             self.problems.append(f"{place.name!r} of the base is {code}, not one of {', '.join(FLOAT_DTYPES)}")
             return
@@ -150,7 +143,7 @@ class _Binding:
             dtype=code,
             layer=place.layer.name,
             groups=place.groups,
-            base_sha256=tensorfile.tensor_sha256(weight),
+            base_sha256=tensor_sha256(weight),
             sketch=sketch(weight),
         )
         for short, shape in target.factor_shapes.items():
@@ -175,7 +168,7 @@ class _Binding:
         if value.dtype != base.dtype and value.is_floating_point() and base.is_floating_point():
             how = f"from {value.dtype} to the base's {base.dtype}"
             value = value.to(base.dtype)
-        if value.dtype != base.dtype or tensorfile.dtype_code(base.dtype) not in WHOLE_DTYPES:
+        if value.dtype != base.dtype or dtype_code(base.dtype) not in WHOLE_DTYPES:
             self.problems.append(f"{key!r} is {value.dtype}, {name!r} of the base {base.dtype}")
             return
         if _same(value, base):
@@ -208,7 +201,7 @@ class _Binding:
 
     def add_deltas(self) -> None:
         """What is added to a tensor of the base becomes part of it, and replaces it: strength has no hold on it."""
-        from loraio.adapter.lowrank import round_once
+        from loraio.adapter.rounding import round_once
 
         for name, key, delta in self._deltas:
             base = self.tensors.get(name, self.state.get(name))
@@ -239,8 +232,8 @@ class _Binding:
         self.whole[name] = WholeTensor(
             role=role,
             shape=tuple(value.shape),
-            dtype=tensorfile.dtype_code(base.dtype),
-            base_sha256=tensorfile.tensor_sha256(base),
+            dtype=dtype_code(base.dtype),
+            base_sha256=tensor_sha256(base),
             base_shape=tuple(base.shape),
         )
         self.tensors[name] = value.contiguous()
@@ -348,4 +341,4 @@ def _state_of(base: nn.Module) -> dict[str, Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and tensorfile.tensor_bytes(a).equal(tensorfile.tensor_bytes(b))
+    return a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))

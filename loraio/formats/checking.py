@@ -11,7 +11,7 @@ from pathlib import Path
 from loraio.errors import LoraioError, MissingFileError
 from loraio.files import tensorfile
 from loraio.files.integrity import damaged_tensors, state_digest
-from loraio.files.sharded import INDEX_SUFFIX, PartedHeader, read_parted_header
+from loraio.files.sharded import INDEX_SUFFIX, ShardedHeader, read_sharded_header
 from loraio.files.tensorfile import Header
 from loraio.formats import native, pack
 
@@ -62,7 +62,7 @@ def check(path: str | os.PathLike[str]) -> Checked:
     path = Path(path)
     try:
         if path.name.endswith(INDEX_SUFFIX):
-            return _parted(read_parted_header(path))
+            return _parted(read_sharded_header(path))
         header = tensorfile.read_header(path)
         return _file(header)
     except MissingFileError:
@@ -87,7 +87,7 @@ def checkable(folder: str | os.PathLike[str]) -> list[Path]:
         if file.name.endswith(INDEX_SUFFIX):
             found.append(file)
             try:
-                parts.update(file.parent / part for part in read_parted_header(file).headers)
+                parts.update(file.parent / part for part in read_sharded_header(file).headers)
             except LoraioError:
                 continue  # `check` says why; what it calls its parts are checked one by one
         elif file.suffix in (".safetensors", ".residue"):
@@ -157,7 +157,7 @@ def _pack(header: Header, *, sealed: bool) -> Checked:
     )
 
 
-def _parted(parted: PartedHeader) -> Checked:
+def _parted(parted: ShardedHeader) -> Checked:
     document = parted.document()
     problems: list[str] = []
     known: dict[str, str] = {}

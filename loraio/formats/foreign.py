@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loraio.adapter.adapter import SCALE_RULES, Adapter
-from loraio.adapter.layers import TargetModule
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import SCALE_RULES
+from loraio.bases.targets import TargetModule
 from loraio.formats.report import Line, Report
 from loraio.formats.sources import Source
 

@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loraio.adapter.adapter import FLOAT_DTYPES, Adapter, Target
-from loraio.adapter.layers import TargetModule, target_modules
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import FLOAT_DTYPES, Target
+from loraio.bases.targets import TargetModule, target_modules
 from loraio.errors import AdapterError
 from loraio.files import tensorfile
 from loraio.files.tensorfile import METADATA_KEY
+from loraio.files.tensors import dtype_code, tensor_bytes
 from loraio.formats.exported import ORIGIN, carried_lines, exported_document, origin_of
 from loraio.formats.foreign import Added, Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.pitfalls import is_pipeline, misuse, passed_over
@@ -363,13 +365,13 @@ def hashes(values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
 
     The first is the SHA-256 of everything after the header; the second the first 8 digits of that of 64 KiB at 1 MiB.
     """
-    facts = {name: (tensorfile.dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in values.items()}
+    facts = {name: (dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in values.items()}
     start, placed = tensorfile.layout(facts, metadata, where="the export")
     model, legacy = hashlib.sha256(), hashlib.sha256()
     legacy.update(start[slice(*_LEGACY)])
     position = len(start)
     for name in placed:
-        data = tensorfile.tensor_bytes(values[name]).numpy().data
+        data = tensor_bytes(values[name]).numpy().data
         model.update(data)
         legacy.update(data[max(_LEGACY[0] - position, 0) : max(_LEGACY[1] - position, 0)])
         position += data.nbytes
@@ -391,13 +393,13 @@ def _without_core(core: Tensor, down: Tensor) -> tuple[Tensor, str]:
     """The down of a plain pair of the same rank, float32 at least, and how far it is from the exact one."""
     import torch
 
-    from loraio.adapter.lowrank import round_once
+    from loraio.adapter.rounding import round_once
 
     exact = with_core(core, down.flatten(1))
     dtype = torch.promote_types(torch.promote_types(core.dtype, down.dtype), torch.float32)
     made = round_once(exact, dtype)
     error = relative_error(exact, made.double())
-    off = f"rounded once to {tensorfile.dtype_code(dtype)}, relative error {error:.2g}" if error else "without rounding"
+    off = f"rounded once to {dtype_code(dtype)}, relative error {error:.2g}" if error else "without rounding"
     return made, f"lora_mid multiplied into lora_down in float64, {off}"
 
 

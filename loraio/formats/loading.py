@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from loraio.adapter import Adapter
 from loraio.errors import ConfigError, FormatError
 from loraio.files import tensorfile
-from loraio.files.atomic import staged, staged_folder
+from loraio.files.atomic import staged
+from loraio.files.folders import staged_folder
 from loraio.files.names import refuse_link
 from loraio.formats.binding import bind
 from loraio.formats.dialects import NATIVE, identify, otherwise, recognised
@@ -120,7 +121,7 @@ def write(
 ) -> None:
     """Write an adapter in the dialect of another tool; the same adapter always gives the same bytes.
 
-    It is written whole or not at all; of a folder see `loraio.files.atomic.staged_folder`, the configuration comes
+    It is written whole or not at all; of a folder see `loraio.files.folders.staged_folder`, the configuration comes
     last.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Target
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Added, Factors, ForeignLayer, Options
 from loraio.formats.kohya import ALPHA, DOWN, MID, PREFIXES, UP, Kohya, Reading, Writing, check_kernel
@@ -328,7 +328,7 @@ class Lycoris(Kohya):
         """What is added to a tensor that is replaced, in float32, with which LyCORIS computes."""
         import torch
 
-        from loraio.adapter.lowrank import round_once
+        from loraio.adapter.rounding import round_once
 
         assert writing.state is not None
         base, new = writing.state[name], writing.adapter.tensors[name]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.sources import Source

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from loraio.adapter.adapter import FLOAT_DTYPES, Adapter, BaseReference, Target, WholeTensor, check_tensors
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import FLOAT_DTYPES, BaseReference, Target, WholeTensor, check_tensors
 from loraio.errors import AdapterError, FormatError, LoraioError
 from loraio.files import tensorfile
+from loraio.files.strictjson import canonical_json
 from loraio.files.tensorfile import METADATA_KEY, Header
 
 FORMAT_VERSION = 2
@@ -95,7 +97,7 @@ class Native:
         """Write the adapter; see `loraio.save`."""
         document = to_document(adapter)
         try:
-            kept = json.loads(tensorfile.canonical_json(document)) == document
+            kept = json.loads(canonical_json(document)) == document
         except (TypeError, ValueError, RecursionError) as error:
             raise AdapterError(f"the adapter's metadata is not plain JSON: {error}") from error
         if not kept:  # JSON makes a list of a tuple and a string of a key that is a number

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import BinaryIO
 
 from loraio.errors import ConfigError, FormatError, MissingFileError, OutputError, OutputExistsError
 from loraio.files import integrity, tensorfile
-from loraio.files.atomic import check_output, make_folder, staged
+from loraio.files.atomic import check_output, staged
+from loraio.files.folders import make_folder
+from loraio.files.integrity import is_sha256
 from loraio.files.names import name_clashes, name_key, name_problem, normal_form, refuse_link
 from loraio.files.sniffing import open_file
 from loraio.files.temporaries import remove_stale
@@ -32,7 +33,6 @@ SUFFIX = ".safetensors"
 """The ending of adapter files; what stands before it is the adapter's name."""
 
 _CHUNK = 1 << 20
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ def check_index(header: Header, *, stamp: tuple[int, ...]) -> Pack:
     problems += [
         f"{name!r} has the digest {digest!r}, not 64 hexadecimal digits"
         for name, digest in listed.items()
-        if not isinstance(digest, str) or not _SHA256.fullmatch(digest)
+        if not is_sha256(digest)
     ]
     problems += dict.fromkeys(name_clashes(listed).values())
     if problems:

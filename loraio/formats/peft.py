@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.exported import ORIGIN
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options

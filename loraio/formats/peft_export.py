@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter, Target
-from loraio.adapter.layers import TargetModule, target_modules
+from loraio.bases.targets import TargetModule, target_modules
 from loraio.errors import AdapterError
 from loraio.formats.exported import carried_lines, exported_document, origin_of
 from loraio.formats.foreign import Encoded

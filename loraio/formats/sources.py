@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from loraio.errors import FormatError, MissingFileError
 from loraio.files import tensorfile
 from loraio.files.pickles import is_saved_by_torch, read_pickle
+from loraio.files.strictjson import read_json
 from loraio.files.tensorfile import Header, TensorInfo
+from loraio.files.tensors import dtype_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,14 +130,13 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             )
         file = found[0]
     beside = file.parent / CONFIG
-    config = tensorfile.read_json(beside) if file.name in WEIGHTS and beside.is_file() else None
+    config = read_json(beside) if file.name in WEIGHTS and beside.is_file() else None
     if config is not None and not isinstance(config, dict):
         raise FormatError("not a JSON object", where=f"{str(beside)!r}")
     if is_saved_by_torch(file):
         loaded = read_pickle(file)
         tensors = {
-            name: TensorInfo(tensorfile.dtype_code(tensor.dtype), tuple(tensor.shape), 0, 0)
-            for name, tensor in loaded.items()
+            name: TensorInfo(dtype_code(tensor.dtype), tuple(tensor.shape), 0, 0) for name, tensor in loaded.items()
         }
         return Source(path=path, file=file, tensors=tensors, config=config, loaded=loaded)
     return source_of(tensorfile.read_header(file), path=path, config=config)

@@ -22,13 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loraio.adapter.adapter import Adapter, Target, check_strength
-from loraio.adapter.layers import STATISTICS, find_head, normalisation_modules
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.layers import STATISTICS
+from loraio.adapter.metadata import Target, check_strength
 from loraio.adapter.overflow import refuse_overflow
 from loraio.bases.identity import digests, identity_of
+from loraio.bases.targets import find_head, normalisation_modules
 from loraio.bases.writes import version_of
 from loraio.errors import StateError
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 from loraio.live.base_state import attachments, base_state_dict, refuse_attached
 from loraio.live.compiled import Slot
 from loraio.live.fitting import Fitting, check_fit
@@ -532,7 +534,7 @@ def attach(
         allow_base_mismatch: go on where values or dtypes of the base are others, now and in later swaps; names,
             shapes and layers must fit.
         reserve: the weights that this and later adapters may change: patterns as
-        `loraio.adapter.layers.select_targets` takes
+        `loraio.bases.targets.select_targets` takes
             them, adapters that will come, or several of both. This adapter's own targets always belong to them. Whole
             tensors cannot be reserved. By default any adapter of the base can come.
         max_rank: with ``trainable``, the largest rank that an adapter will have. Factors are padded to it with zeros,

@@ -7,18 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loraio.adapter.adapter import Adapter, Target
-from loraio.adapter.layers import (
-    AFFINE,
-    STATISTICS,
-    find_head,
-    normalisation_modules,
-    refuse_shared,
-    refuse_unusable,
-    target_modules,
-)
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.layers import AFFINE, STATISTICS
+from loraio.adapter.metadata import Target
 from loraio.bases.attached import is_adapter_part
 from loraio.bases.identity import check_base, identity_of
+from loraio.bases.targets import find_head, normalisation_modules, refuse_shared, refuse_unusable, target_modules
 from loraio.bases.writes import ModelMark
 from loraio.errors import BaseMismatchError, UnknownNameError
 from loraio.live.base_state import base_state_dict

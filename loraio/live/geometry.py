@@ -81,7 +81,7 @@ class Geometry(NamedTuple):
         oneDNN is several times as fast at weight gradients of depthwise convolutions where the kernel is three wide and
         nothing is left to pad (seen in v3.12 with 5 x 5 kernels), so that wider kernels are parted.
         """
-        if not self.is_parted(x, weight):
+        if not self.is_sharded(x, weight):
             return self._gradients(grad, x, weight, (False, True, False))[1]
         inside = self._replace(padding=(0, 0))
         part = weight.new_empty(len(weight), 1, weight.shape[2], COLUMNS)
@@ -93,14 +93,14 @@ class Geometry(NamedTuple):
             parts.append(inside._gradients(grad, F.pad(x, margins), part, (False, True, False))[1])
         return torch.cat(parts, 3)[..., : weight.shape[3]]
 
-    def is_parted(self, x: Tensor, weight: Tensor) -> bool:
+    def is_sharded(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the gradient of the weight is computed for some columns of the kernel at a time."""
         depthwise = self.groups == x.shape[1] == len(weight) and x.dim() == 4 and self.dilation == (1, 1)
         return depthwise and weight.shape[3] > COLUMNS and x.device.type == "cpu"
 
     def both_gradients(self, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Those of input and weight: together in less time where both want the same order of memory."""
-        if self.is_parted(x, weight):
+        if self.is_sharded(x, weight):
             return self.input_gradient(grad, x, weight), self.weight_gradient(grad, x, weight)
         return self._gradients(grad, x, weight, (True, True, False))[:2]
 

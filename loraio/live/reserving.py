@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from loraio.adapter.adapter import Adapter, Target
-from loraio.adapter.layers import refuse_shared, refuse_unusable, select_targets, target_modules
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import Target
+from loraio.bases.targets import refuse_shared, refuse_unusable, select_targets, target_modules
 from loraio.errors import ConfigError, StateError
-from loraio.files.tensorfile import dtype_code
+from loraio.files.tensors import dtype_code
 from loraio.registry import lookup
 
 Reserve = str | Adapter | Iterable[str | Adapter] | None

@@ -10,7 +10,7 @@ from statistics import median
 from torch import Tensor
 
 from loraio.adapter.adapter import Adapter
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from loraio.errors import LoraioError
-from loraio.files import tensorfile
 from loraio.files.atomic import staged
 from loraio.files.copying import signature_of
+from loraio.files.strictjson import read_json
 from loraio.merging.streaming import Fold, Written
 from loraio.merging.weight_check import FoldCheck
 
@@ -26,7 +26,7 @@ class FinishedShards:
     A part is of use if it is still the file that was finished, and the base's part the file that it was made from.
 
     Args:
-        folder: from `loraio.files.atomic.working_folder`.
+        folder: from `loraio.files.folders.working_folder`.
         identity: what must be the same for a part to be of use, as plain JSON values.
     """
 
@@ -39,7 +39,7 @@ class FinishedShards:
             if file.is_symlink():  # nothing of ours; writing to it would write elsewhere
                 file.unlink()
         with contextlib.suppress(LoraioError):
-            found = tensorfile.read_json(folder / RECEIPT)
+            found = read_json(folder / RECEIPT)
             if isinstance(found, dict) and found.get("of") == self._identity:
                 self._parts = found["parts"]
         for file in folder.iterdir():

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from loraio.adapter.adapter import Adapter, check_strength
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import check_strength
 from loraio.bases.receipts import Receipt, check_merge
 from loraio.merging.in_place import overwrite, planned
 

@@ -21,18 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraio.adapter.adapter import Adapter, check_strength
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import check_strength
 from loraio.bases.checkpoints import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.bases.identity import check_base, state_sha256
 from loraio.bases.receipts import Receipt, check_receipts, check_state, made_receipt
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
 from loraio.files import tensorfile
-from loraio.files.atomic import check_output, move_files, name_folder, remove_folder, staged, working_folder
+from loraio.files.atomic import check_output, staged
 from loraio.files.copying import Inputs, Progress, Stored, changed
+from loraio.files.folders import move_files, name_folder, remove_folder, working_folder
 from loraio.files.integrity import PENDING, seal, with_integrity
-from loraio.files.sharded import INDEX_SUFFIX, checkpoint_files, is_parted, read_parted_header
+from loraio.files.sharded import INDEX_SUFFIX, checkpoint_files, is_sharded, read_sharded_header
 from loraio.files.temporaries import owned_file
-from loraio.files.tensorfile import TORCH_DTYPES, Header, dtype_code, tensor_sha256
+from loraio.files.tensorfile import Header
+from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_sha256
 from loraio.formats import dialects
 from loraio.formats.conversion import load_for
 from loraio.formats.sources import adapter_files
@@ -190,7 +193,7 @@ def merge_file(
 
 def _is_parted_output(output: str | os.PathLike[str], base: str | os.PathLike[str]) -> bool:
     name = f"{os.fspath(output)!r}"
-    if is_parted(base):
+    if is_sharded(base):
         return Path(output).suffix != ".safetensors"
     if os.fspath(output).endswith(INDEX_SUFFIX):
         raise OutputError(f"{name} is an index, and the base is one file", hint="name a file, *.safetensors")
@@ -595,7 +598,7 @@ class _Merge:
 
     def _index(self, written: Mapping[str, Written], work: Path, kept: _Kept | None) -> bytes:
         """The base's index, with what was merged into the parts in that folder, and the digests of all."""
-        parted = read_parted_header(self.checkpoint.path)
+        parted = read_sharded_header(self.checkpoint.path)
         metadata = dict(parted.metadata)
         grown = {
             "total_size": sum(plan.made_size - plan.size for plan in self.plans.values()),
@@ -605,7 +608,7 @@ class _Merge:
         document = with_integrity(
             self._document(written, kept),
             (written[name].sha256 for name in sorted(written)),
-            parts={file: tensorfile.read_header(work / file).sha256 for file in self.groups},
+            shards={file: tensorfile.read_header(work / file).sha256 for file in self.groups},
         )
         index = {
             "metadata": {**metadata, tensorfile.METADATA_KEY: document},

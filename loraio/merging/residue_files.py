@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraio.adapter.adapter import Adapter, check_strength
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import check_strength
 from loraio.bases.identity import state_sha256
-from loraio.bases.receipts import is_sha256
 from loraio.errors import ConfigError, FormatError, MissingFileError, VerificationError
 from loraio.files import tensorfile
-from loraio.files.atomic import write_all
-from loraio.files.copying import Inputs, Stored
-from loraio.files.integrity import PENDING
-from loraio.files.tensorfile import Header, tensor_bytes
+from loraio.files.copying import Inputs, Stored, write_all
+from loraio.files.integrity import PENDING, is_sha256
+from loraio.files.tensorfile import Header
+from loraio.files.tensors import TORCH_DTYPES, tensor_bytes
 from loraio.merging.residues import LENGTHS, block_length, residue_of, restored
 from loraio.merging.streaming import TensorPlan, copy_tensor, read_bytes
 
@@ -173,7 +173,7 @@ class ResidueWriter:
 def digest_of(facts: Mapping[str, tuple[str, tuple[int, ...]]], known: Mapping[str, str]) -> str:
     """As `loraio.bases.identity.state_sha256`, given dtype codes and shapes."""
     state = {
-        name: torch.empty(shape, dtype=getattr(torch, tensorfile.TORCH_DTYPES[dtype]), device="meta")
+        name: torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[dtype]), device="meta")
         for name, (dtype, shape) in facts.items()
     }
     return state_sha256(state, known)

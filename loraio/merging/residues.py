@@ -21,9 +21,9 @@ from torch import Tensor
 from loraio.adapter import Adapter
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
-from loraio.adapter.lowrank import round_once
+from loraio.adapter.rounding import round_once
 from loraio.errors import FormatError
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 
 Words = NDArray[Any]
 

@@ -27,9 +27,21 @@ from torch import Tensor
 
 from loraio.adapter.adapter import Adapter, parts_of
 from loraio.errors import ConfigError, VerificationError
-from loraio.files.atomic import copy_range, flushed_early, reserve, write_all
-from loraio.files.copying import BLOCK, Copied, Inputs, Progress, StoppedError, Stored, changed, read_into
-from loraio.files.tensorfile import TORCH_DTYPES, layout, read_header, tensor_bytes
+from loraio.files.atomic import flushed_early, reserve
+from loraio.files.copying import (
+    BLOCK,
+    Copied,
+    Inputs,
+    Progress,
+    StoppedError,
+    Stored,
+    changed,
+    copy_range,
+    read_into,
+    write_all,
+)
+from loraio.files.tensorfile import layout, read_header
+from loraio.files.tensors import TORCH_DTYPES, tensor_bytes
 from loraio.merging.weight_check import FoldCheck, check_fold
 
 T = TypeVar("T")

@@ -29,11 +29,13 @@ from loraio.errors import (
     VerificationError,
 )
 from loraio.files import tensorfile
-from loraio.files.atomic import staged, staged_folder
+from loraio.files.atomic import staged
 from loraio.files.copying import Inputs, Progress, Stored
+from loraio.files.folders import staged_folder
 from loraio.files.integrity import PENDING, unsealed
 from loraio.files.sharded import INDEX_SUFFIX
-from loraio.files.tensorfile import TORCH_DTYPES, Header, dtype_code
+from loraio.files.tensorfile import Header
+from loraio.files.tensors import TORCH_DTYPES, dtype_code
 from loraio.formats.conversion import load_for
 from loraio.merging.residue_files import ResidueFile, Unfolding, digest_of, index_text, read_residue, residue_beside
 from loraio.merging.streaming import (

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraio.adapter.adapter import Adapter, check_strength, parts_of
+from loraio.adapter.adapter import Adapter, parts_of
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
-from loraio.adapter.lowrank import ulp
+from loraio.adapter.metadata import check_strength
+from loraio.adapter.rounding import ulp
 from loraio.bases.identity import check_base
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 
 MAX_ULP = 0.5
 """A folded weight may be this far from the exact sum, in units in the last place: rounding to nearest, nothing more."""

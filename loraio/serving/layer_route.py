@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.serving.convolutions import Use, run_split
 from loraio.serving.residents import FoldedWeights
 

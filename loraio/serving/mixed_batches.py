@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraio.adapter.adapter import check_strength
-from loraio.adapter.layers import TargetModule
+from loraio.adapter.metadata import check_strength
+from loraio.bases.targets import TargetModule
 from loraio.errors import ShapeError, StateError
 from loraio.serving.layer_route import LayerRoute, UnfitError, find_route, run_layers
 from loraio.serving.model_facts import BaseFacts, ModelFacts

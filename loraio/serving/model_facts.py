@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraio.adapter.layers import TargetModule, target_modules
 from loraio.bases.identity import BaseIdentity, identity_of
+from loraio.bases.targets import TargetModule, target_modules
 from loraio.bases.writes import WeakModelMark
 from loraio.errors import StateError
 from loraio.live.attachment import attach

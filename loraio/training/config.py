@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from loraio.adapter.adapter import SCALE_RULES
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.kinds.lora import INITS
+from loraio.adapter.metadata import SCALE_RULES
 from loraio.errors import ConfigError
 from loraio.registry import lookup
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from loraio.adapter import Adapter, Target, WholeTensor
 from loraio.adapter.kinds import KINDS
-from loraio.adapter.layers import TargetModule, find_head, matches, normalisation_tensors, refuse_shared, select_targets
 from loraio.bases.identity import base_reference, sketch
 from loraio.bases.networks import fresh_head, heads_of, network_args_of, network_of
+from loraio.bases.targets import TargetModule, find_head, matches, normalisation_tensors, refuse_shared, select_targets
 from loraio.errors import ConfigError, UnknownNameError
-from loraio.files.tensorfile import dtype_code, tensor_sha256
+from loraio.files.tensors import dtype_code, tensor_sha256
 from loraio.live.base_state import base_state_dict, refuse_attached
 from loraio.registry import known
 from loraio.training.config import TrainConfig

@@ -18,7 +18,7 @@ import torch
 from loraio.errors import BaseMismatchError, ConfigError, DataError, FormatError, LoraioError, MissingFileError
 from loraio.files.atomic import staged
 from loraio.files.pickles import load_weights_only
-from loraio.files.tensorfile import tensor_sha256
+from loraio.files.tensors import tensor_sha256
 from loraio.training.config import TrainConfig
 from loraio.training.datasets import Dataset
 from loraio.training.optimizing import Moment, Optimization

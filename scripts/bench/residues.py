@@ -28,7 +28,7 @@ from loraio.adapter.adapter import Adapter, parts_of
 from loraio.adapter.kinds import KINDS
 from loraio.bases.checkpoints import write_base
 from loraio.bases.identity import base_reference, tensor_sha256
-from loraio.files.tensorfile import dtype_code
+from loraio.files.tensors import dtype_code
 from loraio.merging.residues import predicted, steps_between
 
 ROW = "residues"

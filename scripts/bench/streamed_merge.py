@@ -47,7 +47,7 @@ import loraio
 from loraio.adapter import Adapter, BaseReference, Target
 from loraio.bases.identity import state_sha256
 from loraio.files import tensorfile
-from loraio.files.tensorfile import tensor_sha256
+from loraio.files.tensors import tensor_bytes, tensor_sha256
 
 ROW = "streamed_merge"
 RANK = 16
@@ -139,7 +139,7 @@ def make_base(path: Path, size: float, width: int) -> dict[str, str]:
         file.write(start)
         for number, (name, info) in enumerate(placed.items()):
             weight = pool[number : number + math.prod(info.shape)]
-            file.write(tensorfile.tensor_bytes(weight).numpy().data)
+            file.write(tensor_bytes(weight).numpy().data)
             known[name] = tensor_sha256(weight)
     return known
 

@@ -33,11 +33,11 @@ from torchvision import models
 
 import loraio
 from loraio.adapter.kinds import KINDS
-from loraio.adapter.layers import TargetModule, target_modules
 from loraio.bases.identity import state_sha256
 from loraio.bases.networks import find_network, network_of
+from loraio.bases.targets import TargetModule, target_modules
 from loraio.errors import LoraioError
-from loraio.files.tensorfile import dtype_code, tensor_bytes, tensor_sha256
+from loraio.files.tensors import dtype_code, tensor_bytes, tensor_sha256
 
 USUAL_SIZE = 64
 """Side of the image where the network does not ask for a larger one."""
@@ -166,8 +166,8 @@ def usable_targets(model: nn.Module) -> tuple[dict[str, TargetModule], list[str]
     refused = []
     for name in list(found):
         try:
-            loraio.adapter.layers.refuse_unusable(found[name])
-            loraio.adapter.layers.refuse_shared(model, [name])
+            loraio.bases.targets.refuse_unusable(found[name])
+            loraio.bases.targets.refuse_shared(model, [name])
         except LoraioError as error:
             refused.append(f"{name!r}: {error.message}")
             del found[name]

@@ -127,7 +127,7 @@ def random_adapter(model: nn.Module, kind: str) -> loraio.Adapter:
         2,
         *(
             min(t.layer.matrix_shape(t.weight.shape, t.groups))
-            for t in loraio.adapter.layers.target_modules(model).values()
+            for t in loraio.bases.targets.target_modules(model).values()
         ),
     )
     adapter = loraio.new_adapter(model, loraio.TrainConfig(kind=kind, rank=rank, alpha=3, targets=("all",)))

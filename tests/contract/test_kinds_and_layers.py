@@ -11,11 +11,12 @@ from strategies import tensor
 from torch import Tensor, nn
 
 from loraio.adapter import folding
-from loraio.adapter.adapter import SCALE_RULES, Target
 from loraio.adapter.kinds import KINDS, Kind
 from loraio.adapter.kinds.lora import INITS
-from loraio.adapter.layers import LAYER_TYPES, LayerType, target_modules
-from loraio.files.tensorfile import dtype_code, tensor_sha256
+from loraio.adapter.layers import LAYER_TYPES, LayerType
+from loraio.adapter.metadata import SCALE_RULES, Target
+from loraio.bases.targets import target_modules
+from loraio.files.tensors import dtype_code, tensor_sha256
 
 RANK = 2
 SHAPES = {2: (4, 6), 3: (4, 3, 5), 4: (4, 2, 3, 2), 5: (4, 2, 2, 1, 3)}

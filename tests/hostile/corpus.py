@@ -31,6 +31,7 @@ from torch import Tensor
 
 from loraio.adapter import Adapter, BaseReference, Target
 from loraio.files import integrity, tensorfile
+from loraio.files.tensors import dtype_code, tensor_bytes, tensor_sha256
 from loraio.formats.native import to_document
 
 PAYLOAD = "the-payload-ran"
@@ -367,10 +368,10 @@ def native(document: Any, tensors: dict[str, Tensor]) -> bytes:
     if isinstance(document, str) or document.get("format_version") != integrity.SEALED:
         text = document if isinstance(document, str) else json.dumps(document)
         return save({name: tensor.clone() for name, tensor in tensors.items()}, metadata={"loraio": text})
-    facts = {name: (tensorfile.dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    metadata = tensorfile.metadata_of(document, facts, lambda name: tensorfile.tensor_sha256(tensors[name]), where="it")
+    facts = {name: (dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    metadata = tensorfile.metadata_of(document, facts, lambda name: tensor_sha256(tensors[name]), where="it")
     start, placed = tensorfile.layout(facts, metadata, where="it")
-    return start + b"".join(tensorfile.tensor_bytes(tensors[name]).numpy().tobytes() for name in placed)
+    return start + b"".join(tensor_bytes(tensors[name]).numpy().tobytes() for name in placed)
 
 
 def changed(tree: Any, way: tuple[Any, ...], value: Any) -> Any:

@@ -248,7 +248,7 @@ def test_whole_changes_give_our_outputs_in_lycoris(kind: str, base: nn.Module, x
 
 def with_bias(adapter: Adapter, base: nn.Module, value: Tensor) -> Mapping[str, Any]:
     from loraio.adapter import WholeTensor
-    from loraio.files.tensorfile import tensor_sha256
+    from loraio.files.tensors import tensor_sha256
 
     old = base.state_dict()["mid.fc.bias"]
     shape = tuple(old.shape)

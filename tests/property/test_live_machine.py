@@ -21,7 +21,7 @@ from torch import Tensor
 
 import loraio
 from loraio.errors import AdapterError, BaseMismatchError, ConfigError, StateError
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 
 MOVES = int(os.environ.get("MOVES", "400"))
 IN_A_ROW = 100 if "MOVES" in os.environ else 25

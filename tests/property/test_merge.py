@@ -16,7 +16,7 @@ import loraio
 from loraio.adapter import Adapter
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
-from loraio.adapter.lowrank import round_once
+from loraio.adapter.rounding import round_once
 from loraio.bases.checkpoints import write_base
 
 ROUNDED = (torch.float32, torch.float16, torch.bfloat16)  # float64 has no wider dtype to sum in

@@ -17,7 +17,7 @@ import loraio
 from loraio.adapter.adapter import Adapter, parts_of
 from loraio.bases.checkpoints import write_base
 from loraio.errors import AdapterError, FormatError
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 from loraio.merging.residues import decode, encode, residue_of, restored
 
 RUNS = settings(max_examples=50, deadline=None)

@@ -15,18 +15,11 @@ import torch
 from strategies import exact_fold, nearest_float, tensor
 from torch import Tensor
 
-from loraio.adapter.adapter import (
-    FLOAT_DTYPES,
-    SCALE_RULES,
-    Adapter,
-    BaseReference,
-    Target,
-    check_strength,
-    check_tensors,
-)
+from loraio.adapter.adapter import Adapter
 from loraio.adapter.kinds import KINDS
+from loraio.adapter.metadata import FLOAT_DTYPES, SCALE_RULES, BaseReference, Target, check_strength, check_tensors
 from loraio.errors import AdapterError, ConfigError, ShapeError, UnknownNameError
-from loraio.files.tensorfile import TORCH_DTYPES
+from loraio.files.tensors import TORCH_DTYPES
 
 SHA = "0123456789abcdef" * 4
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

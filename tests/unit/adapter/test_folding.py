@@ -14,7 +14,7 @@ from loraio.adapter import Target
 from loraio.adapter.folding import BLOCK, slices
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
-from loraio.adapter.lowrank import round_once
+from loraio.adapter.rounding import round_once
 
 SHA = "0" * 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from loraio.adapter.layers import LAYER_TYPES, refuse_shared, select_targets, target_modules
+from loraio.adapter.layers import LAYER_TYPES
+from loraio.bases.targets import refuse_shared, select_targets, target_modules
 from loraio.errors import StateError, UnknownNameError
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from strategies import nearest_float
 
-from loraio.adapter.lowrank import effective_rank, round_once, truncated_svd, ulp
+from loraio.adapter.lowrank import effective_rank, truncated_svd
+from loraio.adapter.rounding import round_once, ulp
 from loraio.errors import ConfigError, ShapeError
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -18,7 +18,7 @@ from loraio.bases import identity
 from loraio.bases.identity import BaseIdentity, digests, identity_of, state_sha256
 from loraio.bases.writes import SAMPLED
 from loraio.errors import BaseMismatchError, StateError
-from loraio.files.tensorfile import tensor_sha256
+from loraio.files.tensors import tensor_sha256
 
 
 def test_a_tensors_digest_is_that_of_its_bytes_in_c_order() -> None:

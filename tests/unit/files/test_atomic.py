@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from loraio.errors import OutputError, OutputExistsError
-from loraio.files import atomic, tensorfile
-from loraio.files.atomic import staged, staged_folder
+from loraio.files import folders, tensorfile
+from loraio.files.atomic import staged
+from loraio.files.folders import staged_folder
 
 
 @pytest.fixture
@@ -417,7 +418,7 @@ def test_the_last_file_goes_first_and_comes_last_unless_it_stays(
 ) -> None:
     write_folder(tmp_path, "1", "1")
     seen: list[dict[str, str]] = []
-    real = atomic._sync_folder
+    real = folders.sync_folder
 
     def spy(path: Path) -> None:
         seen.append({name: text for name, text in texts(tmp_path).items() if name in NAMES})
@@ -426,7 +427,7 @@ def test_the_last_file_goes_first_and_comes_last_unless_it_stays(
     def texts(folder: Path) -> dict[str, str]:
         return {entry.name: entry.read_text() for entry in folder.iterdir() if entry.is_file()}
 
-    monkeypatch.setattr(atomic, "_sync_folder", spy)
+    monkeypatch.setattr(folders, "sync_folder", spy)
     write_folder(tmp_path, "2", "2", overwrite=True)
     assert seen == [{"data": "1"}, {"data": "2"}, {"data": "2", "index": "2"}]
     seen.clear()
@@ -446,7 +447,7 @@ def test_links_in_a_folder_stay_links_also_to_another_filesystem(
     write_folder(folder, "2", "2", overwrite=True)
     assert texts(elsewhere) == {"blob-data": "2", "blob-index": "2"}
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "_is_beside", lambda *_: False)
+        patch.setattr(folders, "_is_beside", lambda *_: False)
         patch.setattr(os, "link", failing("Invalid cross-device link"))
         write_folder(folder, "3", "3", overwrite=True)
     assert texts(elsewhere) == {"blob-data": "3", "blob-index": "3"}
@@ -499,7 +500,8 @@ def test_a_folder_that_appears_in_the_meantime_is_kept(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from loraio.files.atomic import staged, staged_folder
+from loraio.files.atomic import staged
+from loraio.files.folders import staged_folder
 
 target, text = Path(sys.argv[1]), sys.argv[2] * 100_000
 for _ in range(60):

@@ -10,7 +10,8 @@ import pytest
 
 from loraio.errors import ConfigError, FormatError
 from loraio.files.limits import VARIABLE, Limits, limits, raising
-from loraio.files.tensorfile import read_header, read_json
+from loraio.files.strictjson import read_json
+from loraio.files.tensorfile import read_header
 
 
 def test_without_variables_the_defaults_hold() -> None:

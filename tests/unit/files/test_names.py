@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loraio.errors import OutputError
-from loraio.files.atomic import working_folder
+from loraio.files.folders import working_folder
 from loraio.files.names import name_key, shown
 from loraio.merging.finished_shards import FinishedShards
 

@@ -14,13 +14,13 @@ from torch import nn
 
 import loraio
 from loraio.errors import FormatError, MissingFileError
-from loraio.files.sharded import INDEX_SUFFIX, is_parted, read_parted_header
+from loraio.files.sharded import INDEX_SUFFIX, is_sharded, read_sharded_header
 
 Read = Callable[[Path], Any]
 WriteParts = Callable[..., Path]
 
 
-@pytest.fixture(params=[read_parted_header, loraio.read_base], ids=["header", "base"])
+@pytest.fixture(params=[read_sharded_header, loraio.read_base], ids=["header", "base"])
 def read(request: pytest.FixtureRequest) -> Read:
     """Each function that reads an index."""
     reader: Read = request.param
@@ -32,8 +32,8 @@ def test_the_headers_are_those_of_the_tensors(write_parts: WriteParts, base: nn.
     index = write_parts(state, tmp_path / "parts")
     files = sorted(index.parent.glob("*.safetensors"))
     for path in (index, index.parent):
-        assert is_parted(path)
-        parted = read_parted_header(path)
+        assert is_sharded(path)
+        parted = read_sharded_header(path)
         assert parted.index == index
         assert [header.path for header in parted.headers.values()] == files
         assert [(name, info.shape) for name, info in parted.tensors.items()] == [
@@ -46,8 +46,8 @@ def test_the_headers_are_those_of_the_tensors(write_parts: WriteParts, base: nn.
 def test_other_names_are_no_parted_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").touch()
     for name in ("a.safetensors", "nowhere", "index.json"):
-        assert not is_parted(tmp_path / name)
-    assert is_parted(f"nowhere{INDEX_SUFFIX}")
+        assert not is_sharded(tmp_path / name)
+    assert is_sharded(f"nowhere{INDEX_SUFFIX}")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_parts_may_be_links_as_in_the_caches_of_hubs(write_parts: WriteParts, ba
     part = tmp_path / "parts/a-1-of-2.safetensors"
     part.rename(tmp_path / "blob")
     part.symlink_to(tmp_path / "blob")
-    assert read_parted_header(index).tensors.keys() == base.state_dict().keys()
+    assert read_sharded_header(index).tensors.keys() == base.state_dict().keys()
 
 
 def test_index_and_parts_that_contradict_each_other_are_refused_with_every_line(
@@ -149,13 +149,13 @@ def test_tensors_come_in_the_order_of_the_index(write_parts: WriteParts, base: n
     document = json.loads(index.read_text())
     names = list(reversed(document["weight_map"]))
     index.write_text(json.dumps({"weight_map": {name: document["weight_map"][name] for name in names}}))
-    assert list(read_parted_header(index).tensors) == list(loraio.read_base(index).state) == names
+    assert list(read_sharded_header(index).tensors) == list(loraio.read_base(index).state) == names
 
 
 @pytest.mark.parametrize("ending", ["", INDEX_SUFFIX])
 def test_a_name_too_long_for_a_file_is_an_error_with_the_name(read: Read, tmp_path: Path, ending: str) -> None:
     name = "a" * 300 + ending
-    assert is_parted(tmp_path / name) == bool(ending)
+    assert is_sharded(tmp_path / name) == bool(ending)
     with pytest.raises(MissingFileError, match=f"{name}' cannot be read"):
         read(tmp_path / name)
 

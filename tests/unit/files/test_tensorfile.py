@@ -21,7 +21,9 @@ from safetensors.torch import save
 
 from loraio.errors import FormatError, LoraioError, MissingFileError
 from loraio.files import tensorfile
-from loraio.files.tensorfile import DTYPE_BITS, TORCH_DTYPES, canonical_json, read_header, read_tensors
+from loraio.files.strictjson import canonical_json, read_json, read_json_text
+from loraio.files.tensorfile import read_header, read_tensors
+from loraio.files.tensors import DTYPE_BITS, TORCH_DTYPES, dtype_code, tensor_sha256
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
@@ -287,9 +289,9 @@ def test_a_file_without_a_document_has_none(path: Path) -> None:
 def test_every_dtype_of_torch_has_its_bits() -> None:
     for code, name in TORCH_DTYPES.items():
         assert DTYPE_BITS[code] == 8 * getattr(torch, name).itemsize
-        assert tensorfile.dtype_code(getattr(torch, name)) == code
+        assert dtype_code(getattr(torch, name)) == code
     with pytest.raises(FormatError, match="complex128"):
-        tensorfile.dtype_code(torch.complex128)
+        dtype_code(torch.complex128)
 
 
 def test_every_dtype_of_the_format_has_its_size_and_its_place(path: Path) -> None:
@@ -366,7 +368,7 @@ def test_a_tensor_that_is_damaged_is_named(path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
 def test_a_file_that_opens_and_cannot_be_read_says_why(path: Path) -> None:
     unreadable = Path("/proc/self/mem")
-    for read in (read_header, tensorfile.read_json):
+    for read in (read_header, read_json):
         with pytest.raises(MissingFileError, match=re.escape(f"'{unreadable}' cannot be read: Input/output error")):
             read(unreadable)
     tensorfile.write({"w": torch.ones(2)}, path, document={})
@@ -390,7 +392,7 @@ def test_a_file_that_opens_and_cannot_be_read_says_why(path: Path) -> None:
 def test_a_json_file_that_is_none_is_refused(path: Path, content: bytes, match: str) -> None:
     path.write_bytes(content)
     with pytest.raises(FormatError, match=match) as caught:
-        tensorfile.read_json(path)
+        read_json(path)
     assert repr(str(path)) in str(caught.value)
 
 
@@ -406,8 +408,8 @@ def test_a_header_that_is_damaged_or_has_two_digests_is_refused(path: Path) -> N
 def test_a_json_file_is_read_with_its_bytes(path: Path) -> None:
     for content, value in [(b' \n{"a": [1]}\n', {"a": [1]}), (b"[1]", [1]), (b'{"\xc3\xa9": 0.5}', {"é": 0.5})]:
         path.write_bytes(content)
-        assert tensorfile.read_json_text(path) == (content, value)
-        assert tensorfile.read_json(path) == value
+        assert read_json_text(path) == (content, value)
+        assert read_json(path) == value
 
 
 @pytest.mark.parametrize(
@@ -468,7 +470,7 @@ def test_what_was_written_is_read_back_to_the_bit(path: Path) -> None:
     start = '{"a":null,"b":[1,"é"],"integrity":{"file":"'
     assert list(header.metadata) == ["loraio"]
     assert header.metadata["loraio"].startswith(start)
-    assert header.digests == {name: tensorfile.tensor_sha256(tensor) for name, tensor in tensors.items()}
+    assert header.digests == {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
     read = read_tensors(header)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import loraio
 from loraio.adapter import folding
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 from loraio.live import module_classes
 from loraio.live.parametrization import AdapterPart
 

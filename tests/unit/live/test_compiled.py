@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import loraio
 from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 from loraio.live.parametrization import FoldedWeight
 from loraio.live.places import Place
 from loraio.live.reserving import Reserve

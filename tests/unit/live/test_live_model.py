@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import loraio
 from loraio.bases.identity import state_sha256
 from loraio.errors import BaseMismatchError, StateError
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 from loraio.live.parametrization import FoldedWeight
 
 COMPILED = {"rtol": 1e-5, "atol": 1e-5}

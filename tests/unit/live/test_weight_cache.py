@@ -16,7 +16,7 @@ import loraio
 from loraio.adapter import Target
 from loraio.bases import identity
 from loraio.errors import BaseMismatchError
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 
 
 class Counter:

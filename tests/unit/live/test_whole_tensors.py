@@ -27,7 +27,7 @@ from loraio.errors import (
     UnknownNameError,
 )
 from loraio.files import tensorfile
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 
 SHA = "0123456789abcdef" * 4
 

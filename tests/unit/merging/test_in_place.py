@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import loraio
 from loraio.adapter import folding
 from loraio.errors import AdapterError, BaseMismatchError, StateError
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 
 State = dict[str, Tensor]
 

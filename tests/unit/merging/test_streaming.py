@@ -43,8 +43,10 @@ from loraio.errors import (
     VerificationError,
 )
 from loraio.files import atomic, tensorfile
+from loraio.files.copying import PAGE, PIECE, copy_range
+from loraio.files.folders import working_folder
 from loraio.files.sharded import INDEX_SUFFIX
-from loraio.files.tensorfile import TORCH_DTYPES, dtype_code
+from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_bytes
 from loraio.merging import on_files, streaming, verification
 from loraio.merging.finished_shards import RECEIPT, FinishedShards
 from loraio.merging.weight_check import check_fold
@@ -243,17 +245,17 @@ def test_a_system_that_copies_badly_changes_no_byte(
         elif way != "real":
             fake = refused(way) if isinstance(way, int) else short(getattr(os, name)) if way == "short" else nothing
             monkeypatch.setattr(os, name, fake)
-    data = os.urandom(3 * atomic.PIECE // 2)
+    data = os.urandom(3 * PIECE // 2)
     (tmp_path / "source").write_bytes(b"before" + data + b"after")
     (tmp_path / "target").write_bytes(b"kept" + bytes(len(data)) + b"kept")
     with FileIO(tmp_path / "source") as source, FileIO(tmp_path / "target", "r+") as target:
-        assert atomic.copy_range(source, 6, target, 4, len(data)) == len(data)
-        assert atomic.copy_range(source, 6 + len(data), target, 4 + len(data), 99) == 5
+        assert copy_range(source, 6, target, 4, len(data)) == len(data)
+        assert copy_range(source, 6 + len(data), target, 4 + len(data), 99) == 5
     assert (tmp_path / "target").read_bytes() == b"kept" + data + b"after"
 
 
-@pytest.mark.parametrize("room", [7, atomic.PIECE, 2 * atomic.PIECE])
-@pytest.mark.parametrize("place", [0, 1, atomic.PAGE + 5])
+@pytest.mark.parametrize("room", [7, PIECE, 2 * PIECE])
+@pytest.mark.parametrize("place", [0, 1, PAGE + 5])
 def test_bytes_pass_through_memory_only_where_pages_would_be_put_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, room: int
 ) -> None:
@@ -264,15 +266,15 @@ def test_bytes_pass_through_memory_only_where_pages_would_be_put_together(
         return real(*words)
 
     monkeypatch.setattr(os, "copy_file_range", counted)
-    data = os.urandom(atomic.PIECE + 99)
+    data = os.urandom(PIECE + 99)
     (tmp_path / "source").write_bytes(b"start" + data)
     (tmp_path / "target").write_bytes(b"")
     memory = memoryview(bytearray(room))
     with FileIO(tmp_path / "source") as source, FileIO(tmp_path / "target", "r+") as target:
-        assert atomic.copy_range(source, 5, target, place, len(data), room=memory) == len(data)
-        assert atomic.copy_range(source, 5 + len(data), target, place, 1, room=memory) == 0
+        assert copy_range(source, 5, target, place, len(data), room=memory) == len(data)
+        assert copy_range(source, 5 + len(data), target, place, 1, room=memory) == 0
     assert (tmp_path / "target").read_bytes() == bytes(place) + data
-    assert bool(calls) == (place == atomic.PAGE + 5)
+    assert bool(calls) == (place == PAGE + 5)
 
 
 def test_space_is_set_aside_where_the_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,7 +520,7 @@ def test_the_layout_is_that_of_the_safetensors_library() -> None:
     metadata = {"loraio": '{"a":"é\\n"}'}
     facts = {name: (dtype_code(values.dtype), tuple(values.shape)) for name, values in tensors.items()}
     start, placed = tensorfile.layout(facts, metadata, where="here")
-    data = b"".join(tensorfile.tensor_bytes(tensors[name]).numpy().tobytes() for name in placed)
+    data = b"".join(tensor_bytes(tensors[name]).numpy().tobytes() for name in placed)
     assert start + data == save(tensors, metadata=metadata)
 
 
@@ -676,12 +678,12 @@ def test_a_receipt_keeps_what_json_cannot(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time_has_a_working_folder(tmp_path: Path) -> None:
     with (
-        atomic.working_folder(tmp_path / "m"),
+        working_folder(tmp_path / "m"),
         pytest.raises(OutputError, match="another process"),
-        atomic.working_folder(tmp_path / "m"),
+        working_folder(tmp_path / "m"),
     ):
         pass
-    with atomic.working_folder(tmp_path / "m") as work:
+    with working_folder(tmp_path / "m") as work:
         assert work == tmp_path / ".m.merging"
 
 

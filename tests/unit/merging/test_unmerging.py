@@ -35,7 +35,7 @@ from loraio.errors import (
 )
 from loraio.files import tensorfile
 from loraio.files.sharded import INDEX_SUFFIX
-from loraio.files.tensorfile import dtype_code
+from loraio.files.tensors import dtype_code
 from loraio.merging import residue_files, streaming
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
