@@ -48,7 +48,8 @@ def verify(
 ) -> None:
     """Check MERGED against BASE and ADAPTER.
 
-    Every weight is checked, and the outputs. Exit code 3 says no.
+    Every weight is checked, and the outputs. Exit code 3 says no. The weights alone
+    decide if the network gives another answer for the same input on this machine.
     """
     import loraio
     from loraio.bases.checkpoints import fitted, network_for
@@ -86,6 +87,7 @@ def verify(
             "stripped": before.stripped,
             "weights": weights,
             "outputs": outputs,
+            "nondeterministic": report.nondeterministic and asdict(report.nondeterministic),
         }
         _output.print_json("verify", facts)
     else:
@@ -106,7 +108,11 @@ def _print(report: Report, *, exact: bool) -> None:
     _output.line(f"  tensors that must be untouched: {weights.untouched}")
     for problem in weights.problems:
         _output.line(f"  {problem}")
-    if outputs is None:
+    if report.nondeterministic is not None:
+        _output.line("outputs: not compared")
+        _output.line("  this network gives another answer for the same input on this machine,")
+        _output.line(f"  first in {report.nondeterministic}; the merge is not to blame")
+    elif outputs is None:
         _output.line("outputs: not run, since the weights do not fit the network")
     else:
         _output.line(
@@ -115,4 +121,5 @@ def _print(report: Report, *, exact: bool) -> None:
         _output.line(f"  largest difference: {outputs.max_abs:.3g}, it may be {outputs.bound:.2g}")
         _output.line(f"  the adapter's own effect: {outputs.effect:.3g}")
         _output.line(f"  the same answer: {outputs.argmax_agreement:.2%}")
-    _output.line("verified" if report.ok else "NOT VERIFIED")
+    verified = "weights verified" if report.nondeterministic is not None else "verified"
+    _output.line(verified if report.ok else "NOT VERIFIED")

@@ -18,6 +18,7 @@ import loraio
 from loraio.cli import _output
 from loraio.errors import OutputError
 from loraio.files import tensorfile
+from loraio.merging.determinism import NondeterministicLayer
 from loraio.merging.finished_shards import FinishedShards
 
 Run = Callable[..., Result]
@@ -174,8 +175,9 @@ def test_verify_says_yes_to_a_right_merge(run: Run, files: Path) -> None:
 
 def test_verify_json_is_the_contract(run_json: RunJson, files: Path) -> None:
     found = run_json(*words("verify", files, files / "merged.safetensors"))
-    assert found.keys() == {"schema", "ok", "strength", "exact", "stripped", "weights", "outputs"}
+    assert found.keys() == {"schema", "ok", "strength", "exact", "stripped", "weights", "outputs", "nondeterministic"}
     assert found["ok"] is True
+    assert found["nondeterministic"] is None
     weights, outputs = found["weights"], found["outputs"]
     assert weights["ok"] is True
     assert 0 < weights["max_ulp"] <= 0.5
@@ -185,6 +187,21 @@ def test_verify_json_is_the_contract(run_json: RunJson, files: Path) -> None:
     assert (outputs["max_abs"], outputs["argmax_agreement"], outputs["samples"]) == (0.0, 1.0, 256)
     assert outputs["bound"] > 0
     assert outputs["effect"] > outputs["bound"]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_verify_lets_the_weights_decide_where_the_network_is_nondeterministic(
+    run: Run, run_json: RunJson, files: Path, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = NondeterministicLayer(name="conv1", type="Conv2d")
+    monkeypatch.setattr("loraio.merging.verification._nondeterministic", lambda *_: layer)
+    case = words("verify", files, files / ("base.safetensors" if wrong else "merged.safetensors"))
+    found, text = run_json(*case, code=3 * wrong), run(*case, code=3 * wrong).stdout
+    assert found["nondeterministic"] == {"name": "conv1", "type": "Conv2d"}
+    assert (found["ok"], found["weights"]["ok"], found["outputs"]) == (not wrong, not wrong, None)
+    assert "another answer for the same input on this machine,\n  first in layer 'conv1' (Conv2d)" in text
+    assert text.endswith("\nNOT VERIFIED\n" if wrong else "\nweights verified\n")
+    assert wrong or max(map(len, text.splitlines())) <= 80
 
 
 def test_verify_takes_real_images_or_a_number_of_random_ones(run: Run, run_json: RunJson, files: Path) -> None:

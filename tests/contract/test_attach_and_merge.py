@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import loraio
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
+from loraio.merging.determinism import scribble
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -219,7 +220,10 @@ def fault(model: nn.Module, x: Any, *, calls: int = 2) -> str | None:
     """Return why the plain layer itself cannot be relied on with this input: torch 2.6 reads, on some processors,
     memory that nobody wrote. None if it says the same each time, near what it says in float32."""
     with torch.no_grad():
-        answers = [model(x) for _ in range(calls)]
+        answers = []
+        for _ in range(calls):
+            answers.append(model(x))
+            scribble()
         exact = copy.deepcopy(model).float()(cast(x, torch.float32))
     if not all(answer.equal(answers[0]) for answer in answers):
         return "another answer to the same input"

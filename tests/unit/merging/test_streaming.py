@@ -47,7 +47,7 @@ from loraio.files.copying import PAGE, PIECE, copy_range
 from loraio.files.folders import working_folder
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_bytes
-from loraio.merging import on_files, streaming, verification
+from loraio.merging import on_files, streaming, weight_check
 from loraio.merging.finished_shards import RECEIPT, FinishedShards
 from loraio.merging.weight_check import check_fold
 
@@ -204,8 +204,8 @@ def test_a_change_too_small_to_be_squared_is_a_change() -> None:
     base = torch.full((8,), 1e-30, dtype=torch.bfloat16)
     found = base.clone()
     found[3] = torch.nextafter(base[3], base[3] * 2)
-    assert streaming.Fold.of(verification.FoldCheck(), base, found).change > 0
-    assert streaming.Fold.of(verification.FoldCheck(), base, base).change == 0
+    assert streaming.Fold.of(weight_check.FoldCheck(), base, found).change > 0
+    assert streaming.Fold.of(weight_check.FoldCheck(), base, base).change == 0
 
 
 # Copies
@@ -582,7 +582,7 @@ def test_the_first_look_in_float32_changes_no_result(
             found = part.fold("w", base)
         first = check_fold(part, base, found, 1.0)
         with monkeypatch.context() as patch:
-            patch.setattr(verification, "_NARROW", ())
+            patch.setattr(weight_check, "_NARROW", ())
             full = check_fold(part, base, found, 1.0)
         assert (first.wrong, first.values) == (full.wrong, full.values)
         assert first.max_ulp == pytest.approx(full.max_ulp, rel=1e-6)  # float64 sums in another order
