@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraio.files.tensorfile import tensor_bytes
+from loraio.files.tensors import tensor_bytes
 
 ATTEMPTS = 3
 """Searches for the layer: by chance, both runs of one of them may agree."""
