@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from loraio.bases.networks import build_network
     from loraio.bases.receipts import Receipt, receipt
     from loraio.errors import LoraioError
-    from loraio.exporting.export import Exported, ExportedOutput, export
+    from loraio.exporting.export import Exported, export
+    from loraio.exporting.outputs import ExportedOutput
     from loraio.formats.checking import Checked, check
     from loraio.formats.conversion import Conversion, convert
     from loraio.formats.loading import load, save
@@ -49,7 +50,8 @@ _PLACES = {
     "formats.checking": ("Checked", "check"),
     "formats.conversion": ("Conversion", "convert"),
     "errors": ("LoraioError",),
-    "exporting.export": ("Exported", "ExportedOutput", "export"),
+    "exporting.export": ("Exported", "export"),
+    "exporting.outputs": ("ExportedOutput",),
     "merging.on_files": ("MergedFile", "merge_file"),
     "formats.loading": ("load", "save"),
     "formats.pack": ("pack", "unpack"),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import loraio
-from loraio.exporting.export import RTOL
+from loraio.exporting.outputs import RTOL
 
 SIZES = {
     "torchvision:convnext_tiny": 64,

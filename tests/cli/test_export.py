@@ -23,7 +23,7 @@ RunJson = Callable[..., dict[str, Any]]
 
 INTERRUPT = """
 import os, signal, time
-from loraio import exporting
+from loraio.exporting import export
 from loraio.cli import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is born to ignore it
@@ -33,7 +33,7 @@ def wait(path, *_):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 
-exporting._found = wait
+export._run_file = wait
 main()
 """
 
@@ -58,7 +58,7 @@ def process(*words: object, **variables: str) -> subprocess.CompletedProcess[str
 
 
 def test_another_process_with_another_hash_seed_exports_the_same_bytes(files: Path, tmp_path: Path) -> None:
-    merged, paths = files / "merged.safetensors", [tmp_path / f"m{suffix}" for suffix in sorted(export.FORMATS)]
+    merged, paths = files / "merged.safetensors", [tmp_path / f"m{suffix}" for suffix in sorted(export.RUNTIMES)]
     done = process("-c", BOTH, merged, *paths, PYTHONHASHSEED="7")
     assert (done.returncode, done.stderr) == (0, "")  # the converter to an older opset logs a lot
     for line, path in zip(done.stdout.splitlines(), paths, strict=True):
@@ -91,8 +91,8 @@ def test_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: 
 def test_what_computes_something_else_is_exit_code_3(
     run: Run, run_json: RunJson, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = export._found
-    monkeypatch.setattr(export, "_found", lambda *arguments: [[outputs[0] + 1] for outputs in found(*arguments)])
+    found = export._run_file
+    monkeypatch.setattr(export, "_run_file", lambda *arguments: [[outputs[0] + 1] for outputs in found(*arguments)])
     words = ("export", files / "merged.safetensors", "-o", tmp_path / "m.pt2")
     result = run(*words, code=FAILED)
     assert result.stdout == ""

@@ -301,9 +301,9 @@ def export_case(request: pytest.FixtureRequest, base: Path) -> Case:
     network = nn.Linear(784, 10)
     programs = {new: torch.export.export(network, (torch.zeros(2 + new, 784),), strict=False) for new in (True, False)}
     wanted: dict[str, Any] = {}
-    patch.setattr(export, "_traced", lambda *_: programs[wanted["new"]])
-    patch.setattr(export, "_found", lambda *_: [])
-    patch.setattr(export, "_compare", lambda *_, **__: ())
+    patch.setattr(export, "_trace", lambda *_: programs[wanted["new"]])
+    patch.setattr(export, "_run_file", lambda *_: [])
+    patch.setattr(export, "compare", lambda *_, **__: ())
 
     def write(path: Path, new: bool) -> None:
         wanted["new"] = new

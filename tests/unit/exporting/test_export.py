@@ -21,7 +21,7 @@ from loraio.bases.networks import resize_heads
 from loraio.errors import ConfigError, FormatError, OutputError, OutputExistsError, UnknownNameError, VerificationError
 from loraio.exporting import export
 
-FORMATS = sorted(export.FORMATS)
+FORMATS = sorted(export.RUNTIMES)
 
 EXPORTED = {"rtol": 1e-5, "atol": 1e-5}
 """onnxruntime sums float32 in another order than torch; logits are about 10."""
@@ -182,14 +182,14 @@ MUTANTS = [with_other_weight, with_half_weights, with_classes_exchanged, with_an
 def test_a_file_that_computes_something_else_does_not_stay(
     files: Path, out: Path, mutate: Callable[[nn.Module], None], suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traced = export._traced
+    traced = export._trace
 
     def wrong(network: nn.Module, example: Tensor) -> Any:
         other = copy.deepcopy(network)
         mutate(other)
         return traced(other, example)
 
-    monkeypatch.setattr(export, "_traced", wrong)
+    monkeypatch.setattr(export, "_trace", wrong)
     path = out / f"m{suffix}"
     path.write_bytes(b"mine")
     with pytest.raises(VerificationError, match="computes something else; nothing was written") as caught:
@@ -206,13 +206,13 @@ def test_a_file_for_one_batch_size_does_not_stay(
     def fixed(network: nn.Module, example: Tensor) -> Any:
         return torch.export.export(network, (example,))
 
-    monkeypatch.setattr(export, "_traced", fixed)
+    monkeypatch.setattr(export, "_trace", fixed)
     with pytest.raises(VerificationError, match="cannot be run; nothing was written"):
         loraio.export(files / "merged.safetensors", out / f"m{suffix}")
     assert names(out) == []
 
 
-@pytest.mark.parametrize("place", ["_traced", "_found"])
+@pytest.mark.parametrize("place", ["_trace", "_run_file"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_nothing_is_left_where_it_ends_early(
     files: Path, out: Path, place: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -228,12 +228,12 @@ def test_nothing_is_left_where_it_ends_early(
 
 
 def test_the_tolerance_is_what_was_asked_for(files: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = export._found
+    found = export._run_file
 
     def off(*arguments: Any) -> list[list[Tensor]]:
         return [[outputs[0] + 0.25, *outputs[1:]] for outputs in found(*arguments)]
 
-    monkeypatch.setattr(export, "_found", off)
+    monkeypatch.setattr(export, "_run_file", off)
     merged = files / "merged.safetensors"
     for options in ({}, {"atol": 0.24}, {"rtol": 1e-3}, {"rtol": 0, "atol": 0}):
         with pytest.raises(VerificationError, match="may be"):
@@ -308,9 +308,9 @@ def test_the_outputs_of_an_onnx_file_have_their_names(own: Callable[..., Any], o
 
 
 def test_one_wrong_output_of_several_is_named(own: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = export._found
+    found = export._run_file
     monkeypatch.setattr(
-        export, "_found", lambda *arguments: [[row, total[:, None]] for row, total in found(*arguments)]
+        export, "_run_file", lambda *arguments: [[row, total[:, None]] for row, total in found(*arguments)]
     )
     with pytest.raises(VerificationError) as caught:
         loraio.export(**own("Pair"))
@@ -397,13 +397,13 @@ def test_onnx_takes_the_dtypes_that_onnxruntime_has(base: nn.Module, out: Path, 
 
 def test_what_one_onnx_file_cannot_hold_is_refused(files: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = 4 * 113_162
-    monkeypatch.setattr(export, "MAX_ONNX_BYTES", weights - 1)
+    monkeypatch.setattr(export.onnx, "MAX_BYTES", weights - 1)
     with pytest.raises(ConfigError, match=r"452,648 bytes of weights, one ONNX file holds 452,647 at most"):
         loraio.export(files / "merged.safetensors", out / "m.onnx")
     assert names(out) == []
 
 
-@pytest.mark.parametrize("package", export.ONNX_PACKAGES)
+@pytest.mark.parametrize("package", export.onnx.PACKAGES)
 def test_a_missing_package_is_named_with_its_extra(
     files: Path, out: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
