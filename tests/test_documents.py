@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import loraio
-from loraio.adapter import adapter as data
+from loraio.adapter import metadata as data
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
 from loraio.cli import main

@@ -173,8 +173,7 @@ def load_base(
 
     Args:
         path: our checkpoint, or a plain state dict; see `read_base`.
-        model: the network's name, see `loraio.bases.networks.find_network`; needed only where the file does not state
-        it.
+        model: the network's name, see `loraio.bases.networks.find_network`; needed only if the file has none.
         model_args: keyword options of the network, in the place of the file's.
 
     Raises:
