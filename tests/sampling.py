@@ -11,7 +11,9 @@ import random
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import pytest
 
 Item = TypeVar("Item")
 
@@ -40,3 +42,11 @@ def sample(items: Iterable[Item], most: int, *, key: object) -> list[Item]:
     whole = list(items)
     chosen = random.Random(f"{SEED} {key}").sample(range(len(whole)), min(most, len(whole)))
     return [whole[place] for place in sorted(chosen)]
+
+
+def sampled_or_all(most: int) -> list[Any]:
+    """Return two values of a parameter, for the usual run and the slow one: so many cases, and None for all."""
+    return [
+        pytest.param(most, marks=pytest.mark.sampled, id="sample"),
+        pytest.param(None, marks=pytest.mark.slow, id="all"),
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from sampling import LEFT_OUT, sample
+from sampling import LEFT_OUT, sample, sampled_or_all
 from torch import Tensor, nn
 
 import loraio
@@ -248,13 +248,7 @@ def check(model: nn.Module, x: Any, kind: str, dtype: torch.dtype) -> str | None
 CONVOLUTIONS = [name for name, layer in LAYER_TYPES.items() if layer.group == "conv"]
 
 
-@pytest.mark.parametrize(
-    "most",
-    [
-        pytest.param(SAMPLED, marks=pytest.mark.sampled, id="sample"),
-        pytest.param(None, marks=pytest.mark.slow, id="all"),
-    ],
-)
+@pytest.mark.parametrize("most", sampled_or_all(SAMPLED))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LAYER_TYPES)
