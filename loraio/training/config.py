@@ -1,4 +1,4 @@
-"""What a training run is told: one frozen dataclass for adapters, one for base models."""
+"""Settings of a training run: one frozen dataclass for adapters, one for base models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from loraio.adapter.kinds import KINDS
@@ -16,62 +17,63 @@ from loraio.errors import ConfigError
 from loraio.registry import lookup
 
 MAX_SEED = 2**32 - 1
-"""Largest seed; torch would take more, NumPy and others would not."""
+"""Largest seed. Torch would take more, NumPy and others would not."""
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
 }
-"""Share of the learning rate that is used when ``done`` of the run, 0 to 1, lies behind (cosine: Loshchilov and
-Hutter 2017, SGDR, arXiv:1608.03983, without restarts)."""
+"""Map the done share of a run, 0 to 1, to the share of the learning rate that the next step uses.
 
+The cosine is that of Loshchilov and Hutter 2017, SGDR, arXiv:1608.03983, without restarts.
+"""
 
 NORMS = ("frozen", "stats", "affine")
-"""What of normalisation layers adapts: nothing, their running statistics, or these and their weights and biases."""
+"""Normalisation layers adapt nothing, their running statistics, or these and their weights and biases."""
 
 AMP = ("bf16", "fp16")
 """Number formats of mixed precision."""
 
+_COUNTS = ("rank", "batch_size", "accumulate", "val_every", "steps", "patience")
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How an adapter is trained.
+    """Settings for training an adapter.
 
     Attributes:
-        digit: the class to adapt to, by number; None draws all classes as they come.
+        digit: number of the class to adapt to; None draws all classes as they come.
         rank: r of every target, at least 1.
-        alpha: scale is alpha / r; None takes the rank, so that the scale is 1.
-        rank_pattern: other ranks for some targets: a pattern as in ``targets`` to a rank. The last that matches wins.
-        alpha_pattern: other alphas for some targets, likewise.
-        clamp_rank: use the largest rank that a weight allows where ``rank`` is more; alpha stays as it is given.
-        targets: words (conv, linear, all), class names, globs and ``re:`` expressions that select weights.
-        exclude: patterns of the same kind; what they match is left as it is.
-        heads: layers to replace by fresh ones with that many outputs, by name: ``{"fc": 10}``. They are trained whole
-            and travel in the adapter.
-        norm: what of normalisation layers adapts and travels in the adapter, a name in `NORMS`.
-        focus: share of each batch drawn from the digit, above 0 to 1; the rest is drawn evenly from the others. At 1
-            the adapter learns to answer the digit always.
+        alpha: the scale is alpha / r; None takes the rank, for a scale of 1.
+        rank_pattern: rank by pattern, for some targets; patterns as in ``targets``. The last match wins.
+        alpha_pattern: alpha by pattern, in the same way.
+        clamp_rank: where a weight allows less than ``rank``, use the largest rank that it allows; alpha is not changed.
+        targets: weights to adapt: words (conv, linear, all), class names, globs and ``re:`` expressions.
+        exclude: patterns of weights to leave alone.
+        heads: layers to replace by fresh ones, as name to number of outputs: ``{"fc": 10}``. Their whole tensors are
+            trained and stored in the adapter.
+        norm: how normalisation layers adapt, a name in `NORMS`; their tensors are then stored in the adapter too.
+        focus: share of each batch drawn from the digit, above 0 to 1; the rest is drawn evenly from other classes. At
+            1 the adapter learns to answer the digit always.
         steps: optimizer steps; None for one pass over as many images as the data set has.
-        lr: Adam's learning rate, at its highest.
-        schedule: how it goes down over the run, a name in `SCHEDULES`.
-        warmup: steps at the start in which the learning rate rises from nearly 0; the schedule goes over the rest.
-        weight_decay: AdamW's, decoupled, on all factors with two dimensions or more; 0 is plain Adam.
-        lora_plus: learning rate of lora_B as a multiple of that of the rest (Hayou et al. 2024, LoRA+,
-            arXiv:2402.12354).
-        clip_norm: largest norm of all gradients together; larger ones are scaled down to it. None leaves them.
+        lr: highest learning rate of Adam.
+        schedule: decay of the learning rate over the run, a name in `SCHEDULES`.
+        warmup: first steps, in which the learning rate rises from nearly 0; the schedule covers the rest.
+        weight_decay: decoupled decay of AdamW, on all factors of two dimensions or more; 0 is plain Adam.
+        lora_plus: learning rate of lora_B as a multiple of the others' (Hayou et al. 2024, LoRA+, arXiv:2402.12354).
+        clip_norm: largest joint norm of all gradients; larger ones are scaled down to it. None does not clip.
         batch_size: images in a batch.
         accumulate: batches for one optimizer step; their gradients are averaged.
-        val_share: share of the images of each class that is held out from the batches for validation, 0 to below 1.
-        val_every: steps between two validations; there is one after the last step too.
-        patience: validations in a row without a smaller loss after which the run stops; the factors of the smallest
-            loss are kept, whenever the run ends. None goes to the end and keeps what is there then.
+        val_share: share of each class that is held out for validation, 0 to below 1.
+        val_every: steps between two validations; one more follows the last step.
+        patience: stop after this many validations in a row without a smaller loss. The adapter then has the factors of
+            the smallest loss, also where the run was not stopped. None trains to the end and takes the last factors.
         amp: mixed precision, a name in `AMP`; fp16 is for CUDA only. None computes in the model's own dtype.
-        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU where there is one; None trains where the model is.
+        device: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one; None trains where the model is.
         compile: train through torch.compile.
-        init: start distribution of lora_A, a name in `loraio.adapter.kinds.lora.INITS`.
-        seed: of the factors, the batches and the validation images.
+        init: initial distribution of lora_A, a name in `loraio.adapter.kinds.lora.INITS`.
+        seed: seed of the factors, the batches and the validation images.
         kind: adapter kind, a name in `loraio.adapter.kinds.KINDS`.
         scale_rule: "alpha/r", or "alpha/sqrt(r)" for rank-stabilised LoRA.
 
@@ -117,35 +119,30 @@ class TrainConfig:
             if isinstance(value, str) or (name == "targets" and not value):  # a string would fall apart into letters
                 raise ConfigError(f"{name} is {value!r}, it must be a tuple of words and globs")
             object.__setattr__(self, name, tuple(value))
-        for name, check in (("rank_pattern", _check_size), ("alpha_pattern", check_positive), ("heads", _check_size)):
+        check_size = partial(check_at_least, 1)
+        for name, check in (("rank_pattern", check_size), ("alpha_pattern", check_positive), ("heads", check_size)):
             object.__setattr__(self, name, dict(getattr(self, name)))
-            for pattern, value in getattr(self, name).items():
-                check(**{f"{name}[{pattern!r}]": value})
-        if self.digit is not None:
-            check_at_least(0, digit=self.digit)
-        check_at_least(1, rank=self.rank, batch_size=self.batch_size)
-        check_at_least(1, accumulate=self.accumulate, val_every=self.val_every)
-        check_at_least(0, warmup=self.warmup)
+            check(**{f"{name}[{pattern!r}]": value for pattern, value in getattr(self, name).items()})
+        optional = {entry.name for entry in fields(self) if entry.default is None}
+        given = {name: value for name, value in self._values().items() if value is not None or name not in optional}
+        for least, names in ((0, ("digit", "warmup")), (1, _COUNTS)):
+            check_at_least(least, **{name: given[name] for name in names if name in given})
+        check_positive(
+            **{name: given[name] for name in ("alpha", "clip_norm", "focus", "lr", "lora_plus") if name in given}
+        )
         check_seed(self.seed)
-        for name in ("steps", "patience"):
-            if getattr(self, name) is not None:
-                check_at_least(1, **{name: getattr(self, name)})
-        for name in ("alpha", "clip_norm"):
-            if getattr(self, name) is not None:
-                check_positive(**{name: getattr(self, name)})
-        check_positive(focus=self.focus, lr=self.lr, lora_plus=self.lora_plus)
         if self.focus > 1:
             raise ConfigError(f"focus is {self.focus!r}, it must be above 0 and at most 1")
         for name in ("weight_decay", "val_share"):
-            if getattr(self, name) != 0 or isinstance(getattr(self, name), bool):
-                check_positive(**{name: getattr(self, name)})
+            if given[name] != 0 or isinstance(given[name], bool):
+                check_positive(**{name: given[name]})
         if self.val_share >= 1:
             raise ConfigError(f"val_share is {self.val_share!r}, it must be at least 0 and below 1")
         if self.patience is not None and not self.val_share:
             raise ConfigError("patience needs validation images", hint="--val-share 0.1, for example")
         for name in ("clamp_rank", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, it must be True or False")
+            if not isinstance(given[name], bool):
+                raise ConfigError(f"{name} is {given[name]!r}, it must be True or False")
         if self.device is not None and not (isinstance(self.device, str) and _DEVICE.fullmatch(self.device)):
             raise ConfigError(f"device is {self.device!r}, it must be cpu, cuda, cuda:N or auto")
         if self.amp is not None:
@@ -156,31 +153,34 @@ class TrainConfig:
         lookup(KINDS, self.kind, what="adapter kind")
         lookup(SCALE_RULES, self.scale_rule, what="scale rule")
 
-    def hyperparameters(self) -> dict[str, Any]:
-        """What a file records beside digit, steps, seed, and what stands with each target; plain JSON values.
+    def _values(self) -> dict[str, Any]:
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
-        What came later is left out where it is at its default, so that files stay small and as they were.
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the settings that a file records once, as plain JSON values.
+
+        Digit, steps, seed and the settings of single targets are recorded elsewhere. Most settings at their defaults
+        are left out, so that files stay small and new settings do not change old files.
         """
         always = ("init", "focus", "lr", "schedule", "batch_size", "targets")
         elsewhere = ("digit", "steps", "seed", "rank", "alpha", "kind", "scale_rule")
         default = TrainConfig()
         found: dict[str, Any] = {"optimizer": "adamw" if self.weight_decay else "adam"}
-        for name in (entry.name for entry in fields(self) if entry.name not in elsewhere):
-            value = getattr(self, name)
-            if name in always or value != getattr(default, name):
+        for name, value in self._values().items():
+            if name not in elsewhere and (name in always or value != getattr(default, name)):
                 found[name] = list(value) if isinstance(value, tuple) else value
         return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainConfig:
-    """How a base model is trained.
+    """Settings for training a base model.
 
     Attributes:
         epochs: passes over the data set.
-        batch_size: images in a batch; the last of an epoch may be smaller.
-        lr: Adam's learning rate.
-        seed: of the start weights and of the order of the images.
+        batch_size: images in a batch; the last batch of an epoch may be smaller.
+        lr: learning rate of Adam.
+        seed: seed of the initial weights and of the order of the images.
 
     Raises:
         ConfigError: a value is out of range.
@@ -206,10 +206,6 @@ def check_at_least(least: int, **settings: Any) -> None:
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} is {value!r}, it must be a whole number of at least {least}")
-
-
-def _check_size(**settings: Any) -> None:
-    check_at_least(1, **settings)
 
 
 def check_positive(**settings: Any) -> None:
