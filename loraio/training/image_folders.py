@@ -1,12 +1,13 @@
-"""Images of the user's own: a folder for each class, decoded once into one tensor, in the form that a network takes."""
+"""The user's own images: a folder for each class, decoded once into one tensor in the form that a network takes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,37 +20,37 @@ from loraio.registry import known, nearest
 from loraio.training.batches import stratified_split
 from loraio.training.config import check_at_least
 
-FOLDER_PREFIX = "imagefolder:"
-"""What stands before the folder in the name of such a data set."""
-
 MAX_BYTES = 4 * 2**30
-"""Most memory that the images of one split may take, in bytes, unless more is allowed."""
+"""Default for the most memory that the images of one split may take, in bytes."""
 
 TEST_SHARE = 0.2
 """Share of each class that tests where a folder has no split of its own."""
 
 SPLIT_SEED = 1
-"""Of that split. It is not the run's: a base and its adapters must be tested on the same images."""
+"""Seed of that split. It is not the seed of the run: a base and its adapters must be tested on the same images."""
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation of red, green and blue that torchvision's networks are used with."""
+"""Mean and standard deviation of red, green and blue for torchvision's networks."""
 
 DECODED_AT_ONCE = 32
-"""Images that a worker hands over together."""
+"""Images in one message of a worker."""
+
+TEST_FOLDERS = ("test", "val")
+"""Folders with the images that test; the first one that exists is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageForm:
-    """The form that images are brought into.
+    """Form of the images that a network takes.
 
     Attributes:
         channels: 1 for grey, 3 for red, green and blue.
-        size: (height, width); None where the network takes any: then the images' own, which must be the same for all.
-        mean: taken off each channel after the values were brought into [0, 1]; empty leaves them.
-        std: that each channel is divided by then.
+        size: (height, width) in pixels; None keeps the images' own size, which must then be the same for all.
+        mean: subtracted from each channel, from values in [0, 1]; empty to leave the values alone.
+        std: divisor of each channel after that.
 
     Raises:
-        ConfigError: neither 1 nor 3 channels, or a size that is none.
+        ConfigError: neither 1 nor 3 channels, or a size below 1.
     """
 
     channels: int = 3
@@ -64,21 +65,30 @@ class ImageForm:
             check_at_least(1, height=self.size[0], width=self.size[1])
 
 
-def image_form(model: nn.Module, *, size: int | None = None) -> ImageForm:
-    """The form that a network takes its images in.
+class Source(Protocol):
+    """A reader of the user's own images, such as `read_folder`."""
 
-    Grey or colour is what the first convolution takes; the size is what is known of a network by name; values are
-    normalised as ImageNet's for torchvision's networks.
+    def __call__(
+        self, path: Path, split: str, /, *, form: ImageForm, workers: int, max_bytes: int
+    ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Return images, labels and class names of one split."""
+        ...
+
+
+def image_form(model: nn.Module, *, size: int | None = None) -> ImageForm:
+    """Return the form in which a network takes images.
+
+    The first convolution decides between grey and colour. The size is known for networks by name. Values are
+    normalised with ImageNet's mean and deviation for torchvision's networks.
 
     Args:
         model: the network.
-        size: height and width that are asked for instead, in pixels.
+        size: height and width to use instead, in pixels.
 
     Raises:
         ConfigError: the network takes neither 1 nor 3 channels.
     """
-    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    first = next(convolutions, None)
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     name = network_of(model) or ""
     shape = find_network(name, network_args_of(model)).input_shape if name else None
     channels = first.in_channels if first is not None else shape[0] if shape else 3
@@ -90,21 +100,21 @@ def image_form(model: nn.Module, *, size: int | None = None) -> ImageForm:
 def read_folder(
     path: Path, split: str, *, form: ImageForm, workers: int = 0, max_bytes: int = MAX_BYTES
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """The images of one split, decoded, with labels and class names.
+    """Decode the images of one split.
 
-    ``path`` holds ``train`` and ``test`` (or ``val``) with a folder for each class in both, or the class folders
-    themselves; then a fifth of each class, drawn with a seed of its own, tests. Images are scaled until they cover the
-    size, and cut to it around their middle. Classes are numbered in the order of their names.
+    ``path`` holds ``train`` and ``test`` (or ``val``), each with one folder for each class. Or it holds the class
+    folders themselves; a fifth of each class, drawn with a fixed seed, then tests. Images are scaled until they cover
+    the size, and cropped around their centre. Classes are numbered in the order of their names.
 
     Args:
         path: the folder.
         split: "train" or "test".
         form: channels, size and normalisation.
         workers: processes that decode; 0 decodes in this one.
-        max_bytes: refuse to take more memory than this.
+        max_bytes: most memory that the images may take.
 
     Returns:
-        images (n, channels, height, width), float32, in [0, 1] unless normalised; labels (n,), int64; names.
+        images (n, channels, height, width), float32, in [0, 1] unless normalised; labels (n,), int64; class names.
 
     Raises:
         MissingFileError: no such folder.
@@ -129,16 +139,14 @@ def read_folder(
         _Decoded(files, form.channels, (height, width)),
         batch_size=DECODED_AT_ONCE,
         num_workers=workers,
-        collate_fn=_as_they_are,
+        collate_fn=list,
     )
-    problems, place = [], 0
-    for batch in loader:
-        for found in batch:
-            if isinstance(found, str):
-                problems.append(found)
-            else:
-                images[place] = found
-            place += 1
+    problems = []
+    for place, found in enumerate(chain.from_iterable(loader)):
+        if isinstance(found, str):
+            problems.append(found)
+        else:
+            images[place] = found
     if problems:
         raise DataError(
             f"{len(problems)} of {len(files):,} images cannot be read",
@@ -152,31 +160,31 @@ def read_folder(
 
 
 def _listed(path: Path, split: str) -> tuple[list[Path], Tensor, tuple[str, ...]]:
-    """Files, labels and class names of one split."""
-    parts = {"train": ("train",), "test": ("test", "val")}
+    """Return files, labels and class names of one split."""
     if not (path / "train").is_dir():
         files, labels, names = _classes(path)
         generator = torch.Generator().manual_seed(SPLIT_SEED)
         rows = stratified_split(labels, TEST_SHARE, generator=generator)[split == "test"]
         if not len(rows):
-            raise DataError("no class has two images, so that none is left to test", where=f"{str(path)!r}")
+            raise DataError("no class has two images, so none is left to test", where=f"{str(path)!r}")
         return [files[row] for row in rows.tolist()], labels[rows], names
+    if split == "train":
+        return _classes(path / "train")
+    folder = next((path / name for name in TEST_FOLDERS if (path / name).is_dir()), None)
+    if folder is None:
+        raise DataError(
+            f"there is a folder 'train', but none of {', '.join(map(repr, TEST_FOLDERS))}", where=f"{str(path)!r}"
+        )
     _, _, names = _classes(path / "train")
-    for part in parts[split]:
-        if (path / part).is_dir():
-            files, labels, found = _classes(path / part)
-            strange = [name for name in found if name not in names]
-            if strange:
-                raise DataError(
-                    f"the class {strange[0]!r} is not among those that train{nearest(strange[0], names)}",
-                    where=f"{str(path / part)!r}",
-                    hint=f"the classes are: {known(names)}",
-                )
-            numbers = torch.tensor([names.index(name) for name in found])
-            return files, numbers[labels], names
-    raise DataError(
-        f"there is a folder 'train' and none of {', '.join(map(repr, parts[split]))}", where=f"{str(path)!r}"
-    )
+    files, labels, found = _classes(folder)
+    if strange := [name for name in found if name not in names]:
+        raise DataError(
+            f"the class {strange[0]!r} is not among the training classes{nearest(strange[0], names)}",
+            where=f"{str(folder)!r}",
+            hint=f"the classes are: {known(names)}",
+        )
+    numbers = torch.tensor([names.index(name) for name in found])
+    return files, numbers[labels], names
 
 
 def _classes(path: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
@@ -194,12 +202,15 @@ def _classes(path: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
 
 
 def _common_size(files: Sequence[Path], where: str) -> tuple[int, int]:
-    """(height, width) that all images share, from their headers; one that cannot be read says so when it is decoded."""
+    """Return the (height, width) that all images share, from their headers.
+
+    Files that cannot be read are skipped here; decoding them gives the error.
+    """
     sizes: dict[tuple[int, int], Path] = {}
     for file in files:
         try:
             with Image.open(file) as image:
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # lying on its side
+                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the camera was held sideways
                 sizes.setdefault(image.size if turned else (image.height, image.width), file)
         except Exception:  # damaged files fail in many ways
             continue
@@ -214,7 +225,7 @@ def _common_size(files: Sequence[Path], where: str) -> tuple[int, int]:
 
 
 class _Decoded(torch.utils.data.Dataset[Tensor | str]):
-    """Each image as a tensor, or as a line that says what is wrong with it: errors do not travel well."""
+    """Images as tensors. A damaged image gives a line of text: not every exception survives its way from a worker."""
 
     def __init__(self, files: Sequence[Path], channels: int, size: tuple[int, int]) -> None:
         self.files = files
@@ -229,13 +240,13 @@ class _Decoded(torch.utils.data.Dataset[Tensor | str]):
         try:
             with Image.open(file) as image:
                 return _decoded(ImageOps.exif_transpose(image), self.channels, self.size)
-        except Exception as error:  # a damaged file fails in whichever way its parser does
+        except Exception as error:  # parsers of damaged files raise anything
             return f"{str(file)!r}: {error}"
 
 
 def _decoded(image: Image.Image, channels: int, size: tuple[int, int]) -> Tensor:
     height, width = size
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bits, of which a conversion to 8 would keep the low ones
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: a conversion to 8 would keep the low ones
         top = 65535.0 if image.mode.startswith("I") else 1.0
         wide = Image.fromarray(np.asarray(image, dtype=np.float32) / np.float32(top))
         values = np.asarray(ImageOps.fit(wide, (width, height), Image.Resampling.BILINEAR)).clip(0, 1)
@@ -243,7 +254,3 @@ def _decoded(image: Image.Image, channels: int, size: tuple[int, int]) -> Tensor
     image = image.convert("L" if channels == 1 else "RGB")
     values = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     return torch.from_numpy(values.reshape(height, width, channels)).permute(2, 0, 1)
-
-
-def _as_they_are(batch: list[Any]) -> list[Any]:
-    return batch

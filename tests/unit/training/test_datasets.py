@@ -16,7 +16,7 @@ from torch import Tensor
 
 import loraio
 from loraio.errors import ConfigError, DataError, UnknownNameError
-from loraio.training import datasets
+from loraio.training import datasets, torchvision_datasets
 
 MNIST_PARTS = ("train", "t10k")
 EMNIST_PARTS = ("emnist-digits-train", "emnist-digits-test")
@@ -186,7 +186,7 @@ def test_a_download_talks_on_stderr_and_cannot_hang(
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
     assert len(loraio.load_dataset("mnist", root=tmp_path)) == 20
     assert capsys.readouterr() == ("", "downloading\n")
-    assert timeouts == [datasets.DOWNLOAD_TIMEOUT]
+    assert timeouts == [torchvision_datasets.DOWNLOAD_TIMEOUT]
     assert socket.getdefaulttimeout() is None
 
 
@@ -272,7 +272,7 @@ def test_cifar_without_files_and_network_says_what_to_do(
         raise RuntimeError("no network here")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
-    with pytest.raises(DataError, match="is not there and cannot be downloaded") as caught:
+    with pytest.raises(DataError, match="is missing and cannot be downloaded") as caught:
         loraio.load_dataset(name, root=tmp_path)
     assert "no network here" in str(caught.value)
     assert "looked for" in str(caught.value)

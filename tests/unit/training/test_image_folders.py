@@ -135,7 +135,7 @@ def test_folders_that_are_none_are_refused(tmp_path: Path, split: Path) -> None:
     with pytest.raises(DataError, match="no folders of classes"):
         load(tmp_path / "flat")
     put(split / "val/dgo/x.png")
-    with pytest.raises(DataError, match="'dgo' is not among those that train; did you mean 'dog'"):
+    with pytest.raises(DataError, match="'dgo' is not among the training classes; did you mean 'dog'"):
         load(split, "test")
     (split / "train/empty").mkdir()
     with pytest.raises(DataError, match="empty"):
