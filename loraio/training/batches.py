@@ -1,4 +1,4 @@
-"""Which images make which batch, decided for a whole run at once: no per-sample work in the training loop."""
+"""Choose the images of each batch, for a whole run at once: the training loop does no work for single samples."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from loraio.errors import ConfigError, DataError
 
 MAX_DRAWS = 2**28
-"""Most images that one run may draw; their indices are held in memory, 8 bytes each."""
+"""Most images that one run may draw. Their indices are held in memory, 8 bytes each."""
 
 
 def epoch_batches(images: int, batch_size: int, epochs: int, *, generator: torch.Generator) -> Iterator[Tensor]:
-    """Every image once an epoch, in an order drawn anew for each.
+    """Show every image once in each epoch, in a new random order.
 
     Yields:
-        int64 index tensors of ``batch_size``; the last of an epoch may be shorter.
+        int64 index tensors of ``batch_size``; the last one of an epoch may be shorter.
     """
     for _ in range(epochs):
         yield from torch.randperm(images, generator=generator).split(batch_size)
@@ -26,14 +26,14 @@ def epoch_batches(images: int, batch_size: int, epochs: int, *, generator: torch
 def focused_batches(
     labels: Tensor, digit: int | None, *, focus: float, batch_size: int, steps: int, generator: torch.Generator
 ) -> Tensor:
-    """Batches in which one digit has a fixed share and the others share the rest evenly.
+    """Draw batches in which one digit has a fixed share and the other classes share the rest evenly.
 
-    Images of a class are taken in a random order, each once before any comes twice.
+    Images of a class are taken in random order, each once before any is taken twice.
 
     Args:
         labels: (n,), int64.
-        digit: the class that gets the share; None takes all images as they come.
-        focus: the share, above 0 to 1; rounded to whole images of a batch, halves up, at least one.
+        digit: class with the fixed share; None draws from all images alike.
+        focus: that share, above 0 to 1, rounded to whole images of a batch, halves up, at least one.
         batch_size: images in a batch.
         steps: number of batches.
         generator: on the CPU.
@@ -42,8 +42,8 @@ def focused_batches(
         (steps, batch_size), int64, indices into ``labels``.
 
     Raises:
-        ConfigError: more than `MAX_DRAWS` images would be drawn, or a focus below 1 fills the batch all the same.
-        DataError: the data set has no image of the digit, or only images of it while others are needed.
+        ConfigError: more than `MAX_DRAWS` images would be drawn, or a focus below 1 still fills the batch.
+        DataError: the data set has no image of the digit, or none of another class if the focus is below 1.
 
     >>> labels = torch.arange(10).repeat(20)
     >>> rows = focused_batches(labels, 3, focus=0.5, batch_size=8, steps=5, generator=torch.Generator())
@@ -89,22 +89,10 @@ def refuse_missing(labels: Tensor, digit: int) -> None:
         raise DataError(f"the data set has no image of class {digit}, only of {', '.join(map(str, found))}")
 
 
-def drawn(images: Tensor, labels: Tensor, rows: Tensor, *, channels_last: bool) -> tuple[Tensor, Tensor]:
-    """One batch.
-
-    Args:
-        images: (n, channels, height, width).
-        labels: (n,).
-        rows: indices into both.
-        channels_last: as `in_order`.
-    """
-    return in_order(images[rows], channels_last=channels_last), labels[rows]
-
-
 def in_order(images: Tensor, *, channels_last: bool) -> Tensor:
-    """The images, with their channels last in memory if that is asked for.
+    """Return the images, with their channels last in memory if that is asked for.
 
-    Those of one channel are in both orders at once; here their strides say which, and convolutions go by that.
+    Images of one channel have the same bytes in both orders. Convolutions go by the strides, which are set here.
     """
     if not channels_last:
         return images
@@ -114,16 +102,16 @@ def in_order(images: Tensor, *, channels_last: bool) -> Tensor:
 
 
 def stratified_split(labels: Tensor, share: float, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Every class divided in the same proportion, at random.
+    """Split every class in the same proportion, at random.
 
     Args:
         labels: (n,), int64.
-        share: of each class that goes to the second part, above 0 to below 1; rounded to whole images, halves up. Of
-            a class with two images or more each part gets one at least; a single image stays in the first.
+        share: share of each class for the second part, above 0 to below 1, rounded to whole images, halves up. Both
+            parts get at least one image of a class that has two; a single image stays in the first part.
         generator: on the CPU.
 
     Returns:
-        two int64 index tensors in rising order: the larger part and the share.
+        two int64 index tensors in rising order, the first part and the second.
 
     >>> kept, held = stratified_split(torch.arange(3).repeat(10), 0.2, generator=torch.Generator())
     >>> len(kept), torch.arange(3).repeat(10)[held].bincount().tolist()
@@ -138,7 +126,7 @@ def stratified_split(labels: Tensor, share: float, *, generator: torch.Generator
 
 
 def _in_turn(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` members of the pool: whole random orders of it, one after another, the last one cut."""
+    """Draw ``count`` members of the pool: one random order of it after another, the last one cut."""
     rounds = -(-count // len(pool))
     orders = [torch.randperm(len(pool), generator=generator) for _ in range(rounds)]
     return pool[torch.cat(orders)[:count]] if orders else pool[:0]

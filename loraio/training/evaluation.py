@@ -76,7 +76,7 @@ def predict(model: nn.Module, images: Tensor, *, classes: int | None = None) -> 
     """
     first = next(model.parameters(), torch.zeros(()))  # a network may have none
     try:
-        with kept_modes(model), torch.no_grad():
+        with preserved_modes(model), torch.no_grad():
             model.eval()
             parts = [model(batch.to(first.device, first.dtype)).cpu() for batch in images.split(BATCH)]
     except RuntimeError as error:
@@ -97,7 +97,7 @@ def has_outputs(model: nn.Module, dataset: Dataset) -> bool:
 
 
 @contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
+def preserved_modes(model: nn.Module) -> Iterator[None]:
     """Every module's training flag is as before afterwards."""
     modes = [(module, mode_of(module)) for module in model.modules()]
     try:

@@ -1,4 +1,4 @@
-"""The training loops: a base model from nothing, and adapters on a frozen base."""
+"""Train a base model from fresh weights, and adapters on a frozen base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraio.live.attachment import Attachment, attach
 from loraio.training.batches import epoch_batches, focused_batches, refuse_missing, stratified_split
 from loraio.training.config import PretrainConfig, TrainConfig
 from loraio.training.datasets import Dataset
-from loraio.training.evaluation import Evaluation, evaluate, has_outputs, kept_modes, predict
+from loraio.training.evaluation import Evaluation, evaluate, has_outputs, predict, preserved_modes
 from loraio.training.optimizing import Observer, OnProgress, Optimization, Plan, optimize
 from loraio.training.placement import placed, takes_channels_last
 from loraio.training.planning import new_adapter
@@ -37,18 +37,21 @@ def pretrain(
     network_args: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
 ) -> nn.Module:
-    """A network by name, trained from fresh weights with Adam; in eval mode.
+    """Train a network by name from fresh weights with Adam.
 
     Args:
-        network: its name, as `loraio.bases.networks.find_network` takes it.
+        network: name, as for `loraio.bases.networks.find_network`.
         config: epochs, batch size, learning rate, seed.
-        dataset: what it learns; its classes must be as many as the network's.
-        network_args: keyword options of the network: ``{"num_classes": 10}``.
+        dataset: training images, of as many classes as the network has outputs.
+        network_args: keyword options of the network, such as ``{"num_classes": 10}``.
         on_progress: called every `loraio.training.optimizing.REPORT_EVERY` steps and after the last.
+
+    Returns:
+        the network, in eval mode.
 
     Raises:
         UnknownNameError: no such network.
-        ConfigError: it cannot be built with these options.
+        ConfigError: the network cannot be built with these options.
         DataError: the network is for other images, or for another number of classes.
         TrainingError: the loss became NaN or infinite.
     """
@@ -59,7 +62,7 @@ def pretrain(
             f"the data set has images {found[0]} of {found[1]} classes, {network!r} is for {needed[0]} of {needed[1]}"
         )
     model = build_network(network, args=network_args, seed=config.seed)
-    predict(model, dataset.images[:1], classes=dataset.classes)  # others take many sizes; whether this one, it says
+    predict(model, dataset.images[:1], classes=dataset.classes)  # other networks take many sizes: try
     steps = config.epochs * math.ceil(len(dataset) / config.batch_size)
     generator = torch.Generator().manual_seed(config.seed)
     batches = epoch_batches(len(dataset), config.batch_size, config.epochs, generator=generator)
@@ -79,28 +82,28 @@ def train(
     files: RunFiles | None = None,
     on_progress: OnProgress | None = None,
 ) -> Adapter:
-    """An adapter, trained on a frozen base; the model is given back as it was, to the bit.
+    """Train an adapter on a frozen base; the model is given back unchanged, to the bit.
 
     Args:
         model: the base model, on any device.
         config: digit, rank, targets, focus and the rest.
-        dataset: what the batches, and the validation images, are drawn from.
-        held_out: what the results before and after are counted on; by default the data set itself.
-        before: the base's own results on it, when they are known already: spares a run over it for each adapter. A base
-            that gives another number of outputs than the data have classes has none, if a new head takes its place.
+        dataset: images to train on, and to hold out for validation.
+        held_out: images for the results before and after; by default the data set itself.
+        before: results of the base on them, if they are known: saves one run over them for each adapter. There are none
+            where a new head replaces one for another number of classes.
         files: log and side file to write, and whether to resume.
         on_progress: called every `loraio.training.optimizing.REPORT_EVERY` steps and after the last.
 
     Returns:
-        the adapter, on the CPU; ``training`` says how it was made and what it does.
+        the adapter, on the CPU; its ``training`` records settings, versions and results.
 
     Raises:
         UnknownNameError: a target pattern matches nothing.
-        ConfigError: a rank that the weights cannot have, a device that is not there, and so on.
+        ConfigError: a rank is too large for a weight, a device is missing, and so on.
         DataError: the data set lacks the digit, or the model does not fit it.
         StateError: the model carries an adapter already.
         TrainingError: the loss became NaN or infinite, or the factors did not move.
-        OutputExistsError, OutputError, MissingFileError, FormatError: what ``files`` names cannot be written or read.
+        OutputExistsError, OutputError, MissingFileError, FormatError: one of the ``files`` cannot be written or read.
     """
     files = files or RunFiles()
     files.check()
@@ -109,142 +112,49 @@ def train(
         rows, held = _drawn(config, dataset)
         counted_on = dataset if held_out is None else held_out
         before = before or _results_of_base(model, config, counted_on)
-        plan = _planned(config, rows, on_progress)
-        with _frozen(model), attach(model, fresh, trainable=True) as live:
-            if config.heads:
-                predict(model, dataset.images[:1], classes=dataset.classes)
-            with _Surroundings.of(model, config, dataset, held, plan, files, fresh) as around:
-                run = optimize(
-                    model,
-                    _named(model, live),
-                    rows,
-                    dataset,
-                    plan,
-                    channels_last=_runs_plainly(config) and takes_channels_last(model, dataset.images[:2]),
-                    statistics=live.statistics(),
-                    observers=around.observers,
-                    start=around.start,
-                )
-            if around.validation is not None:
-                around.validation.give_best(run)
-            _refuse_unmoved(fresh, live, plan.label)
-            trained = live.adapter
-        return _counted(model, trained, config, dataset, counted_on, before, plan, around.validation)
-
-
-def _runs_plainly(config: TrainConfig) -> bool:
-    """Whether steps compute as the model does by itself; torch.compile and mixed precision have orders of their own."""
-    return config.amp is None and not config.compile
-
-
-def _planned(config: TrainConfig, rows: Tensor, on_progress: OnProgress | None) -> Plan:
-    label = "all classes" if config.digit is None else f"digit {config.digit}"
-    return Plan.of(config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
-
-
-def _counted(
-    model: nn.Module,
-    trained: Adapter,
-    config: TrainConfig,
-    dataset: Dataset,
-    counted_on: Dataset,
-    before: Evaluation | None,
-    plan: Plan,
-    validation: Validation | None,
-) -> Adapter:
-    """The adapter with the record of its training and of what it does."""
-    with attach(model, trained):
-        after = evaluate(model, counted_on)
-    validated = None if validation is None else validation.to_json()
-    record = adapter_record(
-        config, dataset, counted_on, steps=plan.steps, before=before, after=after, validation=validated
-    )
-    return replace(trained, training=record)
-
-
-def _drawn(config: TrainConfig, dataset: Dataset) -> tuple[Tensor, Dataset | None]:
-    """The batches of the whole run as (steps * accumulate, batch_size) indices, and the images held out of them."""
-    labels, held, kept = dataset.labels, None, None
-    if config.val_share:
-        split = torch.Generator().manual_seed(config.seed)
-        kept, rest = stratified_split(labels, config.val_share, generator=split)
-        if not len(rest):
-            raise DataError("no class has two images, so that none can be held out", hint="without --val-share")
-        held = replace(dataset, images=dataset.images[rest], labels=labels[rest])
-        labels = labels[kept]
-    steps = config.steps or math.ceil(len(labels) / (config.batch_size * config.accumulate))
-    rows = focused_batches(
-        labels,
-        config.digit,
-        focus=config.focus,
-        batch_size=config.batch_size,
-        steps=steps * config.accumulate,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    return (rows if kept is None else kept[rows]), held
-
-
-class _Surroundings:
-    """The observers of a run in their order, and what they do before its first step; closes them at the end."""
-
-    def __init__(self, files: RunFiles, validation: Validation | None, side: SideFile | None) -> None:
-        self._files = files
-        self.validation = validation
-        self._side = side
-        self._stack = ExitStack()
-        self.observers: list[Observer] = []
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        config: TrainConfig,
-        dataset: Dataset,
-        held: Dataset | None,
-        plan: Plan,
-        files: RunFiles,
-        fresh: Adapter,
-    ) -> _Surroundings:
-        """Of a run with these settings and files."""
-        validation = None
-        if held is not None:
-            validation = Validation(model, held, every=config.val_every, patience=config.patience)
+        label = "all classes" if config.digit is None else f"digit {config.digit}"
+        plan = Plan.of(config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
+        validation = None if held is None else Validation.of(model, held, config)
         side = None
         if files.checkpoint is not None:
             identity = run_identity(config, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
             side = SideFile(
                 Path(files.checkpoint), every=files.checkpoint_every, identity=identity, validation=validation
             )
-        return cls(files, validation, side)
+        with _frozen(model), attach(model, fresh, trainable=True) as live:
+            if config.heads:
+                predict(model, dataset.images[:1], classes=dataset.classes)
+            plain = config.amp is None and not config.compile  # the others choose an order of memory by themselves
+            with ExitStack() as stack:
+                observers: list[Observer] = []
 
-    def __enter__(self) -> _Surroundings:
-        return self
+                def start(run: Optimization) -> bool:
+                    if side is not None and files.resume:
+                        side.load(run)
+                    observers.extend(_observers(files, validation, side, done=run.done, stack=stack))
+                    return validation is None or validation.stopped is None
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def start(self, run: Optimization) -> bool:
-        """Resume if that was asked for, and open what is written; False when nothing is left to do."""
-        if self._side is not None and self._files.resume:
-            self._side.load(run)
-        if self.validation is not None:
-            self.observers.append(self.validation)
-        wanted: tuple[tuple[Any, type[MetricsLog] | type[TensorBoardLog]], ...]
-        wanted = ((self._files.log, MetricsLog), (self._files.tensorboard, TensorBoardLog))
-        for path, log in wanted:
-            if path is not None:
-                opened = log(Path(path), validation=self.validation, done=run.done)
-                self._stack.callback(opened.close)
-                self.observers.append(opened)
-        if self._side is not None:  # last: it keeps what the others found
-            self.observers.append(self._side)
-        return self.validation is None or self.validation.stopped is None
-
-
-def _named(model: nn.Module, live: Attachment) -> dict[str, nn.Parameter]:
-    """What is trained, by its name in the model as it stands, in the adapter's order."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(parameter)]: parameter for parameter in live.parameters()}
+                run = optimize(
+                    model,
+                    _named(model, live),
+                    rows,
+                    dataset,
+                    plan,
+                    channels_last=plain and takes_channels_last(model, dataset.images[:2]),
+                    statistics=live.statistics(),
+                    observers=observers,
+                    start=start,
+                )
+            if validation is not None:
+                validation.give_best(run)
+            trained = live.adapter
+            _refuse_unmoved(fresh, trained, label)
+        with attach(model, trained):
+            after = evaluate(model, counted_on)
+    record = adapter_record(
+        config, dataset, counted_on, steps=plan.steps, before=before, after=after, validation=validation
+    )
+    return replace(trained, training=record)
 
 
 def train_each(
@@ -263,9 +173,9 @@ def train_each(
     Missing classes and files that cannot be written are refused before the first run.
 
     Args:
-        digits: which; None among them is an adapter that fits all classes. By default every class of the data set.
-        files: as for `train`; with several digits each has its own, named by `RunFiles.of`.
-        on_trained: called with each digit and its adapter as soon as it is trained, to save it for example.
+        digits: numbers of classes; None is an adapter for all classes. By default every class of the data set.
+        files: as for `train`; each of several digits has files of its own, named by `RunFiles.of`.
+        on_trained: called with each digit and its adapter as soon as it is trained, for example to save it.
 
     Returns:
         the adapters by digit, in the order of ``digits``.
@@ -298,12 +208,56 @@ def train_each(
     return adapters
 
 
+def _drawn(config: TrainConfig, dataset: Dataset) -> tuple[Tensor, Dataset | None]:
+    """Draw the batches of the whole run, (steps * accumulate, batch_size) indices, and the validation images."""
+    labels, held, kept = dataset.labels, None, None
+    if config.val_share:
+        split = torch.Generator().manual_seed(config.seed)
+        kept, rest = stratified_split(labels, config.val_share, generator=split)
+        if not len(rest):
+            raise DataError("no class has two images, so none can be held out", hint="without --val-share")
+        held = replace(dataset, images=dataset.images[rest], labels=labels[rest])
+        labels = labels[kept]
+    steps = config.steps or math.ceil(len(labels) / (config.batch_size * config.accumulate))
+    rows = focused_batches(
+        labels,
+        config.digit,
+        focus=config.focus,
+        batch_size=config.batch_size,
+        steps=steps * config.accumulate,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    return (rows if kept is None else kept[rows]), held
+
+
+def _observers(
+    files: RunFiles, validation: Validation | None, side: SideFile | None, *, done: int, stack: ExitStack
+) -> list[Observer]:
+    """Open the logs, which the stack closes, and return the observers in their order."""
+    observers: list[Observer] = [] if validation is None else [validation]
+    logs: tuple[tuple[Any, type[MetricsLog] | type[TensorBoardLog]], ...]
+    logs = ((files.log, MetricsLog), (files.tensorboard, TensorBoardLog))
+    for path, log in logs:
+        if path is not None:
+            opened = log(Path(path), validation=validation, done=done)
+            stack.callback(opened.close)
+            observers.append(opened)
+    # the side file comes last: it stores what validation found
+    return observers if side is None else [*observers, side]
+
+
+def _named(model: nn.Module, live: Attachment) -> dict[str, nn.Parameter]:
+    """Return the trained parameters by their names in the model, in the adapter's order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(parameter)]: parameter for parameter in live.parameters()}
+
+
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """The base frozen and in training mode; gradient flags and modes are as before afterwards."""
+    """Freeze the base and set its training mode; restore gradient flags and modes after the block."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with kept_modes(model):
+        with preserved_modes(model):
             model.train()
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
@@ -314,12 +268,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _results_of_base(model: nn.Module, config: TrainConfig, dataset: Dataset) -> Evaluation | None:
-    """What the base itself does; None where a head is replaced because the base is for another number of classes."""
+    """Evaluate the base; None where a new head replaces one for another number of classes."""
     return evaluate(model, dataset) if not config.heads or has_outputs(model, dataset) else None
 
 
-def _refuse_unmoved(fresh: Adapter, live: Attachment, label: str) -> None:
-    now = live.adapter.all_tensors
+def _refuse_unmoved(fresh: Adapter, trained: Adapter, label: str) -> None:
+    now = trained.all_tensors
     heads = {name: fresh.tensors[name] for name, whole in fresh.whole.items() if whole.role == "head"}
     starts = {**fresh.factors, **heads}
     still = [f"{name!r} is where it started" for name, start in starts.items() if now[name].equal(start)]

@@ -1,4 +1,4 @@
-"""One optimization: parameters, batches and a plan in; the parameters moved. What both training loops share."""
+"""Optimize parameters over batches after a plan; base models and adapters are trained by it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraio.errors import ConfigError, TrainingError
-from loraio.training.batches import drawn
+from loraio.training.batches import in_order
 from loraio.training.config import SCHEDULES, TrainConfig
 from loraio.training.datasets import Dataset
 
@@ -21,17 +21,17 @@ REPORT_EVERY = 100
 """Steps between two reports of the running loss."""
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Dtypes of mixed precision by the names in `loraio.training.config.AMP`."""
+"""Dtypes of mixed precision, by the names in `loraio.training.config.AMP`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a run is.
+    """State of a run for its user.
 
     Attributes:
-        label: what is being trained: "digit-cnn", "digit 3".
-        step: steps done.
-        steps: steps in all.
+        label: name of the run, such as "digit-cnn" or "digit 3".
+        step: number of steps done.
+        steps: number of steps planned.
         loss: mean cross-entropy since the last report, in nats.
     """
 
@@ -46,11 +46,11 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What one optimization is told; the meanings are those of `TrainConfig`.
+    """Settings of one optimization; the meanings are those of `TrainConfig`.
 
     Attributes:
-        steps: optimizer steps in all.
-        label: for reports.
+        steps: number of optimizer steps.
+        label: name of the run in reports and errors.
         on_progress: called every `REPORT_EVERY` steps and after the last.
     """
 
@@ -77,13 +77,13 @@ class Plan:
 
     @classmethod
     def of(cls, config: TrainConfig, *, steps: int, label: str, on_progress: OnProgress | None) -> Plan:
-        """The plan of an adapter's training."""
+        """Return the plan for training an adapter."""
         shared = set(cls.__slots__) & set(TrainConfig.__slots__) - {"steps"}
         settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
         return cls(**settings, steps=steps, label=label, on_progress=on_progress)
 
     def rate(self, done: int) -> float:
-        """Share of the learning rate that is used for the step after ``done`` steps.
+        """Return the share of the learning rate for the step after ``done`` steps.
 
         >>> plan = Plan(steps=8, lr=1.0, seed=1, label="", on_progress=None, warmup=4, schedule="cosine")
         >>> [round(plan.rate(done), 2) for done in range(8)]
@@ -96,13 +96,13 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """What observers are told after a step.
+    """Facts about the step that was just done.
 
     Attributes:
-        step: steps done.
-        last: whether this is the last step that was planned.
-        loss: of this step, in nats; on the model's device.
-        lr: that this step used, of the parameters without a rate of their own.
+        step: number of steps done.
+        last: True after the last planned step.
+        loss: loss of this step, in nats, on the model's device.
+        lr: learning rate of this step, for parameters without their own.
     """
 
     step: int
@@ -112,20 +112,20 @@ class Moment:
 
 
 class Observer(Protocol):
-    """Something that looks on after every step: validation, a log, a side file."""
+    """A callable for after every step: validation, a log, a side file."""
 
     def __call__(self, run: Optimization, moment: Moment) -> bool:
-        """Look; True ends the run after this step, when every observer has looked."""
+        """Return True to end the run after this step. The other observers are still called."""
         ...
 
 
 class Optimization:
-    """A run under way: everything that changes while it goes on, but the parameters' own place in the model.
+    """The changing state of a run.
 
     Attributes:
-        parameters: by name, exactly those that are trained.
-        statistics: by name, buffers that the forward passes write to and that belong to what is learned.
-        done: steps done.
+        parameters: the trained parameters, by name.
+        statistics: buffers that forward passes write and that are part of the result, by name.
+        done: number of steps done.
     """
 
     def __init__(
@@ -146,53 +146,38 @@ class Optimization:
         self.scaler = torch.amp.GradScaler(device.type) if plan.amp == "fp16" else None
         self._running, self._since = torch.zeros((), device=device), 0
 
-    def step(self, model: Callable[[Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> Moment:
-        """One optimizer step over the gradients of ``accumulate`` batches."""
-        lr = self.set_rates()
-        loss = self.differentiate(model, parts)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return self.count(loss, lr)
-
-    def differentiate(self, model: Callable[[Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Give the parameters the gradients of ``accumulate`` batches, no longer than they may be; returns the loss."""
-        plan = self.plan
+    def step(self, model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Moment:
+        """Take one optimizer step over the gradients of ``accumulate`` batches of images and labels."""
+        plan, share = self.plan, self.plan.rate(self.done)
+        for group, highest in zip(self.optimizer.param_groups, self._highest, strict=True):
+            group["lr"] = highest * share
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for images, labels in parts:
+        for images, labels in batches:
             with torch.autocast(self.device.type, dtype=AMP_DTYPES[plan.amp]) if plan.amp else nullcontext():
                 part = F.cross_entropy(model(images), labels)
             part = part / plan.accumulate if plan.accumulate > 1 else part
             (part if self.scaler is None else self.scaler.scale(part)).backward()
             loss = loss + part.detach()
-        if self.scaler is not None and plan.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
         if plan.clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip_norm)
-        return loss
-
-    def set_rates(self) -> float:
-        """Give the optimizer its rates for the next step; returns that of parameters without one of their own."""
-        share = self.plan.rate(self.done)
-        for group, highest in zip(self.optimizer.param_groups, self._highest, strict=True):
-            group["lr"] = highest * share
-        return self.plan.lr * share
-
-    def count(self, loss: Tensor, lr: float) -> Moment:
-        """Take note of a step that was done."""
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.done += 1
         self._running += loss
         self._since += 1
-        return Moment(step=self.done, last=self.done == self.plan.steps, loss=loss, lr=lr)
+        return Moment(step=self.done, last=self.done == plan.steps, loss=loss, lr=plan.lr * share)
 
     def report(self) -> None:
-        """Tell how far the run is.
+        """Report the mean loss since the last report.
 
         Raises:
-            TrainingError: the loss since the last report is NaN or infinite.
+            TrainingError: that loss is NaN or infinite.
         """
         if not self._since:
             return
@@ -204,7 +189,7 @@ class Optimization:
         self._running, self._since = torch.zeros((), device=self.device), 0
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later process needs to go on from here with the same bits; plain values and tensors."""
+        """Return the plain values and tensors from which another process can continue to the same bits."""
         state = {
             "done": self.done,
             "parameters": self.values(),
@@ -219,7 +204,7 @@ class Optimization:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another process was."""
+        """Continue from the state of another process."""
         self.restore(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None and state["scaler"]:
@@ -232,13 +217,13 @@ class Optimization:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
 
     def values(self) -> dict[str, Tensor]:
-        """What was learned so far, by name: parameters and statistics; not copies."""
+        """Return parameters and statistics by name, not copied."""
         return {name: value.detach() for name, value in {**self.parameters, **self.statistics}.items()}
 
     def restore(self, values: Mapping[str, Tensor]) -> None:
-        """Write values into the parameters and statistics of the same names."""
+        """Copy values into the parameters and statistics of the same names."""
         with torch.no_grad():
-            for name, value in {**self.parameters, **self.statistics}.items():
+            for name, value in self.values().items():
                 value.copy_(values[name])
 
 
@@ -254,19 +239,18 @@ def optimize(
     observers: Iterable[Observer] = (),
     start: Callable[[Optimization], bool] | None = None,
 ) -> Optimization:
-    """Adam on exactly these parameters, cross-entropy, one step for every ``accumulate`` batches.
+    """Minimise the cross-entropy with Adam, over exactly these parameters; one step for ``accumulate`` batches.
 
     Args:
-        model: on any device; its mode is the caller's.
-        parameters: what is trained, by name.
-        batches: index tensors into the data set; for a resumed run from its beginning all the same.
+        model: on any device, in the mode to train in.
+        parameters: parameters to train, by name.
+        batches: index tensors into the data set. A resumed run needs them from its beginning too.
         dataset: moved to the model's device and dtype.
         plan: learning rate, steps and the rest.
-        channels_last: whether the model gets images in that order of memory.
-        statistics: buffers of the model that belong to what is learned, by name.
+        channels_last: give the model images with their channels last in memory.
+        statistics: buffers of the model that are part of the result, by name.
         observers: called after each step, in this order.
-        start: called once before the first step; it may bring the run to where another process was, and says whether
-            there is anything left to do.
+        start: called once before the first step. It may load the state of another process; False ends the run.
 
     Returns:
         the run at its end.
@@ -288,13 +272,14 @@ def optimize(
         for number, group in enumerate(_grouped(batches, plan.accumulate)):
             if number < run.done:
                 continue
-            rows = [part.to(device) for part in group]
-            parts = (drawn(images, labels, part, channels_last=channels_last) for part in rows)
-            moment = run.step(forward, parts)
-            ends = [observer(run, moment) for observer in observers]
-            if run.done % REPORT_EVERY == 0 or moment.last or any(ends):
+            rows = [batch.to(device) for batch in group]
+            pairs = ((in_order(images[row], channels_last=channels_last), labels[row]) for row in rows)
+            moment = run.step(forward, pairs)
+            answers = [observer(run, moment) for observer in observers]  # all are called before one ends the run
+            ended = any(answers)
+            if run.done % REPORT_EVERY == 0 or moment.last or ended:
                 run.report()
-            if any(ends):
+            if ended:
                 break
     return run
 
@@ -311,31 +296,24 @@ def _grouped(batches: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
-    """Adam, or AdamW where weights decay; parameters in groups only where they differ in rate or decay."""
+    """Return Adam, or AdamW with weight decay; parameters of the same rate and decay share a group."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = plan.lr * plan.lora_plus if name.endswith("lora_B") else plan.lr
-        decay = plan.weight_decay if parameter.ndim > 1 else 0.0  # lengths, biases and norms are not pulled to zero
+        decay = plan.weight_decay if parameter.ndim > 1 else 0.0  # magnitudes, biases and norms are not pulled to zero
         groups.setdefault((rate, decay), []).append(parameter)
-    # one kernel for all parameters, not a dozen for each
+    # fused: one kernel for all parameters, not a dozen for each
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
-    if not plan.weight_decay:
-        if len(groups) == 1:
-            ((rate, _),) = groups
-            return torch.optim.Adam(list(parameters.values()), lr=rate, fused=fused)
-        return torch.optim.Adam(
-            [{"params": group, "lr": rate} for (rate, _), group in groups.items()], lr=plan.lr, fused=fused
-        )
-    return torch.optim.AdamW(
-        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
-        lr=plan.lr,
-        fused=fused,
-    )
+    if not plan.weight_decay and len(groups) == 1:
+        return torch.optim.Adam(list(parameters.values()), lr=next(iter(groups))[0], fused=fused)
+    settings = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+    optimizer = torch.optim.AdamW if plan.weight_decay else torch.optim.Adam
+    return optimizer(settings, lr=plan.lr, fused=fused)
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators, from which dropout draws, seeded inside and as before afterwards."""
+    """Seed torch's global generators inside the block, and restore them after it. Dropout draws from them."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -344,7 +322,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _compiler_errors(compiled: bool) -> Iterator[None]:
-    """Say in one line what keeps torch.compile from working here."""
+    """Turn an error of torch.compile into one line."""
     try:
         yield
     except Exception as error:

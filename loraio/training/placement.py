@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraio.errors import ConfigError
 from loraio.training.batches import in_order
-from loraio.training.evaluation import kept_modes
+from loraio.training.evaluation import preserved_modes
 
 
 def device_of(name: str) -> torch.device:
@@ -56,7 +56,7 @@ def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(last)
-            with kept_modes(model):
+            with preserved_modes(model):
                 model.eval()
                 expected, found = model(plain), model(last)
     except Exception:  # whatever a network does that is no matter of order is said by the training itself

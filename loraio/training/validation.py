@@ -1,4 +1,4 @@
-"""Validation while an adapter trains: the loss on images that no batch shows, early stop, and the best factors."""
+"""Validate an adapter while it trains: loss on held-out images, early stop, best factors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraio.errors import DataError, TrainingError
+from loraio.training.config import TrainConfig
 from loraio.training.datasets import Dataset
 from loraio.training.evaluation import predict
 from loraio.training.optimizing import Moment, Optimization
 
 
 class Validation:
-    """An observer that measures every so many steps, and after the last.
+    """An observer that measures loss and accuracy every ``every`` steps and after the last.
 
-    The images are shown as they come, in eval mode and full precision; ``focus`` does not enter.
+    All images count alike: ``focus`` is for batches only. The model runs in eval mode and full precision.
 
     Attributes:
-        latest: loss (mean cross-entropy in nats) and accuracy (0 to 1) where the last step was measured, else None.
-        stopped: the step after which patience was lost; None while it is not.
+        latest: loss (mean cross-entropy in nats) and accuracy (0 to 1) after the last step; None if not measured then.
+        stopped: step after which patience ended the run; None until then.
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, *, every: int, patience: int | None) -> None:
@@ -36,8 +37,13 @@ class Validation:
         self.latest: tuple[float, float] | None = None
         self.stopped: int | None = None
 
+    @classmethod
+    def of(cls, model: nn.Module, held_out: Dataset, config: TrainConfig) -> Validation:
+        """Return the validation that the settings ask for."""
+        return cls(model, held_out, every=config.val_every, patience=config.patience)
+
     def __call__(self, run: Optimization, moment: Moment) -> bool:
-        """Measure when it is time; True when patience is lost.
+        """Measure if this step is due; return True to end the run.
 
         Raises:
             TrainingError: the outputs are NaN or infinite.
@@ -66,25 +72,20 @@ class Validation:
         return float(F.cross_entropy(outputs, labels)), float((outputs.argmax(1) == labels).double().mean())
 
     def give_best(self, run: Optimization) -> None:
-        """With patience: put the parameters of the smallest loss in the place of the last ones."""
+        """Restore the parameters of the smallest loss, if patience was set."""
         if self._best_values:
             run.restore(self._best_values)
 
     def to_json(self) -> dict[str, Any]:
-        """What the file says of it: how many images, and loss, accuracy and step of the factors that are kept."""
+        """Return the number of images, and loss, accuracy and step of the final factors, for the adapter file."""
         stopped = {} if self.stopped is None else {"stopped": self.stopped}
         return {"images": len(self._dataset), **self._best, **stopped}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, for another process."""
-        return {
-            "best": self._best,
-            "best_values": self._best_values,
-            "stale": self._stale,
-            "stopped": self.stopped,
-        }
+        """Return plain values and tensors for another process."""
+        return {"best": self._best, "best_values": self._best_values, "stale": self._stale, "stopped": self.stopped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another process was."""
+        """Continue from the state of another process."""
         self._best, self._best_values = dict(state["best"]), dict(state["best_values"])
         self._stale, self.stopped = state["stale"], state["stopped"]
