@@ -1,1 +1,1 @@
-"""Training: data sets, configuration, the loops, and the counting of right and wrong answers."""
+"""Train base models and adapters: data sets, settings, loops and evaluation."""

@@ -1,4 +1,4 @@
-"""How a model does on a data set: accuracy, and which digits it misreads."""
+"""Evaluate a model on a data set: accuracy, and errors of each class."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BATCH = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Right and wrong answers on a data set.
+    """Counts of right and wrong answers on a data set.
 
     Attributes:
-        images: how many were shown.
-        wrong: for each class, how many of its images were read as another.
-        false_alarms: for each class, how many images of others were read as it.
+        images: number of images.
+        wrong: for each class, the number of its images that were read as another class.
+        false_alarms: for each class, the number of images of other classes that were read as it.
     """
 
     images: int
@@ -36,19 +36,19 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, 0 to 1."""
+        """Return the share of right answers, 0 to 1."""
         return (self.images - sum(self.wrong)) / self.images
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return plain JSON values."""
         return {"accuracy": self.accuracy, "wrong": list(self.wrong), "false_alarms": list(self.false_alarms)}
 
 
 def evaluate(model: nn.Module, dataset: Dataset) -> Evaluation:
-    """Show every image to the model, in eval mode; the model's mode is as before afterwards.
+    """Count the model's answers to every image, in eval mode; its mode is restored.
 
     Raises:
-        DataError: the model does not give one number for each class.
+        DataError: as for `predict`.
     """
     labels = dataset.labels
     answers = predict(model, dataset.images, classes=dataset.classes).argmax(1)
@@ -61,18 +61,18 @@ def evaluate(model: nn.Module, dataset: Dataset) -> Evaluation:
 
 
 def predict(model: nn.Module, images: Tensor, *, classes: int | None = None) -> Tensor:
-    """The model's outputs for images, in eval mode and without gradients.
+    """Return the model's outputs for images, in eval mode and without gradients.
 
     Args:
-        model: on any device; its mode is as before afterwards.
+        model: on any device; its mode is restored.
         images: (n, channels, height, width), float32.
-        classes: how many numbers it must give for each image; not checked without it.
+        classes: number of outputs that the model must have; None for any.
 
     Returns:
-        (n, classes), on the CPU.
+        (n, classes), in the model's dtype, on the CPU.
 
     Raises:
-        DataError: it gives another number of them, or NaN or infinity, or does not take images of this shape.
+        DataError: the model does not take images of this shape, or its outputs are NaN, infinite or of another number.
     """
     first = next(model.parameters(), torch.zeros(()))  # a network may have none
     try:
@@ -83,7 +83,9 @@ def predict(model: nn.Module, images: Tensor, *, classes: int | None = None) -> 
         raise DataError(f"the network does not take images of shape {tuple(images.shape[1:])}: {error}") from error
     outputs = torch.cat(parts)
     if not bool(outputs.isfinite().all()):
-        raise DataError("the network's outputs are NaN or infinite", hint="look at its weights, and at the strength")
+        raise DataError(
+            "the network's outputs are NaN or infinite", hint="check its weights, and the strength of the adapter"
+        )
     if classes is not None and outputs.shape[1:] != (classes,):
         raise DataError(
             f"the network gives {tuple(outputs.shape[1:])} numbers for an image, the data need ({classes},)"
@@ -92,13 +94,13 @@ def predict(model: nn.Module, images: Tensor, *, classes: int | None = None) -> 
 
 
 def has_outputs(model: nn.Module, dataset: Dataset) -> bool:
-    """Whether the model gives one number for each class of the data set."""
+    """Return True if the model has one output for each class of the data set."""
     return predict(model, dataset.images[:1]).shape[1:] == (dataset.classes,)
 
 
 @contextmanager
 def preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Every module's training flag is as before afterwards."""
+    """Restore the training flag of every module after the block."""
     modes = [(module, mode_of(module)) for module in model.modules()]
     try:
         yield
@@ -115,22 +117,22 @@ def evaluate_each(
     strength: float = 1.0,
     allow_base_mismatch: bool = False,
 ) -> tuple[Evaluation | None, dict[str, Evaluation]]:
-    """The base alone, and with each adapter in its turn: attached once, then swapped on the live model.
+    """Evaluate the base alone, and with each adapter in turn: attached once, then swapped on the live model.
 
     Args:
-        model: the base model; it is given back as it was.
+        model: the base model; it is given back unchanged.
         adapters: by any name.
-        dataset: what is shown.
-        strength: of every adapter.
-        allow_base_mismatch: go on where values or dtypes of the base are others.
+        dataset: images to evaluate on.
+        strength: strength of every adapter.
+        allow_base_mismatch: continue where values or dtypes of the base differ.
 
     Returns:
-        the base's own result, and those with the adapters, by their names. A base that gives another number of
-        outputs than the data have classes has none, if an adapter brings a head of its own.
+        the result of the base, and results by adapter name. The base has None if it has another number of outputs than
+        the data set has classes, and an adapter brings a head of its own.
 
     Raises:
         BaseMismatchError: an adapter does not belong to this base.
-        DataError: as `evaluate`.
+        DataError: as for `evaluate`.
     """
     alone = None
     if not any(adapter.heads for adapter in adapters.values()) or has_outputs(model, dataset):

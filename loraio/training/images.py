@@ -1,4 +1,4 @@
-"""Image files of any size and polarity, brought into the form that the digit networks were trained on."""
+"""Read image files of any size and polarity into the form that the digit networks were trained on."""
 
 from __future__ import annotations
 
@@ -19,39 +19,40 @@ SIDE = 28
 """Height and width of the result, in pixels."""
 
 BOX = 20
-"""The longer side of the digit itself in the result, in pixels, as in MNIST."""
+"""Longer side of the digit itself in the result, in pixels, as in MNIST."""
 
 MIN_CONTRAST = 0.1
-"""Least difference between ink and background, of 1, for an image that is not blank."""
+"""Smallest difference between ink and background, of 1, in an image that is not blank."""
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-"""Shares of red, green and blue in brightness (ITU-R BT.601), as Pillow's own conversion has them."""
+"""Shares of red, green and blue in brightness (ITU-R BT.601), as in Pillow."""
 
 INK = 0.25
-"""Share of the strongest ink above which a pixel belongs to the digit, when its box is sought."""
+"""Share of the strongest ink above which a pixel belongs to the digit, for finding its box."""
 
 SKETCH = 100
-"""Longer side, in pixels, of the reduced copy in which paper, noise and the digit's box are sought: averages noise."""
+"""Longer side, in pixels, of the reduced copy for finding paper, noise and the digit's box; reducing averages noise."""
 
 MAX_NOISE = 0.25
-"""Most that is taken for noise of the paper, as a share of the strongest ink."""
+"""Largest value that counts as noise of the paper, as a share of the strongest ink."""
 
 Floats = NDArray[np.float32]
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """One digit from a PNG or JPEG, of any size, dark on light or light on dark.
+    """Read one digit from a PNG or JPEG of any size, dark on light or light on dark.
 
-    An image of 28x28 pixels is taken as it is, as the distance from the median of its frame. Of any other, light that
-    falls unevenly and the paper's noise are taken off; the digit is scaled to 20 pixels and put into the middle by its
-    mass, as MNIST's were (LeCun et al. 1998, Gradient-based learning applied to document recognition, section III.A).
+    An image of 28x28 pixels is not scaled; its values are distances from the median of its frame. In any other image,
+    uneven light and the noise of the paper are removed. The digit is scaled to 20 pixels and its centre of mass is put
+    into the middle, as in MNIST (LeCun et al. 1998, Gradient-based learning applied to document recognition, section
+    III.A).
 
     Returns:
         (1, 1, 28, 28), float32, in [0, 1]; 0 is background.
 
     Raises:
         MissingFileError: no such file.
-        DataError: it is no image, or it is blank.
+        DataError: the file is no image, or the image is blank.
     """
     path = Path(path)
     where = f"{str(path)!r}"
@@ -60,8 +61,8 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
             with Image.open(file) as image:
                 grey = _grey(ImageOps.exif_transpose(image))
         except UnidentifiedImageError as error:
-            raise DataError("this is no image that can be read", where=where, hint="a PNG or JPEG file") from error
-        except Exception as error:  # a damaged file fails in whichever way its parser does
+            raise DataError("no image that can be read", where=where, hint="use a PNG or JPEG file") from error
+        except Exception as error:  # parsers of damaged files raise anything
             raise DataError(f"cannot be read as an image: {error}", where=where) from error
     whole = grey.shape == (SIDE, SIDE)
     light = grey - (np.median(grey[_frame(grey)]) if whole else _paper(grey))
@@ -78,7 +79,7 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
 
 def _grey(image: Image.Image) -> Floats:
-    """Brightness in [0, 1]; transparent parts become the opposite of what is drawn."""
+    """Return the brightness in [0, 1]; transparent parts become the opposite of the drawn ones."""
     if image.mode.startswith(("I", "F")):  # 16 and 32 bits
         values = np.asarray(image, dtype=np.float32)
         return values / (65535.0 if image.mode.startswith("I") else max(1.0, float(values.max())))
@@ -92,7 +93,7 @@ def _grey(image: Image.Image) -> Floats:
 
 
 def _frame(grey: Floats) -> NDArray[np.bool_]:
-    """The pixels along the four sides."""
+    """Return a mask of the pixels along the four sides."""
     width = max(1, min(grey.shape) // 30)
     frame = np.ones(grey.shape, dtype=bool)
     frame[width:-width, width:-width] = False
@@ -100,7 +101,7 @@ def _frame(grey: Floats) -> NDArray[np.bool_]:
 
 
 def _reduced(grey: Floats) -> Floats:
-    """At most `SKETCH` pixels long, by averaging."""
+    """Reduce the image to at most `SKETCH` pixels in length, by averaging."""
     if max(grey.shape) <= SKETCH:
         return grey
     height, width = (max(1, round(n * SKETCH / max(grey.shape))) for n in grey.shape)
@@ -108,9 +109,9 @@ def _reduced(grey: Floats) -> Floats:
 
 
 def _paper(grey: Floats) -> Floats:
-    """Brightness of the paper at each pixel: a plane through the frame.
+    """Return the brightness of the paper at each pixel: a plane through the frame.
 
-    Least absolute deviations, by reweighting: ink that touches the frame hardly bends it.
+    The fit is by least absolute deviations, so that ink on the frame hardly bends the plane.
     """
     sketch = _reduced(grey)
     frame = _frame(sketch)
@@ -123,13 +124,13 @@ def _paper(grey: Floats) -> Floats:
 
 
 def _plane(shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """(1, y, x) at the middle of each pixel, y and x from 0 to 1."""
+    """Return (1, y, x) at the centre of each pixel, y and x from 0 to 1."""
     y, x = ((np.arange(n) + 0.5) / n for n in shape)
     return np.stack(np.broadcast_arrays(1.0, y[:, None], x[None, :]), axis=-1)
 
 
 def _box(ink: Floats, noise: float) -> Floats:
-    """The part of the image that holds the digit."""
+    """Crop the image to the digit."""
     sketch = _reduced(ink)
     rows, columns = np.nonzero(sketch > max(INK, 2 * noise) * sketch.max())
     sides = []
@@ -139,14 +140,14 @@ def _box(ink: Floats, noise: float) -> Floats:
 
 
 def _centred(ink: Floats, noise: float) -> Floats:
-    """The digit at MNIST's size and place; ``noise`` is a share of the strongest ink."""
-    digit = np.ascontiguousarray(_box(_box(ink, noise), noise))  # the second look is a closer one
+    """Scale and centre the digit as in MNIST; ``noise`` is a share of the strongest ink."""
+    digit = np.ascontiguousarray(_box(_box(ink, noise), noise))  # the second time at a finer scale
     factor = BOX / max(digit.shape)
     height, width = (max(1, round(n * factor)) for n in digit.shape)
     scaled = np.asarray(Image.fromarray(digit).resize((width, height), Image.Resampling.LANCZOS)).clip(0, None)
     scaled = ((scaled / scaled.max() - noise) / (1 - noise)).clip(0, 1)
     y, x = (float((scaled.sum(axis) * np.arange(n)).sum() / scaled.sum()) for axis, n in ((1, height), (0, width)))
-    # the mass of MNIST's digits is at pixel 14, counted from 0
+    # the centre of mass of MNIST's digits is at pixel 14, counted from 0
     top, left = (min(max(round(SIDE / 2 - centre), 0), SIDE - n) for centre, n in ((y, height), (x, width)))
     result = np.zeros((SIDE, SIDE), dtype=np.float32)
     result[top : top + height, left : left + width] = scaled

@@ -115,36 +115,11 @@ def train(
         label = "all classes" if config.digit is None else f"digit {config.digit}"
         plan = Plan.of(config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
         validation = None if held is None else Validation.of(model, held, config)
-        side = None
-        if files.checkpoint is not None:
-            identity = run_identity(config, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
-            side = SideFile(
-                Path(files.checkpoint), every=files.checkpoint_every, identity=identity, validation=validation
-            )
+        side = _side_file(files, config, dataset, fresh, plan, validation)
         with _frozen(model), attach(model, fresh, trainable=True) as live:
             if config.heads:
                 predict(model, dataset.images[:1], classes=dataset.classes)
-            plain = config.amp is None and not config.compile  # the others choose an order of memory by themselves
-            with ExitStack() as stack:
-                observers: list[Observer] = []
-
-                def start(run: Optimization) -> bool:
-                    if side is not None and files.resume:
-                        side.load(run)
-                    observers.extend(_observers(files, validation, side, done=run.done, stack=stack))
-                    return validation is None or validation.stopped is None
-
-                run = optimize(
-                    model,
-                    _named(model, live),
-                    rows,
-                    dataset,
-                    plan,
-                    channels_last=plain and takes_channels_last(model, dataset.images[:2]),
-                    statistics=live.statistics(),
-                    observers=observers,
-                    start=start,
-                )
+            run = _optimized(model, live, rows, dataset, plan, files=files, validation=validation, side=side)
             if validation is not None:
                 validation.give_best(run)
             trained = live.adapter
@@ -230,20 +205,56 @@ def _drawn(config: TrainConfig, dataset: Dataset) -> tuple[Tensor, Dataset | Non
     return (rows if kept is None else kept[rows]), held
 
 
-def _observers(
-    files: RunFiles, validation: Validation | None, side: SideFile | None, *, done: int, stack: ExitStack
-) -> list[Observer]:
-    """Open the logs, which the stack closes, and return the observers in their order."""
+def _side_file(
+    files: RunFiles, config: TrainConfig, dataset: Dataset, fresh: Adapter, plan: Plan, validation: Validation | None
+) -> SideFile | None:
+    if files.checkpoint is None:
+        return None
+    identity = run_identity(config, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
+    return SideFile(Path(files.checkpoint), every=files.checkpoint_every, identity=identity, validation=validation)
+
+
+def _optimized(
+    model: nn.Module,
+    live: Attachment,
+    rows: Tensor,
+    dataset: Dataset,
+    plan: Plan,
+    *,
+    files: RunFiles,
+    validation: Validation | None,
+    side: SideFile | None,
+) -> Optimization:
+    """Resume the run if that was asked for, and take its steps; logs are open meanwhile."""
     observers: list[Observer] = [] if validation is None else [validation]
     logs: tuple[tuple[Any, type[MetricsLog] | type[TensorBoardLog]], ...]
     logs = ((files.log, MetricsLog), (files.tensorboard, TensorBoardLog))
-    for path, log in logs:
-        if path is not None:
-            opened = log(Path(path), validation=validation, done=done)
-            stack.callback(opened.close)
-            observers.append(opened)
-    # the side file comes last: it stores what validation found
-    return observers if side is None else [*observers, side]
+    plain = plan.amp is None and not plan.compile  # the others choose an order of memory by themselves
+    with ExitStack() as stack:
+
+        def start(run: Optimization) -> bool:
+            if side is not None and files.resume:
+                side.load(run)
+            for path, log in logs:
+                if path is not None:
+                    opened = log(Path(path), validation=validation, done=run.done)
+                    stack.callback(opened.close)
+                    observers.append(opened)
+            if side is not None:  # last: it stores what validation found
+                observers.append(side)
+            return validation is None or validation.stopped is None
+
+        return optimize(
+            model,
+            _named(model, live),
+            rows,
+            dataset,
+            plan,
+            channels_last=plain and takes_channels_last(model, dataset.images[:2]),
+            statistics=live.statistics(),
+            observers=observers,
+            start=start,
+        )
 
 
 def _named(model: nn.Module, live: Attachment) -> dict[str, nn.Parameter]:

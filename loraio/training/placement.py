@@ -1,4 +1,4 @@
-"""Where a model trains: on a device for a while, given back on its own with its bits; and in which order of memory."""
+"""Move a model to a device while it trains, and choose the order of its images in memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loraio.training.evaluation import preserved_modes
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name.
+    """Return the device of that name.
 
     Args:
-        name: "cpu", "cuda", "cuda:N", or "auto" for the first GPU where there is one.
+        name: "cpu", "cuda", "cuda:N", or "auto" for the first GPU if there is one.
 
     Raises:
         ConfigError: there is no such GPU.
@@ -33,18 +33,18 @@ def device_of(name: str) -> torch.device:
 
 
 SAME = 1e-3
-"""Of the largest output, how far outputs may be apart that come from sums in another order."""
+"""Largest difference of outputs that are summed in another order, as a share of the largest output."""
 
 
 def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
-    """Whether a model trains with the channels of its images last in memory: on a CPU, if it works so.
+    """Return True if the model can train on images with their channels last in memory: on a CPU only.
 
-    Convolutions of oneDNN then compute on what is there, without a copy in an order of their own, and kernels of one
-    point are one matrix product for the whole batch. It is found out by trying, not by timing, so that every run of the
-    same model comes to the same. What a network asks of memory, as with ``view``, it may ask in training only.
+    Convolutions of oneDNN then need no copies, and kernels of one point are one matrix product for the whole batch. A
+    trial decides, not a timing, so that every run of a model gets the same answer. The trial includes training mode: a
+    network may demand an order, as with ``view``, in that mode only.
 
     Args:
-        model: as it is trained, also its mode; it is left as it is.
+        model: in the mode to train in; it is given back unchanged.
         images: a few, (n, channels, height, width).
     """
     first = next(model.parameters())
@@ -59,7 +59,7 @@ def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
             with preserved_modes(model):
                 model.eval()
                 expected, found = model(plain), model(last)
-    except Exception:  # whatever a network does that is no matter of order is said by the training itself
+    except Exception:  # any other fault of the network shows in the training itself
         return False
     finally:
         with torch.no_grad():
@@ -69,14 +69,14 @@ def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
 
 
 @contextmanager
-def placed(model: nn.Module, name: str | None) -> Iterator[torch.device | None]:
-    """The model on a device inside the block; afterwards its own tensors are in their places again.
+def placed(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Move the model to a device for the block, and put its own tensors back afterwards.
 
-    Nothing is copied back: what the block wrote into parameters or buffers of the moved model is gone.
+    Nothing is copied back: writes of the block to moved parameters or buffers are lost.
 
     Args:
-        model: whose parameters and buffers are moved.
-        name: as `device_of`; None leaves the model where it is.
+        model: its parameters and buffers are moved.
+        name: as for `device_of`; None does not move the model.
 
     Raises:
         ConfigError: there is no such device.
@@ -84,17 +84,18 @@ def placed(model: nn.Module, name: str | None) -> Iterator[torch.device | None]:
     first = next(model.parameters(), None)
     device = None if name is None else device_of(name)
     if device is None or (first is not None and first.device == device):
-        yield device
+        yield
         return
-    parameters, buffers = [], []
-    for module in model.modules():
-        parameters += [
-            (module, key, value, value.data) for key, value in module._parameters.items() if value is not None
-        ]
-        buffers += [(module, key, value) for key, value in module._buffers.items() if value is not None]
+    parameters = [
+        (module, key, value, value.data)
+        for module in model.modules()
+        for key, value in module._parameters.items()
+        if value is not None
+    ]
+    buffers = [(module, key, value) for module in model.modules() for key, value in module._buffers.items()]
     try:
         model.to(device)
-        yield device
+        yield
     finally:
         for module, key, parameter, data in parameters:
             parameter.data = data

@@ -1,4 +1,4 @@
-"""Where an adapter starts: which weights it gets, at which rank and alpha, and factors that change nothing yet."""
+"""Plan an adapter: the weights to adapt, their ranks and alphas, and start values that change nothing yet."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ Value = TypeVar("Value")
 
 
 def plan_targets(model: nn.Module, config: TrainConfig) -> dict[str, Target]:
-    """What an adapter with these settings would adapt: the metadata of each target, in the model's order.
+    """Return the metadata of each target that an adapter with these settings has, in the model's order.
 
-    A weight that is replaced whole is no target.
+    A weight that is replaced as a whole is no target.
 
     Args:
-        model: the base model; only read.
+        model: the base model; it is only read.
         config: targets, exclude, kind, ranks, alphas, heads and norm count.
 
     Raises:
-        UnknownNameError: a pattern for targets, ranks or alphas matches nothing, or as `plan_whole`.
-        ConfigError: a rank is larger than a weight matrix allows, and ``clamp_rank`` is not set; all are listed. Or
-            nothing is left to adapt but what is replaced.
-        StateError: a target is shared or parametrized, by an attached adapter for example.
+        UnknownNameError: a pattern for targets, ranks or alphas matches nothing, or as for `plan_whole`.
+        ConfigError: ranks are larger than weights allow, without ``clamp_rank``; all are listed. Or no target is left
+            beside the whole tensors.
+        StateError: a target is shared or parametrized, for example by an attached adapter.
     """
-    refuse_attached(model)
-    modules = _selected(model, config)
+    return _targets(_selected(model, config, plan_whole(model, config)), config)
+
+
+def _targets(modules: Mapping[str, TargetModule], config: TrainConfig) -> dict[str, Target]:
     for what, patterns in (("rank", config.rank_pattern), ("alpha", config.alpha_pattern)):
         for pattern in patterns:
             if not any(matches(module, pattern) for module in modules.values()):
@@ -46,9 +48,9 @@ def plan_targets(model: nn.Module, config: TrainConfig) -> dict[str, Target]:
     targets, problems = {}, []
     for name, module in modules.items():
         rank = _last_match(module, config.rank_pattern, config.rank)
-        limit = min(module.layer.matrix_shape(module.weight.shape, module.groups))
+        matrix = module.layer.matrix_shape(module.weight.shape, module.groups)
+        limit = min(matrix)
         if rank > limit and not config.clamp_rank:
-            matrix = module.layer.matrix_shape(module.weight.shape, module.groups)
             problems.append((f"rank {rank} is more than {name!r} can use: as a matrix it is {matrix}", limit))
         else:
             rank = min(rank, limit)
@@ -66,15 +68,15 @@ def plan_targets(model: nn.Module, config: TrainConfig) -> dict[str, Target]:
 
 
 def plan_whole(model: nn.Module, config: TrainConfig) -> dict[str, WholeTensor]:
-    """What an adapter with these settings would replace: the metadata of each tensor, heads first.
+    """Return the metadata of each whole tensor that an adapter with these settings has, heads first.
 
     Args:
-        model: the base model; only read.
+        model: the base model; it is only read.
         config: heads and norm count.
 
     Raises:
         UnknownNameError: there is no such layer, or it cannot be a head.
-        ConfigError: the network has no normalisation layers that could adapt as asked.
+        ConfigError: the network has no normalisation layers that can adapt in this way.
         StateError: a head's weight is shared, or the model carries an adapter.
     """
     refuse_attached(model)
@@ -89,7 +91,7 @@ def plan_whole(model: nn.Module, config: TrainConfig) -> dict[str, WholeTensor]:
         norms = normalisation_tensors(model, affine=config.norm == "affine")
         if not norms:
             what = "running statistics" if config.norm == "stats" else "normalisation layers"
-            raise ConfigError(f"the network has no {what} that could adapt", hint="without --norm")
+            raise ConfigError(f"the network has no {what} that can adapt", hint="without --norm")
         whole |= {name: _whole(state[name], "norm", tuple(state[name].shape)) for name in norms}
     return whole
 
@@ -104,12 +106,11 @@ def _whole(tensor: Tensor, role: str, shape: tuple[int, ...]) -> WholeTensor:
     )
 
 
-def _selected(model: nn.Module, config: TrainConfig) -> dict[str, TargetModule]:
-    whole = plan_whole(model, config)
+def _selected(model: nn.Module, config: TrainConfig, whole: Mapping[str, WholeTensor]) -> dict[str, TargetModule]:
     modules = select_targets(model, config.targets, exclude=config.exclude)
     left = {name: module for name, module in modules.items() if name not in whole}
     if not left:
-        raise ConfigError("nothing is left to adapt: all targets are replaced whole", hint="other --targets")
+        raise ConfigError("nothing is left to adapt: all targets are replaced as a whole", hint="other --targets")
     return left
 
 
@@ -135,13 +136,14 @@ def _target(module: TargetModule, config: TrainConfig, rank: int, alpha: int | f
 
 
 def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
-    """An adapter with start values, which changes nothing yet but for its heads, which are fresh.
+    """Return an adapter with start values. It changes nothing yet, apart from its fresh heads.
 
     Raises:
-        UnknownNameError, ConfigError, StateError: as `plan_targets`.
+        UnknownNameError, ConfigError, StateError: as for `plan_targets`.
     """
-    targets = plan_targets(model, config)
-    modules, whole = _selected(model, config), plan_whole(model, config)
+    whole = plan_whole(model, config)
+    modules = _selected(model, config, whole)
+    targets = _targets(modules, config)
     kind = KINDS[config.kind]
     generator = torch.Generator().manual_seed(config.seed)
     factors: dict[str, Tensor] = {}
@@ -162,13 +164,13 @@ def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
 
 
 def parameter_report(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    """How many numbers the adapted layers hold, biases included, and how many the adapter's factors add.
+    """Count the parameters of the adapted layers and of the adapter.
 
     The adapter may be attached to the model.
 
     Returns:
-        ``adapted`` and ``added`` as counts, ``percent`` as 100 * added / adapted; ``replaced``, how many numbers the
-        tensors hold that are replaced whole.
+        ``adapted``: parameters of the adapted layers, with biases. ``added``: numbers in the factors. ``percent``:
+        100 * added / adapted. ``replaced``: numbers in whole tensors.
     """
     owners = {name.rpartition(".")[0] for name in adapter.targets}
     state = base_state_dict(model)

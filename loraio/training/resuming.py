@@ -1,7 +1,7 @@
-"""Resuming: a side file with everything that a run needs to go on after a kill and to end in the same bytes.
+"""Resume a run from a side file after a kill, and end in the same bytes.
 
-The adapter file stays clean: the optimizer's state, the generators' and the best factors so far stand in the side file
-alone. It is of use until the run has ended, and may then be removed.
+The side file alone holds the states of optimizer and random generators, and the best factors so far. When the run has
+ended, it may be removed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from loraio.training.validation import Validation
 VERSION = 1
 """Version of the side file."""
 
-WHERE_NOT_WHAT = ("device", "compile")
-"""Settings in which a run may go on differently; its last bits then differ too."""
+FREE_SETTINGS = ("device", "compile")
+"""Settings that a resumed run may change; the last bits of its result then differ."""
 
 
 def run_identity(config: TrainConfig, dataset: Dataset, *, steps: int, base_sha256: str) -> dict[str, Any]:
-    """What must be the same in both parts of a run, as plain values.
+    """Return the plain values that must be the same when a run is resumed.
 
     Args:
-        config: all of its settings but `WHERE_NOT_WHAT`.
-        dataset: its name, split and the digests of images and labels.
-        steps: in all, also where the configuration leaves them open.
+        config: all of its settings count, but `FREE_SETTINGS`.
+        dataset: its name, split and the digests of images and labels count.
+        steps: number of planned steps, for configurations that leave it open.
         base_sha256: digest of the base model's state dict.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in WHERE_NOT_WHAT}
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     data = {
         "name": dataset.name,
         "split": dataset.split,
@@ -51,13 +51,13 @@ def run_identity(config: TrainConfig, dataset: Dataset, *, steps: int, base_sha2
 
 
 class SideFile:
-    """An observer that writes the run's state every so many steps, and at its end.
+    """An observer that writes the state of the run every ``every`` steps and at its end.
 
     Args:
-        path: the file; it is replaced whole each time.
+        path: the file; each write replaces it as a whole.
         every: steps between two writes.
-        identity: as `run_identity`.
-        validation: whose state belongs to the run's.
+        identity: as from `run_identity`.
+        validation: its state is stored too.
     """
 
     def __init__(self, path: Path, *, every: int, identity: Mapping[str, Any], validation: Validation | None) -> None:
@@ -67,29 +67,29 @@ class SideFile:
         self._validation = validation
 
     def __call__(self, run: Optimization, moment: Moment) -> bool:
-        """Write when it is time.
+        """Write if this step is due.
 
         Raises:
-            OutputError: the system refuses.
+            OutputError: the system refused to write.
         """
         ended = moment.last or (self._validation is not None and self._validation.stopped is not None)
         if moment.step % self._every == 0 or ended:
             state: dict[str, Any] = {"loraio_run": VERSION, "identity": self._identity, "run": run.state_dict()}
             if self._validation is not None:
                 state["validation"] = self._validation.state_dict()
-            buffer = io.BytesIO()  # of a file that cannot be written torch says so in many ways
+            buffer = io.BytesIO()  # torch reports a file that cannot be written in many ways
             torch.save(state, buffer)
             with staged(self.path, overwrite=True) as temporary:
                 temporary.write_bytes(buffer.getbuffer())
         return False
 
     def load(self, run: Optimization) -> None:
-        """Bring the run, and its validation, to where the side file was written.
+        """Load the state of the run and of its validation.
 
         Raises:
             MissingFileError: there is no such file.
             FormatError: it is no side file, or not one of this version.
-            ConfigError, DataError, BaseMismatchError: it is of a run with other settings, data or base.
+            ConfigError, DataError, BaseMismatchError: it belongs to a run with other settings, data or base.
         """
         state = _read(self.path)
         self._check(state["identity"])
@@ -98,12 +98,12 @@ class SideFile:
             if self._validation is not None:
                 self._validation.load_state_dict(state["validation"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise FormatError(f"a run's state is not whole: {error}", where=f"{str(self.path)!r}") from error
+            raise FormatError(f"the state of the run is incomplete: {error}", where=f"{str(self.path)!r}") from error
 
     def _check(self, found: Any) -> None:
         where, own = f"{str(self.path)!r}", self._identity
         if not isinstance(found, dict) or found.keys() != own.keys() or not isinstance(found["settings"], dict):
-            raise FormatError("it does not say of which run it is", where=where)
+            raise FormatError("it does not say to which run it belongs", where=where)
         wrong: list[tuple[type[LoraioError], str, list[str]]] = []
         settings = [
             f"{name} is {own['settings'].get(name)!r}, there it was {found['settings'].get(name)!r}"
@@ -125,7 +125,7 @@ class SideFile:
                 f"the side file belongs to a run with other {what}",
                 problems=[line for _, _, lines in wrong for line in lines],
                 where=where,
-                hint="the options of that run, or another --checkpoint without --resume",
+                hint="use the options of that run, or another --checkpoint without --resume",
             )
 
 
@@ -133,9 +133,9 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     where = f"{os.fspath(path)!r}"
     if not Path(path).exists():
         raise MissingFileError(f"{where} does not exist", hint="without --resume the run starts anew")
-    state = load_weights_only(Path(path), what="not a side file of a training")
+    state = load_weights_only(Path(path), what="not a side file of a training run")
     if not isinstance(state, dict) or "loraio_run" not in state:
-        raise FormatError("not a side file of a training", where=where, hint="--checkpoint FILE writes one")
+        raise FormatError("not a side file of a training run", where=where, hint="--checkpoint FILE writes one")
     if state["loraio_run"] != VERSION or not {"identity", "run"} <= state.keys():
         raise FormatError(f"a side file of version {state['loraio_run']!r}, this loraio reads {VERSION}", where=where)
     return state

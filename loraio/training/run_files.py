@@ -1,4 +1,4 @@
-"""What a run writes beside its adapter: a metrics log, TensorBoard's events, a side file to resume from."""
+"""Files that a run writes beside its adapter: a metrics log, TensorBoard events, a side file to resume from."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from loraio.training.optimizing import Moment, Optimization
 from loraio.training.validation import Validation
 
 COLUMNS = ("step", "loss", "lr", "val_loss", "val_accuracy")
-"""Of the metrics log: the step, from 1; its loss in nats; its learning rate; and, where validation took place after it,
-loss in nats and accuracy from 0 to 1."""
+"""Columns of the metrics log: step, from 1; its loss in nats; its learning rate; and after a validation its loss in
+nats and its accuracy, 0 to 1."""
 
 LOG_SUFFIXES = (".csv", ".jsonl")
-"""Endings that say how the metrics log is written."""
+"""File name suffixes, which decide the format of the metrics log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """Files that a run writes while it goes on. None of them is needed to use the adapter.
+    """Files that a run writes while it trains. The adapter works without them.
 
     Attributes:
         log: metrics of every step, as .csv or .jsonl.
         tensorboard: folder for TensorBoard's event files.
         checkpoint: side file to resume from.
-        checkpoint_every: steps between two writes of it.
-        resume: go on from the side file; a log is gone on with, too.
-        overwrite: replace a log or side file that exists.
+        checkpoint_every: steps between two writes of the side file.
+        resume: continue from the side file, and continue the log.
+        overwrite: replace an existing log or side file.
 
     Raises:
         ConfigError: a value is out of range, or there is nothing to resume from.
@@ -57,16 +57,16 @@ class RunFiles:
             raise ConfigError("there is nothing to resume from", hint="--checkpoint FILE together with --resume")
 
     def check(self, *, inputs: tuple[str | os.PathLike[str], ...] = ()) -> None:
-        """Refuse before the training what could not be read or written in it.
+        """Refuse files that the run could not read or write, before it starts.
 
         Raises:
-            OutputExistsError, OutputError: as `loraio.files.atomic.check_output`.
-            MissingFileError: the side file to resume from is not there.
-            ConfigError: TensorBoard is not installed, or two of the files are one.
+            OutputExistsError, OutputError: as for `loraio.files.atomic.check_output`.
+            MissingFileError: there is no side file to resume from.
+            ConfigError: TensorBoard is not installed, or log and side file are the same file.
         """
         paths = [path for path in (self.log, self.checkpoint) if path is not None]
         if len({os.path.realpath(path) for path in paths}) < len(paths):
-            raise ConfigError(f"the log and the side file are one file, {str(self.log)!r}")
+            raise ConfigError(f"the log and the side file are the same file, {str(self.log)!r}")
         for path in paths:
             check_output(path, overwrite=self.overwrite or self.resume, inputs=inputs)
         if self.resume and not Path(self.checkpoint or "").is_file():
@@ -77,9 +77,9 @@ class RunFiles:
             _writer_class()
 
     def of(self, part: str) -> RunFiles:
-        """The files of one of several runs, with its name in theirs: ``log.csv`` becomes ``log-digit-3.csv``.
+        """Return the files of one of several runs: for "digit-3", ``log.csv`` becomes ``log-digit-3.csv``.
 
-        A run whose side file is not there starts afresh.
+        A run without a side file starts anew.
 
         >>> RunFiles(log="log.csv").of("digit-3").log.name
         'log-digit-3.csv'
@@ -96,37 +96,33 @@ class RunFiles:
 
 
 class MetricsLog:
-    """An observer that writes a line for every step, at once, so that a run that is killed leaves what it knew.
+    """An observer that writes one line after every step, at once, so that a killed run keeps its log.
 
     Args:
         path: ends in .csv or .jsonl.
-        validation: whose latest figures go into the line.
-        done: steps of a resumed run; the lines of the file up to there are kept, the others written anew.
+        validation: source of the validation figures.
+        done: steps of a resumed run; the file's lines up to there are kept.
     """
 
     def __init__(self, path: Path, *, validation: Validation | None, done: int) -> None:
         self._path = path
         self._validation = validation
+        self._as_csv = path.suffix.lower() == ".csv"
         kept = _lines_until(path, done) if done else []
         start = ",".join(COLUMNS) + "\n" if self._as_csv else ""
-        with staged(path, overwrite=True) as temporary:  # the lines that are kept are not lost in between
+        with staged(path, overwrite=True) as temporary:  # a kill here must not lose the lines that are kept
             temporary.write_text(start + "".join(kept), encoding="utf-8", newline="")
         with _writing(path):
             self._file: TextIO = path.open("a", encoding="utf-8", newline="")
-
-    @property
-    def _as_csv(self) -> bool:
-        return self._path.suffix.lower() == ".csv"
 
     def __call__(self, run: Optimization, moment: Moment) -> bool:
         """Write a line.
 
         Raises:
-            OutputError: the system refuses.
+            OutputError: the system refused to write.
         """
-        latest = (self._validation and self._validation.latest) or (None, None)
-        numbers = (float(moment.loss), moment.lr, *latest)
-        values = [moment.step, *(number if number is None or math.isfinite(number) else None for number in numbers)]
+        figures = _figures(moment, self._validation)
+        values = [moment.step, *(n if n is None or math.isfinite(n) else None for n in figures)]
         with _writing(self._path):
             if self._as_csv:
                 csv.writer(self._file, lineterminator="\n").writerow(
@@ -143,7 +139,7 @@ class MetricsLog:
 
 
 class TensorBoardLog:
-    """An observer that writes TensorBoard's events: loss, learning rate, validation loss and accuracy."""
+    """An observer that writes TensorBoard events: loss, learning rate, validation loss and accuracy."""
 
     def __init__(self, folder: Path, *, validation: Validation | None, done: int) -> None:
         self._validation = validation
@@ -151,9 +147,8 @@ class TensorBoardLog:
             self._writer = _writer_class()(log_dir=str(folder), purge_step=done + 1)
 
     def __call__(self, run: Optimization, moment: Moment) -> bool:
-        """Write the step's figures."""
-        latest = (self._validation and self._validation.latest) or (None, None)
-        for name, value in zip(COLUMNS[1:], (float(moment.loss), moment.lr, *latest), strict=True):
+        """Write the figures of the step."""
+        for name, value in zip(COLUMNS[1:], _figures(moment, self._validation), strict=True):
             if value is not None:
                 self._writer.add_scalar(name, value, moment.step)
         return False
@@ -163,19 +158,24 @@ class TensorBoardLog:
         self._writer.close()
 
 
+def _figures(moment: Moment, validation: Validation | None) -> tuple[float | None, ...]:
+    latest = (validation and validation.latest) or (None, None)
+    return (float(moment.loss), moment.lr, *latest)
+
+
 def _writer_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            f"TensorBoard cannot be used: {error}",
-            hint="pip install tensorboard, or --log FILE.csv, which needs nothing",
+            f"TensorBoard cannot be imported: {error}",
+            hint="pip install tensorboard, or use --log FILE.csv, which needs no package",
         ) from error
     return SummaryWriter
 
 
 def _lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines of a log up to that step; a header is not among them."""
+    """Return the complete lines of a log up to that step, without its header."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

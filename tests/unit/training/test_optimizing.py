@@ -1,13 +1,14 @@
-"""What the training loop can be told: warm-up, decay, accumulation, clipping, LoRA+, mixed precision, compilation."""
+"""Options of the training loop: warm-up, decay, accumulation, clipping, LoRA+, mixed precision, compilation."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import loraio
 from loraio.errors import ConfigError, TrainingError
@@ -19,17 +20,25 @@ def plan(**settings: Any) -> Plan:
     return Plan(**{"steps": 10, "lr": 0.1, "seed": 1, "label": "x", "on_progress": None, **settings})
 
 
-def trained(base: nn.Module, digits: loraio.Dataset, **settings: Any) -> loraio.Adapter:
-    return loraio.train(base, loraio.TrainConfig(**{"digit": 3, "steps": 4, **settings}), digits)
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
 
-def test_without_warm_up_the_rate_is_the_schedule_s() -> None:
+def run(
+    model: nn.Module, batches: Iterable[Tensor], dataset: loraio.Dataset, plan: Plan, *observers: Any
+) -> Optimization:
+    return optimize(model, dict(model.named_parameters()), batches, dataset, plan, observers=observers)
+
+
+def trained(base: nn.Module, few: loraio.Dataset, **settings: Any) -> loraio.Adapter:
+    return loraio.train(base, loraio.TrainConfig(**{"digit": 3, "steps": 3, "batch_size": 8, **settings}), few)
+
+
+def test_the_warm_up_rises_evenly_and_the_schedule_covers_the_rest() -> None:
     assert [plan().rate(done) for done in range(10)] == [1.0] * 10
     cosine = [plan(schedule="cosine").rate(done) for done in range(10)]
     assert cosine == [optimizing.SCHEDULES["cosine"](done / 10) for done in range(10)]
-
-
-def test_the_warm_up_rises_evenly_and_the_schedule_has_the_rest() -> None:
     rates = [plan(warmup=4, schedule="cosine").rate(done) for done in range(10)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[4:] == sorted(rates[4:], reverse=True)
@@ -37,17 +46,23 @@ def test_the_warm_up_rises_evenly_and_the_schedule_has_the_rest() -> None:
         plan(warmup=10)
 
 
-def test_the_rate_is_what_the_optimizer_uses(digits: loraio.Dataset) -> None:
+def test_the_optimizer_uses_the_rate_that_is_logged(few: loraio.Dataset) -> None:
     seen: list[tuple[float, float]] = []
 
     def look(run: Optimization, moment: Moment) -> bool:
         seen.append((run.optimizer.param_groups[0]["lr"], moment.lr))
         return False
 
-    model = loraio.build_network("digit-cnn", seed=1)
-    batches = torch.arange(40).split(8)
-    optimize(model, dict(model.named_parameters()), batches, digits, plan(steps=5, warmup=2), observers=[look])
+    run(linear(), torch.arange(40).split(8), few, plan(steps=5, warmup=2), look)
     assert seen == [(0.05, 0.05), (0.1, 0.1), (0.1, 0.1), (0.1, 0.1), (0.1, 0.1)]
+
+
+def test_progress_is_reported_every_hundred_steps(few: loraio.Dataset) -> None:
+    reports: list[loraio.Progress] = []
+    batches = torch.arange(120).repeat(23).split(12)
+    run(linear(), batches, few, plan(steps=230, lr=1e-3, on_progress=reports.append))
+    assert [report.step for report in reports] == [100, 200, 230]
+    assert reports[0].loss > reports[1].loss > reports[2].loss > 0
 
 
 def groups(**settings: Any) -> dict[str, dict[str, float]]:
@@ -67,8 +82,8 @@ def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
     assert len({id(group) for group in groups().values()}) == 1
 
 
-def test_lora_plus_moves_b_further_and_warm_up_scales_both(base: nn.Module, digits: loraio.Dataset) -> None:
-    plain, plus = (trained(copy.deepcopy(base), digits, lora_plus=ratio, steps=2) for ratio in (1, 8))
+def test_lora_plus_moves_b_further_and_warm_up_scales_both(base: nn.Module, few: loraio.Dataset) -> None:
+    plain, plus = (trained(copy.deepcopy(base), few, lora_plus=ratio, steps=2) for ratio in (1, 8))
     for name, factor in plain.factors.items():
         if name.endswith("lora_B"):
             assert float(plus.factors[name].norm()) > 3 * float(factor.norm())
@@ -87,27 +102,26 @@ def test_weights_decay_apart_from_the_gradient_and_vectors_do_not() -> None:
     assert parameter.unique().tolist() == [pytest.approx(1 - 0.1 * 0.5)]  # lr * decay, and nothing else
 
 
-def test_accumulated_batches_are_one_large_batch(base: nn.Module, digits: loraio.Dataset) -> None:
+def test_accumulated_batches_are_one_large_batch(few: loraio.Dataset) -> None:
     gradients = []
     for accumulate, size in ((1, 32), (4, 8)):
-        model = copy.deepcopy(base).double()
-        batches = torch.arange(32).split(size)
-        optimize(model, dict(model.named_parameters()), batches, digits, plan(steps=1, accumulate=accumulate, lr=1e-9))
+        model = linear().double()
+        run(model, torch.arange(32).split(size), few, plan(steps=1, accumulate=accumulate, lr=1e-9))
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, four in zip(*gradients, strict=True):
         torch.testing.assert_close(one, four, rtol=1e-9, atol=1e-12)
 
 
-def test_steps_are_optimizer_steps_when_batches_are_accumulated(base: nn.Module, digits: loraio.Dataset) -> None:
+def test_steps_are_optimizer_steps_when_batches_are_accumulated(base: nn.Module, few: loraio.Dataset) -> None:
     reports: list[loraio.Progress] = []
-    config = loraio.TrainConfig(digit=3, accumulate=3)
-    adapter = loraio.train(base, config, digits, on_progress=reports.append)
-    assert adapter.training["steps"] == 5  # 898 images in batches of 64, three at a time
+    config = loraio.TrainConfig(digit=3, accumulate=3, batch_size=8)
+    adapter = loraio.train(base, config, few, on_progress=reports.append)
+    assert adapter.training["steps"] == 5  # 120 images in batches of 8, three at a time
     assert reports[-1].steps == 5
     assert adapter.training["hyperparameters"]["accumulate"] == 3
 
 
-def test_gradients_are_clipped_to_the_norm(base: nn.Module, digits: loraio.Dataset) -> None:
+def test_gradients_are_clipped_to_the_norm(few: loraio.Dataset) -> None:
     norms = []
 
     def look(run: Optimization, moment: Moment) -> bool:
@@ -116,45 +130,37 @@ def test_gradients_are_clipped_to_the_norm(base: nn.Module, digits: loraio.Datas
         return False
 
     for clip in (None, 1e-3):
-        model = copy.deepcopy(base)
-        batches = torch.arange(24).split(8)
-        optimize(
-            model, dict(model.named_parameters()), batches, digits, plan(steps=3, clip_norm=clip), observers=[look]
-        )
+        run(linear(), torch.arange(24).split(8), few, plan(steps=3, clip_norm=clip), look)
     assert min(norms[:3]) > 1e-2
     assert norms[3:] == [pytest.approx(1e-3, rel=1e-2)] * 3
 
 
-def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_factors(
-    base: nn.Module, digits: loraio.Dataset
-) -> None:
+def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_factors(base: nn.Module, few: loraio.Dataset) -> None:
     seen = []
     hook = base.get_submodule("conv2").register_forward_hook(
         lambda module, args, output: seen.append((module.training, output.dtype))
     )
-    adapter = trained(base, digits, amp="bf16")
+    adapter = trained(base, few, amp="bf16")
     hook.remove()
     assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
     assert {dtype for training, dtype in seen if not training} == {torch.float32}  # results are counted as used
     assert {factor.dtype for factor in adapter.factors.values()} == {torch.float32}
     assert adapter.training["hyperparameters"]["amp"] == "bf16"
     with pytest.raises(ConfigError, match="fp16 mixed precision is for CUDA, the model is on cpu"):
-        trained(base, digits, amp="fp16")
+        trained(base, few, amp="fp16")
 
 
-def test_compilation_goes_through_the_same_graph(
-    base: nn.Module, digits: loraio.Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compilation_goes_through_the_same_graph(few: loraio.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
-    plain, compiled = trained(base, digits), trained(base, digits, compile=True)
+    plain, compiled = (trained(linear(), few, targets=("all",), compile=way) for way in (False, True))
     for name, factor in plain.factors.items():
         torch.testing.assert_close(compiled.factors[name], factor)
     assert compiled.training["hyperparameters"]["compile"] is True
 
 
 def test_a_machine_without_a_compiler_is_told_so(
-    base: nn.Module, digits: loraio.Dataset, monkeypatch: pytest.MonkeyPatch
+    base: nn.Module, few: loraio.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no C++ compiler found")
@@ -162,20 +168,14 @@ def test_a_machine_without_a_compiler_is_told_so(
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=broken))
     with pytest.raises(TrainingError, match=r"torch\.compile does not work here: ") as caught:
-        trained(base, digits, compile=True)
+        trained(base, few, compile=True)
     assert "--compile" in str(caught.value)
     loraio.attach(base, loraio.new_adapter(base, loraio.TrainConfig())).detach()
 
 
-def test_an_observer_can_end_the_run(digits: loraio.Dataset) -> None:
-    model, reports = loraio.build_network("digit-cnn", seed=1), []
-    run = optimize(
-        model,
-        dict(model.named_parameters()),
-        torch.arange(80).split(8),
-        digits,
-        plan(on_progress=reports.append),
-        observers=[lambda run, moment: moment.step == 3],
-    )
-    assert run.done == 3
+def test_an_observer_can_end_the_run(few: loraio.Dataset) -> None:
+    reports: list[loraio.Progress] = []
+    plans = plan(on_progress=reports.append)
+    ended = run(linear(), torch.arange(80).split(8), few, plans, lambda run, moment: moment.step == 3)
+    assert ended.done == 3
     assert [report.step for report in reports] == [3]

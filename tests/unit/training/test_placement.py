@@ -1,4 +1,4 @@
-"""Another device for the time of a training. ``meta`` stands for a GPU: it takes a model and gives no bits back."""
+"""Another device during a training. ``meta`` stands for a GPU: it takes a model and gives no values back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return have
 
 
-def test_names_of_devices(gpus: Callable[[int], None]) -> None:
+def test_devices_have_names_and_missing_ones_are_refused(gpus: Callable[[int], None]) -> None:
     gpus(0)
     assert placement.device_of("cpu") == torch.device("cpu")
     assert placement.device_of("auto") == torch.device("cpu")
@@ -44,8 +44,7 @@ def test_the_model_has_its_own_tensors_again(monkeypatch: pytest.MonkeyPatch) ->
     model[0].bias = None
     kept = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
     parameters = list(model.parameters())
-    with placement.placed(model, "meta") as device:
-        assert device == torch.device("meta")
+    with placement.placed(model, "meta"):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
     for name, tensor in model.state_dict().items():
         assert (tensor.data_ptr(), tensor.device.type) == (kept[name][0], "cpu")
@@ -53,8 +52,11 @@ def test_the_model_has_its_own_tensors_again(monkeypatch: pytest.MonkeyPatch) ->
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
 
-def test_training_where_the_model_is_changes_no_bit(base: nn.Module, digits: loraio.Dataset) -> None:
-    adapters = [loraio.train(base, loraio.TrainConfig(digit=3, steps=3, device=name), digits) for name in (None, "cpu")]
+def test_training_where_the_model_is_changes_no_bit(base: nn.Module, few: loraio.Dataset) -> None:
+    adapters = [
+        loraio.train(base, loraio.TrainConfig(digit=3, steps=3, batch_size=8, device=name), few)
+        for name in (None, "cpu")
+    ]
     assert all(adapters[1].factors[name].equal(factor) for name, factor in adapters[0].factors.items())
     assert "device" not in adapters[0].training["hyperparameters"]
     assert adapters[1].training["hyperparameters"]["device"] == "cpu"
@@ -62,15 +64,15 @@ def test_training_where_the_model_is_changes_no_bit(base: nn.Module, digits: lor
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("amp", [None, "bf16", "fp16"])
-def test_training_on_a_gpu(base: nn.Module, digits: loraio.Dataset, amp: str | None) -> None:
+def test_training_on_a_gpu(base: nn.Module, few: loraio.Dataset, amp: str | None) -> None:
     kept = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    adapter = loraio.train(base, loraio.TrainConfig(digit=3, steps=20, device="cuda", amp=amp), digits)
+    adapter = loraio.train(base, loraio.TrainConfig(digit=3, steps=20, device="cuda", amp=amp), few)
     assert all(base.state_dict()[name].equal(tensor) for name, tensor in kept.items())
     assert {factor.device.type for factor in adapter.factors.values()} == {"cpu"}
 
 
 class Reading(nn.Module):
-    """A network that asks something of the order of memory, perhaps in training only."""
+    """A network that demands an order of memory, perhaps in training mode only."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -92,7 +94,7 @@ class Reading(nn.Module):
 @pytest.mark.parametrize(
     ("how", "takes"), [("flatten", True), ("view", False), ("view in training", False), ("as memory", False)]
 )
-def test_a_network_that_asks_something_of_memory_is_found_out_and_left_as_it_is(how: str, takes: bool) -> None:
+def test_a_network_that_demands_an_order_of_memory_is_found_out_and_not_changed(how: str, takes: bool) -> None:
     torch.manual_seed(0)
     model = Reading(how).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -104,11 +106,11 @@ def test_a_network_that_asks_something_of_memory_is_found_out_and_left_as_it_is(
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_other_devices_keep_the_order_they_have() -> None:
+def test_channels_come_last_on_a_cpu_only() -> None:
     assert not placement.takes_channels_last(Reading("flatten").to("meta"), torch.randn(2, 1, 28, 28))
 
 
-def test_a_network_that_takes_no_other_order_trains_all_the_same(digits: loraio.Dataset) -> None:
+def test_a_network_that_demands_an_order_of_memory_can_be_trained(few: loraio.Dataset) -> None:
     torch.manual_seed(0)
-    found = loraio.train(Reading("view"), loraio.TrainConfig(steps=2, batch_size=8, targets=("all",)), digits)
+    found = loraio.train(Reading("view"), loraio.TrainConfig(steps=2, batch_size=8, targets=("all",)), few)
     assert found.factors

@@ -1,4 +1,4 @@
-"""Which weights, at which rank and alpha."""
+"""Planning an adapter: weights, ranks and alphas."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ def test_planning_reads_only(base: nn.Module, three: loraio.Adapter) -> None:
         planned(base)
 
 
-def test_the_adapter_starts_as_it_was_planned(base: nn.Module, digits_test: loraio.Dataset) -> None:
+def test_the_adapter_starts_as_it_was_planned(base: nn.Module, few: loraio.Dataset) -> None:
     config = loraio.TrainConfig(rank_pattern={"conv1": 2, "fc": 7}, targets=("all",), kind="dora")
     adapter = loraio.new_adapter(base, config)
     assert adapter.targets == loraio.plan_targets(base, config)
     assert adapter.factors["fc.weight.lora_A"].shape == (7, 2048)
-    plain = loraio.predict(base, digits_test.images[:20])
+    plain = loraio.predict(base, few.images[:20])
     with loraio.attach(base, adapter):
-        torch.testing.assert_close(loraio.predict(base, digits_test.images[:20]), plain)
+        torch.testing.assert_close(loraio.predict(base, few.images[:20]), plain)
 
 
-def test_ranks_by_pattern_train(base: nn.Module, digits: loraio.Dataset) -> None:
-    config = loraio.TrainConfig(digit=3, steps=3, rank=2, rank_pattern={"conv3": 6}, exclude=("conv1",))
-    adapter = loraio.train(base, config, digits)
+def test_ranks_by_pattern_train(base: nn.Module, few: loraio.Dataset) -> None:
+    config = loraio.TrainConfig(digit=3, steps=3, batch_size=8, rank=2, rank_pattern={"conv3": 6}, exclude=("conv1",))
+    adapter = loraio.train(base, config, few)
     assert {name: target.rank for name, target in adapter.targets.items()} == {"conv2.weight": 2, "conv3.weight": 6}
     assert adapter.training["hyperparameters"]["rank_pattern"] == {"conv3": 6}
     assert adapter.training["hyperparameters"]["exclude"] == ["conv1"]
