@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-import loraio
 from loraio.training.config import PretrainConfig, TrainConfig
 from loraio.training.datasets import Dataset
 from loraio.training.evaluation import Evaluation
 from loraio.training.validation import Validation
+from loraio.version import __version__
 
 
 def base_record(config: PretrainConfig, dataset: Dataset, counted_on: Dataset, result: Evaluation) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def adapter_record(
 
 
 def _origin(dataset: Dataset, seed: int) -> dict[str, Any]:
-    versions = {"loraio": loraio.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"loraio": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {**_described(dataset), "seed": seed, "versions": versions}
 
 
