@@ -1,5 +1,12 @@
 """LoRA adapters for PyTorch CNNs: train, check, swap and merge them, and prove every step.
 
+    base = loraio.load_base("base.safetensors")            # read a network and its weights
+    adapter = loraio.train(base, config, dataset)          # train an adapter for it
+    loraio.save(adapter, "three.safetensors")              # write it; `load` and `check` read it
+    live = loraio.attach(base, adapter)                    # put it on; `live.swap(other)`, `live.detach()`
+    state = loraio.merge(base.state_dict(), adapter)       # fold it into the weights for good
+    report = loraio.verify(base.state_dict(), adapter, state, inputs=images)  # prove that it went in right
+
 Names are loaded on first use: ``import loraio`` alone does not import torch.
 """
 
@@ -12,7 +19,8 @@ from loraio.version import __version__
 
 if TYPE_CHECKING:
     from loraio.adapter import Adapter, BaseReference, Target, WholeTensor
-    from loraio.bases.checkpoints import BaseCheckpoint, load_base, read_base, save_base
+    from loraio.bases.checkpoints import BaseCheckpoint, read_base
+    from loraio.bases.models import load_base, save_base
     from loraio.bases.networks import build_network
     from loraio.bases.receipts import Receipt, receipt
     from loraio.errors import LoraioError
@@ -45,7 +53,8 @@ _PLACES = {
     "adapter": ("Adapter", "BaseReference", "Target", "WholeTensor"),
     "live.attachment": ("Attachment", "adapter_from", "attach", "attachment_of"),
     "serving.bank": ("Bank",),
-    "bases.checkpoints": ("BaseCheckpoint", "load_base", "read_base", "save_base"),
+    "bases.checkpoints": ("BaseCheckpoint", "read_base"),
+    "bases.models": ("load_base", "save_base"),
     "live.base_state": ("base_state_dict",),
     "formats.checking": ("Checked", "check"),
     "formats.conversion": ("Conversion", "convert"),

@@ -1,4 +1,4 @@
-"""``python -m loraio``: the same program as the console script."""
+"""Run ``python -m loraio``, the same program as the console script."""
 
 from loraio.cli import main
 

@@ -1,23 +1,23 @@
 """Every error that loraio raises on purpose.
 
     LoraioError
-    ├── FormatError (ValueError)             the bytes of a file are not what their format says
+    ├── FormatError (ValueError)             a file breaks the rules of its format
     ├── MissingFileError (FileNotFoundError) a file or folder to read is not there
     ├── OutputExistsError (FileExistsError)  a file to write is there already, or is one of the inputs
     ├── OutputError (OSError)                the system refused to write
     ├── AdapterError (ValueError)            an adapter contradicts itself
-    │   └── ShapeError                       a tensor has another shape than its place needs
+    │   └── ShapeError                       a tensor has the wrong shape
     ├── BaseMismatchError (ValueError)       an adapter does not belong to this base model
-    │   └── AlreadyMergedError               the base has an adapter in it that it should not have
+    │   └── AlreadyMergedError               the base has adapters merged into it
     ├── ConfigError (ValueError)             a setting is outside its range, or two settings exclude each other
     ├── UnknownNameError (LookupError)       no such network, data set, adapter kind, target ...
-    ├── StateError (RuntimeError)            calls in an order that has no meaning, such as attaching twice
-    ├── DataError (RuntimeError)             a data set or an image cannot be had
-    ├── TrainingError (RuntimeError)         training went wrong and its result is not worth keeping
-    └── VerificationError (RuntimeError)     a check that guards an output said no; nothing was written
+    ├── StateError (RuntimeError)            calls in a wrong order, such as attaching twice
+    ├── DataError (RuntimeError)             a data set or an image cannot be read
+    ├── TrainingError (RuntimeError)         training failed, and its result is of no use
+    └── VerificationError (RuntimeError)     a check of an output failed; nothing was written
 
-A class inherits the fitting builtin too, so that a plain ``except FileNotFoundError`` works. The text of an error is
-built from its parts: what, with both numbers; where; and what to try.
+Each class inherits the fitting builtin too, so that a plain ``except FileNotFoundError`` works. The text of an error
+has three parts: what was wrong, with both values; where; and what to try.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 LONGEST_LINE, MOST_LINES = 2_000, 1_000
-"""Characters of a line of an error, and its lines; what a file says may be more."""
+"""Bounds on the text of an error: characters a line, and lines. Files may say more."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 100
@@ -37,12 +37,18 @@ _REPR.maxlevel = 3
 
 
 def quoted(value: Any) -> str:
-    """Its ``repr``, cut short where it is long: errors quote what files say.
+    """Return the ``repr`` of a value from a file, cut short if it is long.
 
     >>> quoted([1, 2, 3])
     '[1, 2, 3]'
     """
     return _REPR.repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """Return class and first line of a foreign error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _cut(line: str) -> str:
@@ -53,10 +59,10 @@ class LoraioError(Exception):
     """The root of all errors that loraio raises on purpose.
 
     Args:
-        message: what was wrong, with the value found and the value needed.
-        problems: when several things were wrong at once, one line for each; they follow the message.
-        where: the file, module or option in which it was found.
-        hint: what the reader can do about it.
+        message: the fault, with the value found and the value needed.
+        problems: a line for each fault, if there were several at once; they follow the message.
+        where: the file, module or option.
+        hint: a remedy for the reader to try.
     """
 
     def __init__(
@@ -76,7 +82,7 @@ class LoraioError(Exception):
         super().__init__(self.text)
 
     def at(self, where: str) -> LoraioError:
-        """The same error, in that place if it has none yet."""
+        """Return the same error with a place, if it has none yet."""
         return type(self)(self.message, problems=self.problems, where=self.where or where, hint=self.hint)
 
     def __str__(self) -> str:
@@ -84,7 +90,7 @@ class LoraioError(Exception):
 
 
 class FormatError(LoraioError, ValueError):
-    """The bytes of a file are not what their format says."""
+    """A file breaks the rules of its format."""
 
 
 class MissingFileError(LoraioError, FileNotFoundError):
@@ -104,15 +110,15 @@ class AdapterError(LoraioError, ValueError):
 
 
 class ShapeError(AdapterError):
-    """A tensor has another shape than its place needs."""
+    """A tensor has the wrong shape."""
 
 
 class BaseMismatchError(LoraioError, ValueError):
-    """An adapter does not belong to this base model; ``problems`` has a line for each target that differs."""
+    """An adapter does not belong to this base model; ``problems`` has a line for each tensor that differs."""
 
 
 class AlreadyMergedError(BaseMismatchError):
-    """The base holds merged adapters: this one, or others that came after the base that it was made for."""
+    """The base has adapters merged into it: this one, or others since the adapter was made."""
 
 
 class ConfigError(LoraioError, ValueError):
@@ -120,20 +126,20 @@ class ConfigError(LoraioError, ValueError):
 
 
 class UnknownNameError(LoraioError, LookupError):
-    """A name that no registry, network or file knows."""
+    """No registry, network or file has this name."""
 
 
 class StateError(LoraioError, RuntimeError):
-    """Calls in an order that has no meaning, such as attaching twice."""
+    """Calls in a wrong order, such as attaching twice."""
 
 
 class DataError(LoraioError, RuntimeError):
-    """A data set or an image cannot be had, or is not what it should be."""
+    """A data set or an image cannot be read, or is not as it should be."""
 
 
 class TrainingError(LoraioError, RuntimeError):
-    """Training went wrong and its result is not worth keeping."""
+    """Training failed, and its result is of no use."""
 
 
 class VerificationError(LoraioError, RuntimeError):
-    """A check that guards an output said no; nothing was written."""
+    """A check of an output failed; nothing was written."""

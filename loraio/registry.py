@@ -1,4 +1,4 @@
-"""One lookup for all registries. A registry is a plain dict literal from name to object."""
+"""Look up names in a registry, which is a plain dict literal from name to object."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Entry = TypeVar("Entry")
 
 
 def lookup(registry: Mapping[str, Entry], name: str, *, what: str) -> Entry:
-    """The entry of that name.
+    """Return the entry of a name.
 
     Args:
         registry: name to object.
         name: the name asked for; case counts.
-        what: what the registry holds, in the singular, for the error: "data set".
+        what: a word for one entry, for the error: "data set".
 
     Raises:
         UnknownNameError: no such name; the error says the nearest one and lists all.
@@ -33,7 +33,7 @@ def lookup(registry: Mapping[str, Entry], name: str, *, what: str) -> Entry:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of ``names``, or an empty string when none is near.
+    """Suggest the nearest of ``names`` in the form `; did you mean 'x'?`; empty if none is near.
 
     >>> nearest("lorra", ["dora", "lora"])
     "; did you mean 'lora'?"
@@ -43,7 +43,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def known(names: Iterable[str], *, limit: int = 20) -> str:
-    """The names in one line, sorted and cut at ``limit``.
+    """Return the names in one line, sorted and cut at ``limit``.
 
     >>> known(["b", "a"])
     'a, b'

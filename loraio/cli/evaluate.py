@@ -44,7 +44,7 @@ def evaluate(
     The adapters are swapped on one live model, which is the base again at the end.
     """
     import loraio
-    from loraio.bases.checkpoints import stripped_of
+    from loraio.bases.models import stripped_of
 
     files = _named(_files(adapters))
     network = loraio.load_base(base, model=model, model_args=model_args)

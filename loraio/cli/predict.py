@@ -36,7 +36,7 @@ def predict(
     import torch
 
     import loraio
-    from loraio.bases.checkpoints import stripped_of
+    from loraio.bases.models import stripped_of
 
     network = loraio.load_base(base, model=model, model_args=model_args)
     loaded = None

@@ -22,7 +22,7 @@ def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_
     itself: at 100 the factors hold as many numbers as the weight.
     """
     import loraio
-    from loraio.bases.checkpoints import stripped_of
+    from loraio.bases.models import stripped_of
 
     network = loraio.load_base(base, model=model, model_args=model_args)
     stripped = stripped_of(network)

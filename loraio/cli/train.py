@@ -53,7 +53,7 @@ def train(
 ) -> None:
     """Train LoRA factors on a frozen BASE and save them alone."""
     import loraio
-    from loraio.bases.checkpoints import stripped_of
+    from loraio.bases.models import stripped_of
     from loraio.files.folders import make_folder
     from loraio.files.sharded import checkpoint_files
 

@@ -52,7 +52,8 @@ def verify(
     decide if the network gives another answer for the same input on this machine.
     """
     import loraio
-    from loraio.bases.checkpoints import fitted, network_for
+    from loraio.bases.checkpoints import fitted
+    from loraio.bases.models import network_for
     from loraio.formats.conversion import load_for
 
     if dataset is not None and samples is not None:

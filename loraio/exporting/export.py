@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraio.bases.checkpoints import model_from, read_base, stripped_of
-from loraio.bases.networks import find_network, network_args_of, network_of
+from loraio.bases.checkpoints import read_base
+from loraio.bases.models import model_from, stripped_of
+from loraio.bases.networks import input_shape_of, network_of
 from loraio.errors import ConfigError, VerificationError
 from loraio.exporting import onnx, pt2
 from loraio.exporting.outputs import RTOL, ExportedOutput, compare, expected_outputs
@@ -154,11 +155,10 @@ def _check_settings(batches: Sequence[int], shape: Sequence[int] | None, *, atol
 def _input_shape(network: nn.Module, asked: Sequence[int] | None) -> tuple[int, ...]:
     if asked is not None:
         return tuple(asked)
-    name = network_of(network) or ""
-    shape = find_network(name, network_args_of(network)).input_shape
+    shape = input_shape_of(network)
     if shape is None:
         raise ConfigError(
-            f"which inputs {name!r} takes is not known",
+            f"the input shape of {network_of(network)!r} is not known",
             hint="--input-shape 3,224,224 (input_shape= in Python), of one sample",
         )
     return tuple(shape)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraio.errors import first_line
+
 Run = Callable[[Tensor], list[Tensor]]
 """Computes the outputs of one batch, in their order."""
 
@@ -51,4 +53,4 @@ def root_cause(error: BaseException) -> str:
     """Return class and first line of the error at the bottom of a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return first_line(error)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter
-from loraio.bases.checkpoints import BaseCheckpoint, load_base, model_from
+from loraio.bases.checkpoints import BaseCheckpoint
 from loraio.bases.identity import check_base
-from loraio.bases.networks import build_network, is_own_code, resize_heads
+from loraio.bases.models import load_base, model_from
+from loraio.bases.networks import build_network, resize_heads
+from loraio.bases.own_code import is_own_code
 from loraio.errors import AdapterError, ConfigError, LoraioError, OutputError
 from loraio.files.atomic import check_output
 from loraio.files.pickles import PICKLE_SUFFIXES

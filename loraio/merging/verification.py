@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter.adapter import Adapter
-from loraio.bases.checkpoints import load_state
+from loraio.bases.models import load_state
 from loraio.bases.networks import (
     NAME_FORMS,
     NETWORKS,
@@ -20,9 +20,9 @@ from loraio.bases.networks import (
     find_network,
     network_args_of,
     network_of,
-    refuse_own_code,
     resize_heads,
 )
+from loraio.bases.own_code import refuse_own_code
 from loraio.errors import ConfigError, UnknownNameError
 from loraio.live.attachment import attach
 from loraio.live.base_state import refuse_attached

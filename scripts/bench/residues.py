@@ -26,8 +26,8 @@ from torch import Tensor
 import loraio
 from loraio.adapter.adapter import Adapter, parts_of
 from loraio.adapter.kinds import KINDS
-from loraio.bases.checkpoints import write_base
 from loraio.bases.identity import base_reference, tensor_sha256
+from loraio.bases.models import write_base
 from loraio.files.tensors import dtype_code
 from loraio.merging.residues import predicted, steps_between
 

@@ -17,7 +17,7 @@ from loraio.adapter import Adapter
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
 from loraio.adapter.rounding import round_once
-from loraio.bases.checkpoints import write_base
+from loraio.bases.models import write_base
 
 ROUNDED = (torch.float32, torch.float16, torch.bfloat16)  # float64 has no wider dtype to sum in
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import loraio
 from loraio.adapter.adapter import Adapter, parts_of
-from loraio.bases.checkpoints import write_base
+from loraio.bases.models import write_base
 from loraio.errors import AdapterError, FormatError
 from loraio.files.tensors import tensor_bytes
 from loraio.merging.residues import decode, encode, residue_of, restored

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import loraio
-from loraio.bases import networks
+from loraio.bases import networks, own_code
+from loraio.bases.network_libraries import WEIGHT_ARGUMENTS, torchvision_names
 from loraio.errors import ConfigError, UnknownNameError
 from loraio.training.batches import in_order
 
@@ -126,7 +127,7 @@ def test_the_input_shape_is_that_of_the_usual_weights(name: str, args: dict[str,
 def test_the_lists_of_torchvision_are_all_known() -> None:
     from torchvision import models
 
-    names = networks._torchvision_names()
+    names = torchvision_names()
     assert {"resnet18", "fcn_resnet50", "fasterrcnn_resnet50_fpn"} <= set(names)
     for name in names:
         assert networks.find_network(f"torchvision:{name}").build is not None
@@ -138,7 +139,7 @@ def test_the_lists_of_torchvision_are_all_known() -> None:
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
-@pytest.mark.parametrize("key", networks.WEIGHT_ARGUMENTS)
+@pytest.mark.parametrize("key", WEIGHT_ARGUMENTS)
 def test_options_that_ask_for_weights_are_refused(name: str, key: str) -> None:
     with pytest.raises(ConfigError, match=f"the option '{key}' asks for them"):
         loraio.build_network(name, args={key: "DEFAULT"})
@@ -248,11 +249,11 @@ def test_networks_of_timm_are_built_where_it_is_installed() -> None:
 
 
 def test_only_registered_names_and_libraries_are_not_own_code() -> None:
-    assert networks.is_own_code("os:system")
-    assert not any(map(networks.is_own_code, ("digit-cnn", "torchvision:resnet18", "timm:resnet18")))
-    assert networks.refuse_own_code("digit-cnn", where="here") == "digit-cnn"
+    assert own_code.is_own_code("os:system")
+    assert not any(map(own_code.is_own_code, ("digit-cnn", "torchvision:resnet18", "timm:resnet18")))
+    assert own_code.refuse_own_code("digit-cnn", where="here") == "digit-cnn"
     with pytest.raises(ConfigError, match="which a file alone does not get to run"):
-        networks.refuse_own_code("os:system", where="here")
+        own_code.refuse_own_code("os:system", where="here")
 
 
 def test_building_by_a_registered_name_imports_no_foreign_library(monkeypatch: pytest.MonkeyPatch) -> None:

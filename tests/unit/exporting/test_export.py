@@ -348,7 +348,7 @@ def test_a_network_that_looks_at_its_inputs_cannot_be_exported(own: Callable[...
 
 
 def test_inputs_that_are_not_known_or_do_not_fit_are_refused(own: Callable[..., Any], files: Path, out: Path) -> None:
-    with pytest.raises(ConfigError, match="which inputs 'own_pair:Pair' takes is not known") as caught:
+    with pytest.raises(ConfigError, match="the input shape of 'own_pair:Pair' is not known") as caught:
         loraio.export(**own("Pair") | {"input_shape": None})
     assert "--input-shape" in caught.value.hint
     with pytest.raises(ConfigError, match=r"does not take inputs of shape \(1, 3, 28, 28\)"):

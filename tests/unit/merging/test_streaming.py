@@ -30,8 +30,8 @@ from loraio.adapter import folding
 from loraio.adapter.adapter import Adapter, parts_of
 from loraio.adapter.kinds import KINDS
 from loraio.adapter.layers import LAYER_TYPES
-from loraio.bases.checkpoints import write_base
 from loraio.bases.identity import state_sha256
+from loraio.bases.models import write_base
 from loraio.errors import (
     AdapterError,
     BaseMismatchError,
