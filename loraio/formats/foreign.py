@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user has to say where a file does not.
+    """Settings that the user gives because a file does not hold them.
 
     Attributes:
-        alpha: of every layer whose alpha is not in the file.
-        lossy: go on where something has no place on the other side.
-        enable_lora: which parts of the output a MergedLinear of loralib was made with.
-        approximate: make plain pairs of layers that are none, and say the error.
+        alpha: of every layer without an alpha in the file.
+        lossy: go on if something has no place on the other side.
+        enable_lora: the flags of a MergedLinear of loralib.
+        approximate: make plain pairs of layers that are none, and report the error.
         rank: of those pairs; None for the file's own.
-        as_full_delta: write the whole change of each weight, where the tool has a form for it.
-        prefix: in front of the names of modules, where the tool has one; None for its usual one.
-        allow_base_mismatch: go on where the base is not the one that an export of ours says it was made for.
+        as_full_delta: write the whole change of each weight, if the tool has a form for it.
+        prefix: in front of the names of modules, if the tool has one; None for its usual one.
+        allow_base_mismatch: go on if the base is not the one that our own export names.
     """
 
     alpha: int | float | None = None
@@ -51,14 +51,14 @@ class ForeignLayer:
 
     Attributes:
         name: of the weight's module, as the dialect spells it.
-        slots: the key in the file of each tensor, by the dialect's own word for it; "bias" for a bias beside the
-            factors, "alpha" for a tensor that holds alpha.
+        slots: from the dialect's word for each tensor to its key in the file; "bias" for a bias beside the factors,
+            "alpha" for a tensor that holds alpha.
         rank: r, from a shape.
-        alpha: None where the file does not say it.
+        alpha: None if the file does not say it.
         kind: a name in `loraio.adapter.kinds.KINDS`.
         scale_rule: a name in `loraio.adapter.SCALE_RULES`.
-        implied_alpha: what the tool itself takes where its file does not say alpha; None where that cannot be told.
-        product: the method, where it is no plain pair and only an approximation is one; empty for plain pairs.
+        implied_alpha: the alpha that the tool takes if its file says none; None if that cannot be told.
+        product: the method, if the layer is no plain pair and can only be approximated by one; else empty.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ForeignLayer:
 
     @property
     def scale(self) -> float | None:
-        """As `loraio.adapter.Target.scale`; None without alpha."""
+        """The factor on the product, as `loraio.adapter.Target.scale`; None without alpha."""
         return None if self.alpha is None else SCALE_RULES[self.scale_rule](self.alpha, self.rank)
 
 
@@ -81,8 +81,8 @@ class Added:
     """A tensor that is added to one of the base that no factors change, such as a normalisation layer's weight.
 
     Attributes:
-        module: whose tensor it is, as the dialect spells it.
-        parameter: its name in the module.
+        module: the tensor's module, as the dialect spells it.
+        parameter: the tensor's name in the module.
         key: in the file.
     """
 
@@ -93,20 +93,20 @@ class Added:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Foreign:
-    """What the file of another tool says, from its header and configuration alone.
+    """The contents of another tool's file, from its header and configuration alone.
 
     Attributes:
         layers: in the file's order.
-        whole: keys in the file of tensors that replace one of the base, by the base's name for it.
-        biases: those names of them that are biases stored apart from the rest of their module.
+        whole: for each tensor that replaces one of the base, the base's name to the key in the file.
+        biases: those names of `whole` that are biases stored apart from the rest of their module.
         not_used: keys of tensors that are no part of the adapter, and why.
-        lost: keys of tensors that the tool itself passes over, and why.
-        settings: everything that is said besides tensors, as plain JSON values.
-        lines: what becomes of each setting.
-        refusals: why it cannot be used; empty for an adapter that can.
-        own_alpha: what alpha is in the tool where nothing is said; empty where that is not known.
+        lost: keys of tensors that the tool itself ignores, and why.
+        settings: everything besides tensors, as plain JSON values.
+        lines: the fate of each setting.
+        refusals: reasons why the adapter cannot be used.
+        own_alpha: the tool's usual alpha, for an error; empty if it is not known.
         added: tensors that are added to the base's.
-        spelled: how the dialect may name a module, for them.
+        spelled: the names that the dialect may give to a module, for the tensors in `added`.
     """
 
     layers: tuple[ForeignLayer, ...]
@@ -124,14 +124,14 @@ class Foreign:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """One layer's tensors as factors of a kind, and what changed on the way.
+    """The tensors of one layer as factors of a kind.
 
     Attributes:
         values: by short name: ``lora_A`` (r, fan_in), ``lora_B`` (out, r), ``magnitude`` (out,).
-        rank: where it is another than the file's.
-        alpha: where it is another than the file's.
-        bias: float64, what is added to the layer's bias; None where nothing is.
-        note: what changed, with the error where it is not exact.
+        rank: None for the file's own.
+        alpha: None for the file's own.
+        bias: float64, added to the layer's bias; None for no change.
+        note: the change that was made, with the error if it is not exact.
     """
 
     values: Mapping[str, Tensor]
@@ -143,14 +143,14 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """An adapter as another tool has it, ready to be written.
+    """An adapter in the layout of another tool, ready to be written.
 
     Attributes:
         tensors: by their names in the file.
-        report: what became of every tensor and setting of the adapter.
-        document: of loraio, for a safetensors header; None where the tool's file has none.
-        metadata: further strings for it.
-        config: for `loraio.formats.sources.CONFIG`; None where the tool has no such file.
+        report: the fate of every tensor and setting of the adapter.
+        document: of loraio, for a safetensors header; None if the tool's file has none.
+        metadata: further strings for the header.
+        config: for `loraio.formats.sources.CONFIG`; None if the tool has no such file.
     """
 
     tensors: Mapping[str, Tensor]
@@ -161,41 +161,41 @@ class Encoded:
 
 
 class Dialect(Protocol):
-    """One tool's way to lay an adapter out in files. It never opens one: that is done before and after it."""
+    """One tool's layout of adapter files. A dialect never opens a file: that is done before and after it."""
 
     @property
     def name(self) -> str:
-        """As ``--to`` takes it."""
+        """The name that ``--to`` takes."""
         ...
 
     @property
     def container(self) -> str:
-        """What is written: "folder" (safetensors and a configuration), "safetensors" or "pickle"."""
+        """The output: "folder" (safetensors and a configuration), "safetensors" or "pickle"."""
         ...
 
     def recognise(self, source: Source) -> str | None:
-        """Why this is a file of the dialect, by its content and never by its name; None where it is not."""
+        """Return the reason why the file is of this dialect, by its content, never its name; None if it is not."""
         ...
 
     def read(self, source: Source) -> Foreign:
-        """What the file says, without the values of its tensors and without torch."""
+        """Return the contents of the file, without the values of its tensors and without torch."""
         ...
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """How the dialect may name the module of this weight; nothing where it cannot name the weight."""
+        """Return the names that the dialect may give to this weight's module; none if it cannot name the weight."""
         ...
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Why the dialect cannot hold this kind on this layer type; None where it can."""
+        """Return the reason why the dialect cannot hold this kind on this layer type; None if it can."""
         ...
 
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """A layer's tensors, by slot, as factors of the weight; the layer's alpha is known by now.
+        """Turn a layer's tensors, by slot, into factors of the weight; the layer has an alpha by now.
 
         Raises:
-            AdapterError: they cannot be; the errors of all layers are listed.
+            AdapterError: they cannot be turned; the errors of all layers are listed.
         """
         ...
 
@@ -207,15 +207,15 @@ class Dialect(Protocol):
         state: Mapping[str, Tensor] | None,
         options: Options,
     ) -> Encoded:
-        """The adapter in this dialect.
+        """Lay the adapter out as the tool does.
 
         Args:
             adapter: to be written.
-            network: the base's network where it is known; its weights mean nothing.
-            state: the base's own tensors where they are known.
-            options: what the user asks for.
+            network: the base's network, if it is known; its weights mean nothing.
+            state: the base's own tensors, if they are known.
+            options: given by the user.
 
         Raises:
-            AdapterError: the tool cannot hold it, or would use it wrongly; all reasons are listed.
+            AdapterError: the tool cannot hold the adapter, or would use it wrongly; all reasons are listed.
         """
         ...
