@@ -1,29 +1,32 @@
-"""State dicts of Microsoft's loralib: ``<module>.lora_A`` and ``.lora_B``, and biases; neither alpha nor kernels.
+"""Read and write state dicts of Microsoft's loralib: ``<module>.lora_A`` and ``.lora_B``, and biases.
 
-Its convolutions lay a pair out in a way of their own: ``(B @ A).view(weight.shape)`` with A (r * k, in * k) and B
-(out / groups * k, r * k). Both ways that is an exact change of layout, since the rows of the weight are cut into pieces
-that are placed anew; only the rank grows on reading, unless the pair was written from one of ours.
+Its convolutions have a layout of their own: ``(B @ A).view(weight.shape)`` with A (r * k, in * k) and B
+(out / groups * k, r * k). The change of layout is exact both ways: rows of the weight are cut into pieces, which are
+placed anew. Only the rank grows on reading, unless the pair was written from one of ours.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from loraio.adapter import Adapter, Target
-from loraio.bases.targets import TargetModule
+from loraio.adapter import Target
+from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError
-from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
-from loraio.formats.sources import Source
-from loraio.formats.statedicts import Export, at_other_rank, joined, lone_biases, module_and_parameter
+from loraio.formats.foreign import Factors, ForeignLayer, Options
+from loraio.formats.statedicts import (
+    Export,
+    Reading,
+    StateDictDialect,
+    at_other_rank,
+    joined,
+    module_and_parameter,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-_FACTOR = re.compile(r"(?:(?P<path>.+)(?<!weight)\.)?lora_(?P<slot>[AB])")
-"""Named by a module; what is named by its weight is a factor of ours that has lost its metadata."""
+    from torch import Tensor
 
 _INNER = re.compile(r"(?P<path>(?:.+\.)?)conv\.(?P<parameter>weight|bias)")
 """Parameters of the convolution inside a ConvLoRA, which some releases also have without the "conv"."""
@@ -31,59 +34,37 @@ _INNER = re.compile(r"(?P<path>(?:.+\.)?)conv\.(?P<parameter>weight|bias)")
 _LAYERS = ("Conv2d", "Linear", "Embedding")
 
 
-class Loralib:
+class Loralib(StateDictDialect):
     """Microsoft's loralib: Linear, MergedLinear, Embedding and Conv2d."""
 
-    name = "loralib"
-    container = "pickle"
+    name = tool = "loralib"
+    own_alpha = "loralib's lora_alpha is 1 unless its layers were made with another"
+    keys = telling = re.compile(r"(?:(?P<path>.+)(?<!weight)\.)?(?P<slot>lora_[AB])")
+    """A module's name comes first. After a weight's name it is a factor of ours that has lost its metadata."""
 
-    def recognise(self, source: Source) -> str | None:
-        """By a key that ends in ``lora_A`` or ``lora_B``."""
-        return next((f"the key {key!r}" for key in source.tensors if _FACTOR.fullmatch(key)), None)
+    def take_whole(self, key: str, reading: Reading) -> None:
+        """Note a tensor of the base; that of a convolution inside of a ConvLoRA has the name of the ConvLoRA."""
+        inner = _INNER.fullmatch(key)
+        path = inner["path"].removesuffix(".") if inner else ""
+        name = joined(path, inner["parameter"]) if inner and path in reading.slots else key
+        if name != key and name in reading.source.tensors:
+            reading.not_used[key] = f"{name!r} is the same parameter"
+        else:
+            reading.whole[name] = key
 
-    def read(self, source: Source) -> Foreign:
-        """Layers by their pairs; every other key is a tensor of the base's own, replaced."""
-        slots: dict[str, dict[str, str]] = {}
-        rest = []
-        for key in source.tensors:
-            match = _FACTOR.fullmatch(key)
-            if match:
-                slots.setdefault(match["path"] or "", {})[match["slot"]] = key
-            else:
-                rest.append(key)
-        whole: dict[str, str] = {}
-        not_used: dict[str, str] = {}
-        for key in rest:
-            inner = _INNER.fullmatch(key)
-            path = inner["path"].removesuffix(".") if inner else ""
-            name = joined(path, inner["parameter"]) if inner and path in slots else key
-            if name != key and name in source.tensors:
-                not_used[key] = f"{name!r} is the same parameter"
-            else:
-                whole[name] = key
-        layers, refusals = [], []
-        for path, found in slots.items():
-            problem = _problem(path, found, source)
-            if problem:
-                refusals.append(problem)
-            else:
-                rank = source.tensors[found["B"]].shape[1]
-                layers.append(ForeignLayer(name=path, slots=found, rank=rank, alpha=None))
-        return Foreign(
-            layers=tuple(layers),
-            whole=whole,
-            biases=lone_biases(whole),
-            not_used=not_used,
-            refusals=tuple(refusals),
-            own_alpha="loralib's lora_alpha is 1 unless its layers were made with another",
-        )
-
-    def spell(self, place: TargetModule) -> Sequence[str]:
-        """Module names as they are."""
-        return (place.path,) if place.parameter == "weight" else ()
+    def read_layer(self, name: str, slots: dict[str, str], reading: Reading) -> None:
+        """Add a layer with the rank of its lora_B: of MergedLinear and Conv2d that of lora_A is a multiple."""
+        shapes = reading.pair(name, slots, "lora_A", "lora_B")
+        if shapes is None:
+            return
+        down, up = shapes
+        if not up[1] or not down[0] or down[0] % up[1]:
+            reading.refuse_pair(name, down, up)
+            return
+        reading.layers.append(ForeignLayer(name=name, slots=slots, rank=up[1], alpha=None))
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """What loralib's layers hold."""
+        """Return the reason why loralib's layers do not hold this; None if they do."""
         if layer in ("Conv1d", "Conv3d"):
             return "loralib's Conv1d and Conv3d fail for kernels of more than one point"
         if layer not in _LAYERS:
@@ -93,8 +74,8 @@ class Loralib:
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """As they are; of a convolution or a MergedLinear an equal pair of another rank."""
-        A, B = values["A"], values["B"]
+        """Return the pair as it is; of a convolution or a MergedLinear an equal pair of another rank."""
+        A, B = values["lora_A"], values["lora_B"]
         assert layer.alpha is not None
         if place.layer.name == "Conv2d":
             return _from_convolution(A, B, place, layer.alpha)
@@ -102,54 +83,29 @@ class Loralib:
             return _from_merged_linear(A, B, place, layer.alpha, options)
         return Factors(values={"lora_A": A, "lora_B": B})
 
-    def encode(
-        self,
-        adapter: Adapter,
-        *,
-        network: nn.Module | None,
-        state: Mapping[str, Tensor] | None,
-        options: Options,
-    ) -> Encoded:
-        """A state dict for ``load_state_dict(.., strict=False)``."""
-        export = Export(tool=self.name, adapter=adapter)
-        biases: dict[str, tuple[str, ...]] = {}
-        for name, target in adapter.targets.items():
-            path, _ = module_and_parameter(name)
-            reason = self.refusal(target.layer, target.kind, grouped=target.groups > 1)
-            if reason is None and target.layer == "Conv2d" and target.shape[2] != target.shape[3]:
-                reason = f"loralib's kernels are square, this one is {target.shape[2:]}"
-            if reason is not None:
-                export.problems.append(f"{name!r}: {reason}")
-                continue
-            export.alpha(name, target)
-            factors = adapter.factors_of(name)
-            A, B, note = factors["lora_A"], factors["lora_B"], ""
-            if target.layer == "Conv2d":
-                biases[joined(path, "bias")] = (joined(path, "bias"), joined(path, "conv", "bias"))
-            if target.layer == "Conv2d" and (target.shape[2] > 1 or target.groups > 1):
+    def write_layer(self, name: str, target: Target, export: Export) -> None:
+        """Add the pair of one weight; that of a convolution in loralib's own layout."""
+        path, _ = module_and_parameter(name)
+        factors = export.adapter.factors_of(name)
+        A, B, note = factors["lora_A"], factors["lora_B"], ""
+        if target.layer == "Conv2d":
+            height, width = target.shape[2:]
+            if height != width:
+                export.problems.append(f"{name!r}: loralib's kernels are square, this one is {target.shape[2:]}")
+                return
+            export.spelled[joined(path, "bias")] = (joined(path, "bias"), joined(path, "conv", "bias"))
+            if height > 1 or target.groups > 1:
                 try:
                     A, B = _to_convolution(A, B, target)
                 except AdapterError as error:
                     export.problems.append(f"{name!r}: {error.message}")
-                    continue
-                note = f"laid out as loralib's Conv2d has it, at its rank {len(A) // target.shape[2]}"
-            export.add(name, {joined(path, "lora_A"): A, joined(path, "lora_B"): B}, note)
-        export.add_whole(biases)
-        return export.encoded()
-
-
-def _problem(path: str, slots: Mapping[str, str], source: Source) -> str | None:
-    missing = [f"lora_{slot}" for slot in ("A", "B") if slot not in slots]
-    if missing:
-        return f"{path!r}: {missing[0]} is missing"
-    down, up = (source.tensors[slots[slot]].shape for slot in ("A", "B"))
-    if len(down) != 2 or len(up) != 2 or not up[1] or not down[0] or down[0] % up[1]:
-        return f"{path!r}: lora_A is {down} and lora_B is {up}, which is no pair"
-    return None
+                    return
+                note = f"laid out as loralib's Conv2d has it, at its rank {len(A) // height}"
+        export.add(name, target, {joined(path, "lora_A"): A, joined(path, "lora_B"): B}, note)
 
 
 def _from_merged_linear(A: Tensor, B: Tensor, place: TargetModule, alpha: int | float, options: Options) -> Factors:
-    """One pair of a layer whose output is parts side by side, some of them with a pair of their own."""
+    """Return one pair for a layer with several outputs side by side, of which some have a pair of their own."""
     out, fan_in = place.weight.shape
     shapes = f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, the base's weight ({out}, {fan_in})"
     flags, rank = options.enable_lora, B.shape[1]
@@ -189,7 +145,7 @@ def _from_convolution(A: Tensor, B: Tensor, place: TargetModule, alpha: int | fl
 
 
 def _to_convolution(A: Tensor, B: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """loralib's pair at the same alpha: where its rank must be larger, it is so by a power of two, and so is B."""
+    """Return loralib's pair at the same alpha; if its rank must grow, rank and B grow by a power of two."""
     from torch.nn.functional import pad
 
     kernel = target.shape[2]
@@ -207,26 +163,26 @@ def _to_convolution(A: Tensor, B: Tensor, target: Target) -> tuple[Tensor, Tenso
 
 
 def _pieces(kernel: int, groups: int) -> tuple[int, int]:
-    """Into how many pieces a row of the weight as a matrix is cut, and how many of them make a row of loralib's B @ A.
+    """Return how many pieces make a row of the weight as a matrix, and how many a row of loralib's B @ A.
 
-    The rows are in / groups * k * k long here and in * k there, of the same numbers in the same order.
+    Rows are in / groups * k * k long here and in * k there, with the same numbers in the same order.
     """
     common = math.gcd(kernel, groups)
     return kernel // common, groups // common
 
 
 def _cut_anew(A: Tensor, B: Tensor, *, have: int, want: int) -> tuple[Tensor, Tensor]:
-    """The pair whose product is that of this one with its rows cut into pieces, ``want`` instead of ``have`` to a row.
+    """Return the pair for the same product with other rows: ``want`` pieces to a row, instead of ``have``.
 
-    Each number of the pair is copied or left out, none is computed. Terms that are zero are left out as they come: a
-    pair of many groups has mostly those.
+    Each number of the pair is copied or left out; none is computed. Terms of zeros are left out at once, since a pair
+    of many groups has mostly those.
 
     Args:
         A: (r, have * piece).
         B: (rows, r).
 
     Returns:
-        (at most want * have * r, want * piece) and (rows * have / want, as many).
+        (R, want * piece) and (rows * have / want, R), with R at most want * have * r.
     """
     import torch
 
@@ -250,7 +206,7 @@ def _cut_anew(A: Tensor, B: Tensor, *, have: int, want: int) -> tuple[Tensor, Te
 
 
 def _reduced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product at a smaller rank, where that takes no arithmetic: it gives our own pairs back as they were."""
+    """Return the same product at a smaller rank, without arithmetic; it gives our own pairs back as they were."""
     if not len(A):
         return A.new_zeros(1, A.shape[1]), B.new_zeros(len(B), 1)
     A, B = _together(A, B)
@@ -259,7 +215,7 @@ def _reduced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _together(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The terms of ``columns @ rows``, with those as one that share a column and whose rows do not meet."""
+    """Join terms of ``columns @ rows`` that share a column, if their rows have no entry in common."""
     import torch
 
     _, alike = torch.unique(columns.T.double(), dim=0, return_inverse=True)

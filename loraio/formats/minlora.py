@@ -1,7 +1,7 @@
-"""State dicts of minLoRA, whose pairs are torch parametrizations: ``<module>.parametrizations.weight.0.lora_A``.
+"""Read and write state dicts of minLoRA, with torch parametrizations: ``<module>.parametrizations.weight.0.lora_A``.
 
-Its pairs are of the weight as (first dimension, all others), any groups; those of an Embedding stand the other way
-round: ``lora_A @ lora_B`` is the table's change. Files with A named from the output side have the same keys and shapes.
+Its pairs are of the weight as (first dimension, all others), for any groups. Those of an Embedding are exchanged:
+``lora_A @ lora_B`` is the table's change. Files that name A from the output side have the same keys and shapes.
 """
 
 from __future__ import annotations
@@ -11,77 +11,76 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loraio.adapter import Adapter
-from loraio.bases.targets import TargetModule
+from loraio.adapter import Target
+from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError
-from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
-from loraio.formats.sources import Source
-from loraio.formats.statedicts import Export, at_other_rank, joined, lone_biases, module_and_parameter
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-_PART = re.compile(
-    r"(?:(?P<path>.+)\.)?parametrizations\.(?P<parameter>[^.]+)\.(?P<at>\d+)\."
-    r"(?P<slot>lora_A|lora_B|lora_dropout_mask)"
+from loraio.formats.foreign import Factors, ForeignLayer, Options
+from loraio.formats.statedicts import (
+    Export,
+    Reading,
+    StateDictDialect,
+    at_other_rank,
+    joined,
+    module_and_parameter,
 )
 
-_ORIGINAL = re.compile(r"(?:(?P<path>.+)\.)?parametrizations\.(?P<parameter>[^.]+)\.original")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PARAMETER = r"(?:(?P<path>.+)\.)?parametrizations\.(?P<parameter>[^.]+)\."
+
+_ORIGINAL = re.compile(_PARAMETER + "original")
 
 _LAYERS = ("Conv1d", "Conv2d", "Conv3d", "Linear", "Bilinear", "MultiheadAttention", "Embedding")
 
 
-class MinLora:
+class MinLora(StateDictDialect):
     """minLoRA, and other parametrizations with its names."""
 
     name = "minlora"
-    container = "pickle"
+    tool = "minLoRA"
+    own_alpha = "minLoRA's lora_alpha is 1 unless its configuration has another"
+    keys = re.compile(_PARAMETER + r"(?P<at>\d+)\.(?P<slot>lora_A|lora_B|lora_dropout_mask)")
+    telling = re.compile(_PARAMETER + r"\d+\.lora_[AB]")
 
-    def recognise(self, source: Source) -> str | None:
-        """By a parametrization's ``lora_A`` or ``lora_B``."""
-        for key in source.tensors:
-            match = _PART.fullmatch(key)
-            if match and match["slot"] != "lora_dropout_mask":
-                return f"the key {key!r}"
-        return None
+    def take(self, key: str, reading: Reading) -> bool:
+        """Note the factors; a layer is a weight, and may have several pairs, one upon the other."""
+        match = self.keys.fullmatch(key)
+        if match and match["slot"] == "lora_dropout_mask":
+            reading.not_used[key] = "ones, which the dropout of training starts from"
+        elif match:
+            weight = joined(match["path"] or "", match["parameter"])
+            reading.take(weight, f"{int(match['at'])}.{match['slot']}", key)
+        return match is not None
 
-    def read(self, source: Source) -> Foreign:
-        """Layers by their weights; one weight may have several pairs, one upon the other."""
-        slots: dict[str, dict[str, str]] = {}
-        whole: dict[str, str] = {}
-        not_used: dict[str, str] = {}
-        for key in source.tensors:
-            part, original = _PART.fullmatch(key), _ORIGINAL.fullmatch(key)
-            if part and part["slot"] == "lora_dropout_mask":
-                not_used[key] = "ones, which the dropout of training starts from"
-            elif part:
-                name = joined(part["path"] or "", part["parameter"])
-                slots.setdefault(name, {})[f"{int(part['at'])}.{part['slot'][-1]}"] = key
-            elif original:
-                whole[joined(original["path"] or "", original["parameter"])] = key
+    def take_whole(self, key: str, reading: Reading) -> None:
+        """Note a tensor of the base, also under its name as a parametrization's original."""
+        match = _ORIGINAL.fullmatch(key)
+        reading.whole[joined(match["path"] or "", match["parameter"]) if match else key] = key
+
+    def read_layer(self, name: str, slots: dict[str, str], reading: Reading) -> None:
+        """Add a layer of the sum of its pairs' ranks."""
+        ranks = []
+        for at in _places(slots):
+            own = {slot.partition(".")[2]: key for slot, key in slots.items() if slot.startswith(f"{at}.")}
+            shapes = reading.pair(name, own, "lora_A", "lora_B", of=f" of parametrization {at}")
+            if shapes is None:
+                continue
+            A, B = shapes
+            inner = [A[i] for i, j in ((0, 1), (1, 0)) if A[i] == B[j] and A[i]]
+            if inner:
+                ranks.append(min(inner))
             else:
-                whole[key] = key
-        layers, refusals = [], []
-        for name, found in slots.items():
-            ranks, problems = _ranks(name, found, source)
-            refusals += problems
-            if not problems:
-                layers.append(ForeignLayer(name=name, slots=found, rank=sum(ranks), alpha=None))
-        return Foreign(
-            layers=tuple(layers),
-            whole=whole,
-            biases=lone_biases(whole),
-            not_used=not_used,
-            refusals=tuple(refusals),
-            own_alpha="minLoRA's lora_alpha is 1 unless its configuration has another",
-        )
+                reading.refuse_pair(name, A, B)
+        if len(ranks) == len(_places(slots)):
+            reading.layers.append(ForeignLayer(name=name, slots=slots, rank=sum(ranks), alpha=None))
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """The weight's own name: any parameter may be parametrized."""
+        """Return the weight's own name: any parameter may be parametrized."""
         return (place.name,)
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """What its parametrization holds."""
+        """Return the reason why a parametrization does not hold this; None if it does."""
         if layer not in _LAYERS:
             return "minLoRA's pair would be of the weight as it lies, (in, out ...), which is no pair of (out, in ...)"
         return None if kind == "lora" else f"minLoRA has no {kind}"
@@ -89,12 +88,14 @@ class MinLora:
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """As they are, of an Embedding exchanged; several pairs as one."""
+        """Return the pair as it is, that of an Embedding exchanged; several pairs as one."""
         import torch
 
         assert layer.alpha is not None
         out, fan_in = place.layer.matrix_shape(place.weight.shape, place.groups)
-        pairs = [_pair(values[f"{at}.A"], values[f"{at}.B"], out, fan_in, place) for at in _places(layer.slots)]
+        pairs = [
+            _pair(values[f"{at}.lora_A"], values[f"{at}.lora_B"], out, fan_in, place) for at in _places(layer.slots)
+        ]
         ranks = [len(A) for A, _ in pairs]
         if len(pairs) == 1:
             return Factors(values={"lora_A": pairs[0][0], "lora_B": pairs[0][1]}, rank=ranks[0])
@@ -104,57 +105,24 @@ class MinLora:
         note = f"{len(pairs)} pairs on one weight as one of rank {len(down)}"
         return at_other_rank(down, torch.cat(ups, 1), alpha=layer.alpha, rank=common, note=note)
 
-    def encode(
-        self,
-        adapter: Adapter,
-        *,
-        network: nn.Module | None,
-        state: Mapping[str, Tensor] | None,
-        options: Options,
-    ) -> Encoded:
-        """A state dict for ``load_state_dict(.., strict=False)``, as the tool's own get_lora_state_dict gives it."""
-        export = Export(tool="minLoRA", adapter=adapter)
-        for name, target in adapter.targets.items():
-            reason = self.refusal(target.layer, target.kind, grouped=target.groups > 1)
-            if reason is not None:
-                export.problems.append(f"{name!r}: {reason}")
-                continue
-            export.alpha(name, target)
-            path, parameter = module_and_parameter(name)
-            factors = adapter.factors_of(name)
-            A, B = factors["lora_A"], factors["lora_B"]
-            if target.layer == "Embedding":
-                A, B = A.T, B.T
-            place = joined(path, "parametrizations", parameter, "0")
-            export.add(name, {f"{place}.lora_A": A, f"{place}.lora_B": B})
-        export.add_whole()
-        return export.encoded()
+    def write_layer(self, name: str, target: Target, export: Export) -> None:
+        """Add the pair of one weight, as the tool's own ``get_lora_state_dict`` names it."""
+        path, parameter = module_and_parameter(name)
+        factors = export.adapter.factors_of(name)
+        A, B = factors["lora_A"], factors["lora_B"]
+        if target.layer == "Embedding":
+            A, B = A.T, B.T
+        place = joined(path, "parametrizations", parameter, "0")
+        export.add(name, target, {f"{place}.lora_A": A, f"{place}.lora_B": B})
 
 
 def _places(slots: Mapping[str, str]) -> list[int]:
-    """The numbers of a weight's parametrizations, in their order."""
+    """Return the numbers of a weight's parametrizations, in their order."""
     return sorted({int(slot.partition(".")[0]) for slot in slots})
 
 
-def _ranks(name: str, slots: Mapping[str, str], source: Source) -> tuple[list[int], list[str]]:
-    """The ranks of a weight's pairs, by their shapes alone, and what is wrong with them."""
-    ranks, problems = [], []
-    for at in _places(slots):
-        missing = [f"lora_{slot}" for slot in "AB" if f"{at}.{slot}" not in slots]
-        if missing:
-            problems.append(f"{name!r}: {missing[0]} of parametrization {at} is missing")
-            continue
-        A, B = (source.tensors[slots[f"{at}.{slot}"]].shape for slot in "AB")
-        inner = [A[i] for i, j in ((0, 1), (1, 0)) if len(A) == len(B) == 2 and A[i] == B[j] and A[i]]
-        if not inner:
-            problems.append(f"{name!r}: lora_A is {A} and lora_B is {B}, which is no pair")
-        else:
-            ranks.append(min(inner))
-    return ranks, problems
-
-
 def _pair(A: Tensor, B: Tensor, out: int, fan_in: int, place: TargetModule) -> tuple[Tensor, Tensor]:
-    """lora_A (r, fan_in) and lora_B (out, r)."""
+    """Return lora_A (r, fan_in) and lora_B (out, r)."""
     if place.layer.name == "Embedding":
         exchanged = len(A) == fan_in and B.shape[1] == out and A.shape[1] == len(B)
         A, B = (A.T, B.T) if exchanged else (B.T, A.T)  # else a pair of the table as (entries, features)
@@ -166,7 +134,7 @@ def _pair(A: Tensor, B: Tensor, out: int, fan_in: int, place: TargetModule) -> t
 
 
 def _times(B: Tensor, factor: int) -> Tensor:
-    """B times a whole number, exactly: in its own dtype where that holds it, else in float64.
+    """Multiply B by a whole number, exactly: in its own dtype if that holds the product, else in float64.
 
     Raises:
         AdapterError: B is float64 already, and the product does not fit.

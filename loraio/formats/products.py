@@ -134,15 +134,21 @@ def relative_error(exact: Tensor, found: Tensor) -> float:
     return difference / exact.norm().item() if difference else 0.0
 
 
+def alpha_for(scale: float, rank: int) -> float | None:
+    """Return the alpha with which alpha / rank is the scale to the bit; None if there is none."""
+    guess = scale * rank
+    near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
+    return next((alpha for alpha in near if alpha / rank == scale), None)
+
+
 def alpha_at(scale: float, rank: int) -> float:
-    """An alpha with ``alpha / rank == scale``; where float64 has none, the one nearest to it.
+    """Return an alpha with ``alpha / rank == scale``; if float64 has none, the one nearest to it.
 
     >>> alpha_at(1.5, 4), alpha_at(1 / 3, 7) / 7 == 1 / 3
     (6.0, True)
     """
-    alpha = scale * rank
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((one for one in near if one / rank == scale), alpha)
+    alpha = alpha_for(scale, rank)
+    return scale * rank if alpha is None else alpha
 
 
 def _kron(one: Tensor, two: Tensor) -> Tensor:

@@ -1,77 +1,164 @@
-"""What the dialects share that are state dicts, and say no more than tensors do: no alpha, and nothing in a header.
+"""Share the skeleton of dialects that are state dicts: files of tensors alone, without alpha and without metadata.
 
-What is written is a state dict for ``model.load_state_dict(.., strict=False)`` in the other tool.
+They are written for ``model.load_state_dict(.., strict=False)`` in the other tool.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter, Target
+from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError
-from loraio.formats.foreign import Encoded, Factors
+from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
+from loraio.formats.products import alpha_for
 from loraio.formats.report import Line, Report, settings, tensors
+from loraio.formats.sources import Source
 from loraio.registry import known
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
-def module_and_parameter(name: str) -> tuple[str, str]:
-    """A weight's name in its two parts: "fc.weight" gives "fc" and "weight", "weight" gives "" and "weight"."""
-    path, _, parameter = name.rpartition(".")
-    return path, parameter
+@dataclass(kw_only=True)
+class Reading:
+    """The contents of a state dict, in the making; most attributes are those of `Foreign`.
 
-
-def joined(path: str, *rest: str) -> str:
-    """A name inside a module; the model itself has the empty path."""
-    return ".".join((path, *rest) if path else rest)
-
-
-def lone_biases(names: Iterable[str]) -> frozenset[str]:
-    """Biases whose module's weight is not among the names: they come apart from the rest of it."""
-    known_names = set(names)
-    return frozenset(
-        name
-        for name in known_names
-        if name.rpartition(".")[2] == "bias" and joined(name.rpartition(".")[0], "weight") not in known_names
-    )
-
-
-def alpha_for(scale: float, rank: int) -> float | None:
-    """The alpha with which alpha / rank is the scale to the bit; None where there is none."""
-    guess = scale * rank
-    near = (guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
-    return next((alpha for alpha in near if alpha / rank == scale), None)
-
-
-def at_other_rank(lora_A: Tensor, lora_B: Tensor, *, alpha: int | float, rank: int, note: str) -> Factors:
-    """A pair of another rank than the one that alpha was divided by, at the same scale to the bit.
-
-    Where no alpha gives that scale at the pair's rank, it is padded with zeros to ``rank`` times a power of two.
-
-    Args:
-        lora_A: (r, fan_in).
-        lora_B: (out, r).
-        alpha: of the file.
-        rank: of the file: the scale is alpha / rank.
-        note: what was done to the pair.
+    Attributes:
+        source: the file.
+        slots: of each layer, from slot to key.
     """
-    from torch.nn.functional import pad
 
-    size = len(lora_A)
-    if isinstance(alpha, int) and alpha * size % rank == 0:
-        return Factors(values={"lora_A": lora_A, "lora_B": lora_B}, rank=size, alpha=alpha * size // rank, note=note)
-    own = alpha_for(alpha / rank, size)
-    if own is None:
-        doublings = math.ceil(math.log2(max(size / rank, 1)))
-        size, own = rank * 2**doublings, alpha * 2.0**doublings
-        lora_A = pad(lora_A, (0, 0, 0, size - len(lora_A)))
-        lora_B = pad(lora_B, (0, size - lora_B.shape[1]))
-    return Factors(values={"lora_A": lora_A, "lora_B": lora_B}, rank=size, alpha=own, note=note)
+    source: Source
+    slots: dict[str, dict[str, str]] = field(default_factory=dict)
+    layers: list[ForeignLayer] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+    not_used: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+    def take(self, layer: str | None, slot: str, key: str) -> None:
+        """Note a key as one tensor of a layer; the model itself has the name None."""
+        self.slots.setdefault(layer or "", {})[slot] = key
+
+    def pair(
+        self, layer: str, slots: Mapping[str, str], A: str, B: str, *, of: str = ""
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the shapes of two slots if they are matrices; else None, and a refusal is noted."""
+        missing = [slot for slot in (A, B) if slot not in slots]
+        if missing:
+            self.refusals.append(f"{layer!r}: {missing[0]}{of} is missing")
+            return None
+        down, up = (tuple(self.source.tensors[slots[slot]].shape) for slot in (A, B))
+        if len(down) != 2 or len(up) != 2:
+            self.refuse_pair(layer, down, up)
+            return None
+        return down, up
+
+    def refuse_pair(self, layer: str, down: Sequence[int], up: Sequence[int]) -> None:
+        """Note that the shapes of two factors do not go together."""
+        self.refusals.append(f"{layer!r}: lora_A is {down} and lora_B is {up}, which is no pair")
+
+
+class StateDictDialect:
+    """The skeleton of a dialect; each one fills in its names and its layers.
+
+    Attributes:
+        name: as ``--to`` takes it.
+        tool: the name of the tool in messages.
+        own_alpha: the tool's usual alpha, for an error.
+        keys: the expression for a key of a layer, with the groups "path" and "slot".
+        telling: the expression for a key that only this dialect has.
+    """
+
+    name: str
+    tool: str
+    own_alpha: str
+    keys: re.Pattern[str]
+    telling: re.Pattern[str]
+    container = "pickle"
+
+    def recognise(self, source: Source) -> str | None:
+        """Find a key that only this dialect has."""
+        return next((f"the key {key!r}" for key in source.tensors if self.telling.fullmatch(key)), None)
+
+    def take(self, key: str, reading: Reading) -> bool:
+        """Note a key of a layer; False for a tensor of the base's own."""
+        match = self.keys.fullmatch(key)
+        if match:
+            reading.take(match["path"], match["slot"], key)
+        return match is not None
+
+    def take_whole(self, key: str, reading: Reading) -> None:
+        """Note a key that is a tensor of the base's own, which it replaces."""
+        reading.whole[key] = key
+
+    def read_settings(self, reading: Reading) -> None:
+        """Note the settings of a configuration; there are none for most tools."""
+
+    def read_layer(self, name: str, slots: dict[str, str], reading: Reading) -> None:
+        """Add a layer of these slots to the reading, or a refusal."""
+        raise NotImplementedError
+
+    def spell(self, place: TargetModule) -> Sequence[str]:
+        """Return the module's name as it is."""
+        return (place.path,) if place.parameter == "weight" else ()
+
+    def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
+        """Return the reason why the tool's layers do not hold this; None if they do."""
+        raise NotImplementedError
+
+    def write_layer(self, name: str, target: Target, export: Export) -> None:
+        """Add the tensors of one weight to the export, or a problem."""
+        raise NotImplementedError
+
+    def read(self, source: Source) -> Foreign:
+        """Return layers by their pairs; every other key is a tensor that replaces the base's own."""
+        reading = Reading(source=source)
+        others = [key for key in source.tensors if not self.take(key, reading)]
+        for key in others:
+            self.take_whole(key, reading)
+        self.read_settings(reading)
+        for name, slots in reading.slots.items():
+            self.read_layer(name, slots, reading)
+        return Foreign(
+            layers=tuple(reading.layers),
+            whole=reading.whole,
+            biases=lone_biases(reading.whole),
+            not_used=reading.not_used,
+            settings=reading.settings,
+            lines=tuple(reading.lines),
+            refusals=tuple(reading.refusals),
+            own_alpha=self.own_alpha,
+        )
+
+    def check(self, export: Export) -> None:
+        """Note problems of the adapter as a whole; most tools have none."""
+
+    def encode(
+        self,
+        adapter: Adapter,
+        *,
+        network: nn.Module | None,
+        state: Mapping[str, Tensor] | None,
+        options: Options,
+    ) -> Encoded:
+        """Lay the adapter out as a state dict."""
+        export = Export(tool=self.tool, adapter=adapter, network=network)
+        for name, target in adapter.targets.items():
+            reason = self.refusal(target.layer, target.kind, grouped=target.groups > 1)
+            if reason is None:
+                self.write_layer(name, target, export)
+            else:
+                export.problems.append(f"{name!r}: {reason}")
+        self.check(export)
+        export.add_whole()
+        return export.encoded()
 
 
 @dataclass(kw_only=True)
@@ -79,49 +166,42 @@ class Export:
     """A state dict in the making, with its report.
 
     Attributes:
-        tool: how the dialect's tool is called.
-        adapter: what is written.
+        tool: the name of the dialect's tool in messages.
+        adapter: to be written.
+        network: the base's network, if it is known.
+        spelled: other names of replaced tensors in the file; without an entry it is their own name.
     """
 
     tool: str
     adapter: Adapter
+    network: nn.Module | None = None
+    spelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     alphas: dict[str, int | float] = field(default_factory=dict)
 
-    def alpha(self, name: str, target: Target) -> None:
-        """Notes the alpha that the tool's own layer needs, whose scale is alpha / r."""
-        if target.scale_rule == "alpha/r":
-            self.alphas[name] = target.alpha
-            return
-        alpha = alpha_for(target.scale, target.rank)
-        if alpha is None:
-            self.problems.append(f"{name!r}: {self.tool}'s scale is alpha / r, and no alpha gives {target.scale!r}")
-            return
-        self.alphas[name] = alpha
-        self.lines += settings([f"{name}.scale_rule"], "changed", f"alpha {alpha!r} for alpha / r")
-
-    def add(self, name: str, slots: Mapping[str, Tensor], note: str = "") -> None:
-        """The tensors of one weight, by their names in the file."""
+    def add(self, name: str, target: Target, slots: Mapping[str, Tensor], note: str = "") -> None:
+        """Add the tensors of one weight, by their names in the file."""
+        self._add_alpha(name, target)
         self.tensors |= slots
         factors = [f"{name}.{short}" for short in self.adapter.factors_of(name)]
         self.lines += tensors(factors, "changed" if note else "carried", note)
 
-    def add_whole(self, spelled: Mapping[str, Sequence[str]] | None = None) -> None:
-        """The tensors that replace one of the base's, under its name, or under those given for it."""
+    def add_whole(self) -> None:
+        """Add the tensors that replace one of the base's."""
         for name, whole in self.adapter.whole.items():
-            for key in (spelled or {}).get(name, (name,)):
+            for key in self.spelled.get(name, (name,)):
                 self.tensors[key] = self.adapter.tensors[name]
             resized = whole.shape != whole.base_shape
             how = f"the base for {self.tool} needs its shape {whole.shape}" if resized else ""
             self.lines += tensors([name], "carried", how)
 
     def encoded(self) -> Encoded:
-        """What was made, if nothing was wrong.
+        """Return the state dict, with the fate of every setting.
 
         Raises:
-            AdapterError: all that was wrong.
+            AdapterError: the tool cannot hold the adapter; all reasons are listed.
         """
         if self.problems:
             raise AdapterError(
@@ -138,8 +218,67 @@ class Export:
         self.lines += settings(["base", "training", *self.adapter.extra], "lost", nowhere)
         return Encoded(tensors=dict(sorted(self.tensors.items())), report=Report.of(self.lines))
 
+    def _add_alpha(self, name: str, target: Target) -> None:
+        """Note the alpha that the tool's own layer needs, with its scale of alpha / r."""
+        if target.scale_rule == "alpha/r":
+            self.alphas[name] = target.alpha
+            return
+        alpha = alpha_for(target.scale, target.rank)
+        if alpha is None:
+            self.problems.append(f"{name!r}: {self.tool}'s scale is alpha / r, and no alpha gives {target.scale!r}")
+            return
+        self.alphas[name] = alpha
+        self.lines += settings([f"{name}.scale_rule"], "changed", f"alpha {alpha!r} for alpha / r")
+
     def _alphas(self) -> str:
         values = set(self.alphas.values())
         if len(values) == 1:
             return f"{values.pop()!r}"
         return known((f"{alpha!r} of {name!r}" for name, alpha in self.alphas.items()), limit=len(self.alphas))
+
+
+def module_and_parameter(name: str) -> tuple[str, str]:
+    """Split a weight's name: "fc.weight" gives "fc" and "weight", "weight" gives "" and "weight"."""
+    path, _, parameter = name.rpartition(".")
+    return path, parameter
+
+
+def joined(path: str, *rest: str) -> str:
+    """Join a name to its module's path; the model itself has the empty path."""
+    return ".".join((path, *rest) if path else rest)
+
+
+def lone_biases(names: Iterable[str]) -> frozenset[str]:
+    """Return the biases that come without the weight of their module."""
+    known_names = set(names)
+    return frozenset(
+        name
+        for name in known_names
+        if name.rpartition(".")[2] == "bias" and joined(name.rpartition(".")[0], "weight") not in known_names
+    )
+
+
+def at_other_rank(lora_A: Tensor, lora_B: Tensor, *, alpha: int | float, rank: int, note: str) -> Factors:
+    """Return a pair of another rank than the one that alpha was divided by, at the same scale to the bit.
+
+    If no alpha gives that scale at the pair's rank, the pair is padded with zeros to ``rank`` times a power of two.
+
+    Args:
+        lora_A: (r, fan_in).
+        lora_B: (out, r).
+        alpha: of the file.
+        rank: of the file: the scale is alpha / rank.
+        note: the change of the pair, for the report.
+    """
+    from torch.nn.functional import pad
+
+    size = len(lora_A)
+    if isinstance(alpha, int) and alpha * size % rank == 0:
+        return Factors(values={"lora_A": lora_A, "lora_B": lora_B}, rank=size, alpha=alpha * size // rank, note=note)
+    own = alpha_for(alpha / rank, size)
+    if own is None:
+        doublings = math.ceil(math.log2(max(size / rank, 1)))
+        size, own = rank * 2**doublings, alpha * 2.0**doublings
+        lora_A = pad(lora_A, (0, 0, 0, size - len(lora_A)))
+        lora_B = pad(lora_B, (0, size - lora_B.shape[1]))
+    return Factors(values={"lora_A": lora_A, "lora_B": lora_B}, rank=size, alpha=own, note=note)
