@@ -1,7 +1,7 @@
-"""The adapter folders of Hugging Face PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Read adapter folders of Hugging Face PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Of its methods LoRA, DoRA and rank-stabilised LoRA. A state dict taken from a live PEFT model is read too; it has the
-adapter's name in its keys, and no configuration.
+LoRA, DoRA and rank-stabilised LoRA are read. So is a state dict taken from a live PEFT model, which has the adapter's
+name in its keys, and no configuration.
 """
 
 from __future__ import annotations
@@ -14,21 +14,11 @@ from typing import TYPE_CHECKING
 from loraio.adapter import Adapter
 from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
-from loraio.formats.exported import ORIGIN
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
-from loraio.formats.peft_config import (
-    MEANT,
-    ends_of,
-    in_modules,
-    layer_of,
-    names_in,
-    refused_settings,
-    tables_of,
-    unmatched,
-)
+from loraio.formats.peft_config import PeftConfig
 from loraio.formats.peft_export import PARAMETERS, PREFIX, Export, why_not
 from loraio.formats.pitfalls import misuse, passed_over
-from loraio.formats.report import settings
+from loraio.formats.reading import Reading
 from loraio.formats.sources import Source
 from loraio.registry import known
 
@@ -47,7 +37,7 @@ _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<res
 _AGAIN = ".modules_to_save."
 
 _TWICE = ".base_layer.out_proj.lora_"
-"""In keys of the projection whose product PEFT's MultiheadAttention adds twice, attached and merged [0.21.2]."""
+"""Marks the projection of attention: PEFT adds its product twice, attached and merged [0.21.2]."""
 
 _QUANTISED = (".absmax", ".quant_map", ".nested_absmax", ".SCB", ".qweight", ".qzeros")
 
@@ -59,7 +49,7 @@ class Peft:
     container = "folder"
 
     def recognise(self, source: Source) -> str | None:
-        """By ``peft_type`` in a configuration, else by keys that only its models have."""
+        """Find ``peft_type`` in a configuration, or keys that only PEFT's models have."""
         method = (source.config or {}).get("peft_type")
         for key in source.tensors:
             found = _parse(key)
@@ -72,76 +62,33 @@ class Peft:
         return None if method in (None, "LORA") else f"adapter_config.json says peft_type {method!r}"
 
     def read(self, source: Source) -> Foreign:
-        """Layers, replaced tensors and settings; every reason not to use them is listed."""
-        config = source.config
-        parsed = {key: _parse(key) for key in source.tensors}
-        adapters = sorted({one.adapter for one in parsed.values() if one is not None and one.adapter})
-        refusals = refused_settings(config or {}) + [
-            f"{key!r}: the base is quantised" for key in source.tensors if key.endswith(_QUANTISED)
-        ]
-        if len(adapters) > 1:
-            refusals.append(f"it holds {len(adapters)} adapters, {known(adapters)}; one is read")
-        slots: dict[str, dict[str, str]] = {}
-        whole: dict[str, str] = {}
-        saved: set[str] = set()
-        not_used: dict[str, str] = {}
-        for key, one in parsed.items():
-            if one is None:
-                not_used[key] = "the base's own module, which another one stands for"
-            elif one.slot == "" and _AGAIN in one.path:  # written by bias="all" for a module that is saved too
-                not_used[key] = f"the same as {one.path.replace(_AGAIN, '.')!r}"
-            elif one.slot == "":
-                whole[one.path] = key
-                if one.saved:
-                    saved.add(one.path)
-            else:
-                slots.setdefault(one.path, {})[one.slot] = key
-        layers, lost = [], {}
-        tables, problems = tables_of(config)
-        refusals += problems
-        for path, found in slots.items():
-            if "bias" in found and config is not None and not config.get("lora_bias"):
-                lost[found.pop("bias")] = "lora_bias is not set: PEFT would pass over it"
-            layer, problems = layer_of(path, found, source, config, tables)
-            refusals += problems
+        """Return layers, replaced tensors and settings; every reason not to use them is listed."""
+        config = PeftConfig(source.config)
+        reading = Reading(source=source, settings=dict(config.values), lines=config.lines(), refusals=config.refusals())
+        saved = _sort_keys(reading)
+        for path, slots in reading.slots.items():
+            if "bias" in slots and config.is_there and not config.values.get("lora_bias"):
+                reading.lost[slots.pop("bias")] = "lora_bias is not set: PEFT would pass over it"
+            layer = config.layer(path, slots, reading)
             if layer is not None:
-                layers.append(layer)
-        refusals += unmatched(config or {}, [layer.name for layer in layers])
-        excluded = set(names_in((config or {}).get("exclude_modules")))
-        refusals += [
-            f"{layer.name!r} is in exclude_modules: PEFT would pass over it"
-            for layer in layers
-            if not excluded.isdisjoint(ends_of(layer.name))
-        ]
-        if not layers and not refusals:
-            refusals.append("it holds no layer's factors")
-        modules = names_in((config or {}).get("modules_to_save"))
-        saved |= {name for name in whole if in_modules(name, modules)}
-        lines = settings(set(config or {}) & MEANT.keys(), "carried")
-        lines += settings(set(config or {}) - MEANT.keys(), "carried", f"kept in the record, 'training.{ORIGIN}'")
-        return Foreign(
-            layers=tuple(layers),
-            whole=whole,
-            biases=frozenset(whole.keys() - saved),
-            not_used=not_used,
-            lost=lost,
-            settings=dict(config or {}),
-            lines=tuple(lines),
-            refusals=tuple(dict.fromkeys(refusals)),
-        )
+                reading.layers.append(layer)
+        names = [layer.name for layer in reading.layers]
+        reading.refusals += config.unmatched(names) + config.excluded(names)
+        biases = {name for name in reading.whole if name not in saved and not config.saves(name)}
+        return reading.foreign(biases=biases)
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """Module names as they are; of an attention layer its name stands for the weight of all three projections."""
+        """Return the module's name; that of an attention layer stands for the weight of all three projections."""
         return (place.path,) if place.parameter in PARAMETERS else ()
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """What PEFT's layers hold."""
+        """Return the reason why PEFT's layers do not hold this; None if they do."""
         return why_not(layer, kind, grouped=grouped)
 
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Only shapes change, but for a bias beside B."""
+        """Return the factors in other shapes; a bias beside B is scaled."""
         factors = {"lora_A": values["A"].flatten(1), "lora_B": values["B"].flatten(1)}
         if "magnitude" in values:
             factors["magnitude"] = values["magnitude"].flatten()
@@ -163,7 +110,7 @@ class Peft:
         state: Mapping[str, Tensor] | None,
         options: Options,
     ) -> Encoded:
-        """A folder's two files."""
+        """Return the two files of a folder."""
         if network is None:
             raise AdapterError(
                 "PEFT's layers ignore dilation and padding mode, which only the network says",
@@ -172,9 +119,35 @@ class Peft:
         return Export(adapter, network, state).encoded()
 
 
+def _sort_keys(reading: Reading) -> set[str]:
+    """Note each key as a layer's or the base's own; return the base's names of tensors in ``modules_to_save``."""
+    saved: set[str] = set()
+    adapters: set[str] = set()
+    for key in reading.source.tensors:
+        found = _parse(key)
+        if key.endswith(_QUANTISED):
+            reading.refusals.append(f"{key!r}: the base is quantised")
+        if found is None:
+            reading.not_used[key] = "the base's own module, which another one stands for"
+            continue
+        if found.adapter:
+            adapters.add(found.adapter)
+        if found.slot:
+            reading.take(found.path, found.slot, key)
+        elif _AGAIN in found.path:  # written by bias="all" for a module that is saved too
+            reading.not_used[key] = f"the same as {found.path.replace(_AGAIN, '.')!r}"
+        else:
+            reading.whole[found.path] = key
+            if found.saved:
+                saved.add(found.path)
+    if len(adapters) > 1:
+        reading.refusals.append(f"it holds {len(adapters)} adapters, {known(sorted(adapters))}; one is read")
+    return saved
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Key:
-    """What a key of the file says: slot "" is a tensor of the base's own, whose name is the path."""
+    """A key of the file in its pieces; with an empty slot it is a tensor of the base, and the path is its name."""
 
     path: str
     slot: str
@@ -183,7 +156,7 @@ class _Key:
 
 
 def _parse(key: str) -> _Key | None:
-    """None for the base's own copy of a module that the adapter replaces."""
+    """Take a key apart; None for the base's own copy of a module that the adapter replaces."""
     name = key.removeprefix(PREFIX)
     for pattern, slot in _SLOTS:
         match = pattern.fullmatch(name)
@@ -200,7 +173,7 @@ def _parse(key: str) -> _Key | None:
 
 
 def _plain(path: str) -> str:
-    """Without what PEFT wraps around a layer."""
+    """Return a path without the wrappers that PEFT puts around a layer."""
     return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
