@@ -1,7 +1,7 @@
-"""The files of kohya's sd-scripts: LoRA and LoCon, one safetensors file, names with underscores.
+"""Read and write files of kohya's sd-scripts: LoRA and LoCon in one safetensors file, names with underscores.
 
-A key is the mangled name of a module, a dot, and a slot: ``lora_unet_down_conv1.lora_down.weight``. Mangling a name
-cannot be undone, so that it is matched forward from the base's own names.
+A key is the mangled name of a module, a dot, and a slot: ``lora_unet_down_conv1.lora_down.weight``. Mangling cannot be
+undone, so names are matched forward from the base's own.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loraio.adapter.adapter import Adapter
-from loraio.adapter.metadata import FLOAT_DTYPES, Target
-from loraio.bases.targets import TargetModule, target_modules
+from loraio.adapter.adapter import FLOAT_DTYPES, Adapter, Target
+from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError
 from loraio.files import tensorfile
 from loraio.files.tensorfile import METADATA_KEY
-from loraio.files.tensors import dtype_code, tensor_bytes
-from loraio.formats.exported import ORIGIN, carried_lines, exported_document, origin_of
-from loraio.formats.foreign import Added, Encoded, Factors, Foreign, ForeignLayer, Options
+from loraio.formats.exported import ORIGIN, origin_of
+from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.pitfalls import is_pipeline, misuse, passed_over
 from loraio.formats.products import alpha_at, relative_error, with_core
-from loraio.formats.report import Line, Report, settings, tensors
+from loraio.formats.reading import Reading
+from loraio.formats.report import settings, tensors
 from loraio.formats.sources import Source
+from loraio.formats.writing import Writing
 from loraio.registry import known, lookup
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PREFIXES = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lycoris")
-"""What stands in front of a module's mangled name."""
+"""Prefixes of a module's mangled name."""
 
 COMPONENTS = {
     "unet": ("lora_unet",),
@@ -40,15 +41,15 @@ COMPONENTS = {
     "text_encoder_2": ("lora_te2",),
     "text_encoder_3": ("lora_te3",),
 }
-"""Of a base that is a whole pipeline: its modules that have a prefix of their own, the first of which is written."""
+"""Modules of a base that is a whole pipeline, with their prefixes; the first prefix is written."""
 
 DOWN, UP, MID, ALPHA = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha"
 
-_LEGACY = (0x100000, 0x110000)  # bytes of a file that the short, older hash is over
+_LEGACY = (0x100000, 0x110000)  # the range of bytes of the short, older hash
 
 
 class Kohya:
-    """sd-scripts, and what shares its layout."""
+    """sd-scripts, and tools with its layout."""
 
     name = "kohya"
     container = "safetensors"
@@ -59,14 +60,14 @@ class Kohya:
     ignores_dilation = True
 
     def recognise(self, source: Source) -> str | None:
-        """By a slot that only this layout has."""
+        """Find a slot that only this layout has."""
         for key in source.tensors:
             if key.partition(".")[2] in (DOWN, UP):
                 return f"the key {key!r}"
         return None
 
     def read(self, source: Source) -> Foreign:
-        """Layers by their mangled names; every reason not to use them is listed."""
+        """Return layers by their mangled names; every reason not to use them is listed."""
         names: dict[str, dict[str, str]] = {}
         for key in source.tensors:
             name, _, slot = key.partition(".")
@@ -80,34 +81,25 @@ class Kohya:
             for slot, key in layer.slots.items()
             if slot != ALPHA and source.tensors[key].dtype not in FLOAT_DTYPES
         ]
-        if not reading.layers and not reading.refusals:
-            reading.refusals.append("it holds no layer's factors")
         metadata = {key: value for key, value in source.metadata.items() if key not in (METADATA_KEY, "format")}
         reading.lines += settings(sorted(metadata), "carried", f"kept in the record, 'training.{ORIGIN}'")
         prefixes = sorted({name_prefix(name) for name in names} - {""})
-        return Foreign(
-            layers=tuple(reading.layers),
-            not_used=reading.not_used,
-            settings={"metadata": metadata, "prefixes": prefixes},
-            lines=tuple(reading.lines),
-            refusals=tuple(reading.refusals),
-            added=tuple(reading.added),
-            spelled=spelled,
-        )
+        reading.settings = {"metadata": metadata, "prefixes": prefixes}
+        return reading.foreign(spelled=spelled)
 
     def read_module(self, name: str, slots: Mapping[str, str], reading: Reading) -> None:
-        """All keys of one mangled name."""
-        if reading.take_others(slots, (DOWN, UP, MID, ALPHA), "no slot of LoRA or LoCon"):
+        """Read all keys of one mangled name."""
+        if has_only(slots, (DOWN, UP, MID, ALPHA), "no slot of LoRA or LoCon", reading):
             self.read_pair(name, slots, reading)
 
     def read_pair(self, name: str, slots: Mapping[str, str], reading: Reading, kind: str = "lora") -> None:
-        """A down and an up, and perhaps a core between them."""
+        """Read a down and an up, and perhaps a core between them."""
         missing = [slot for slot in (DOWN, UP) if slot not in slots]
         if missing:
             reading.refusals.append(f"{name!r}: {missing[0]} is missing")
             return
-        down, up = (reading.source.tensors[slots[slot]].shape for slot in (DOWN, UP))
-        mid = reading.source.tensors[slots[MID]].shape if MID in slots else None
+        down, up = (reading.shape(slots[slot]) for slot in (DOWN, UP))
+        mid = reading.shape(slots[MID]) if MID in slots else None
         rank = down[0] if down else 0
         fits = len(down) >= 2 and len(up) >= 2 and up[1] == rank >= 1 and math.prod(up[2:]) == 1
         if mid is not None:
@@ -119,7 +111,7 @@ class Kohya:
         self.add_layer(name, slots, rank, reading, kind=kind)
 
     def add_layer(self, name: str, slots: Mapping[str, str], rank: int, reading: Reading, **more: Any) -> None:
-        """A layer of this rank, with the alpha that its file says."""
+        """Add a layer of this rank, with the alpha of its file."""
         alpha = reading.source.number(slots[ALPHA]) if ALPHA in slots else None
         if alpha is not None and not math.isfinite(alpha):
             reading.refusals.append(f"{slots[ALPHA]!r} is {alpha}")
@@ -131,18 +123,18 @@ class Kohya:
         )
 
     def zero_alpha(self, key: str, rank: int, reading: Reading) -> int | None:
-        """What alpha 0 means; None where the tool does not agree with itself."""
+        """Return the meaning of alpha 0; None if the tool does not agree with itself."""
         reading.refusals.append(
             f"{key!r} is 0: attached, sd-scripts takes that as r, {rank}, and its merge scripts take it as 0"
         )
         return None
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """All prefixes in front of the mangled name; of a pipeline's module its own prefix too."""
+        """Return the mangled name behind each prefix; that of a pipeline's module behind its own prefix too."""
         return spelled(place.path) if place.parameter == "weight" else ()
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """What sd-scripts' own modules hold."""
+        """Return the reason why the tool's own modules do not hold this; None if they do."""
         if layer not in self.layers:
             return f"{self.tool} has no LoRA for this layer type"
         if kind != "lora":
@@ -154,7 +146,7 @@ class Kohya:
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Shapes change; a core is multiplied into the down."""
+        """Return the factors in other shapes; a core is multiplied into the down."""
         down, up = values[DOWN], values[UP]
         notes = []
         if MID in values:
@@ -169,7 +161,7 @@ class Kohya:
         return Factors(values={"lora_A": down.flatten(1), "lora_B": up.flatten(1)}, note="; ".join(notes))
 
     def misuse(self, module: nn.Module) -> str | None:
-        """What the tool's own forward pass gets wrong on a layer."""
+        """Return the fault of the tool's own forward pass on a layer; None if there is none."""
         return misuse(module, dilation=self.ignores_dilation) or passed_over(module)
 
     def encode(
@@ -180,21 +172,17 @@ class Kohya:
         state: Mapping[str, Tensor] | None,
         options: Options,
     ) -> Encoded:
-        """One safetensors file."""
-        if network is None:
-            raise AdapterError(
-                f"{self.tool} goes by the names of all modules and the padding of convolutions, which only the network"
-                " says",
-                hint="--base BASE, or --model NAME",
-            )
-        places = target_modules(network)
-        writing = Writing(adapter=adapter, network=network, state=state, options=options)
+        """Lay the adapter out as one safetensors file."""
+        needs = f"{self.tool} goes by the names of all modules and the padding of convolutions"
+        writing = NamedWriting(
+            tool=self.tool, adapter=adapter, network=network, state=state, options=options, needs=needs
+        )
+        places = writing.places
         aimed = {places[name].path for name in adapter.targets if name in places}
         self._name(aimed | self.paths_of_whole(writing), writing)
         for name, target in adapter.targets.items():
-            place = places.get(name)
-            if place is None or (place.layer.name, place.groups) != (target.layer, target.groups):
-                writing.problems.append(f"{name!r} is no {target.layer} with groups={target.groups} of the network")
+            place = writing.place(name, target)
+            if place is None:
                 continue
             reason = self.refusal(target.layer, target.kind, grouped=target.groups > 1)
             wrong = self.misuse(place.module)
@@ -207,23 +195,11 @@ class Kohya:
                 continue
             self.write_layer(writing.names[place.path], name, target, place, writing)
         self.write_whole(writing)
-        if writing.problems:
-            raise AdapterError(
-                f"{self.tool} cannot hold this adapter, or would use it wrongly",
-                problems=writing.problems,
-                hint="loraio merge puts it into the base for good",
-            )
-        metadata = self.metadata(writing)
-        writing.lines += carried_lines(adapter)
-        return Encoded(
-            tensors=dict(sorted(writing.tensors.items())),
-            report=Report.of(writing.lines),
-            document=exported_document(adapter),
-            metadata=metadata,
-        )
+        writing.check()
+        return writing.in_safetensors(self.metadata(writing))
 
-    def write_layer(self, mangled: str, name: str, target: Target, place: TargetModule, writing: Writing) -> None:
-        """The pair of one weight."""
+    def write_layer(self, mangled: str, name: str, target: Target, place: TargetModule, writing: NamedWriting) -> None:
+        """Add the pair of one weight."""
         alpha = target.alpha
         if target.scale_rule != "alpha/r":
             alpha = alpha_at(target.scale, target.rank)
@@ -247,23 +223,23 @@ class Kohya:
         if target.scale_rule == "alpha/r":
             writing.lines += settings([f"{name}.alpha"], "carried", f"in {mangled}.{ALPHA}")
 
-    def write_whole(self, writing: Writing) -> None:
-        """Tensors that are replaced have no place."""
+    def write_whole(self, writing: NamedWriting) -> None:
+        """Report the tensors that are replaced: they have no place."""
         names = set(writing.adapter.whole) - writing.held
         writing.lines += tensors(sorted(names), "lost", f"{self.tool} replaces no tensor of the base")
 
-    def paths_of_whole(self, writing: Writing) -> set[str]:
-        """Modules of which replaced tensors have a place."""
+    def paths_of_whole(self, writing: NamedWriting) -> set[str]:
+        """Return the modules with replaced tensors that have a place."""
         return set()
 
-    def metadata(self, writing: Writing) -> dict[str, str]:
-        """What sd-scripts writes itself: its record, and hashes of the tensors."""
+    def metadata(self, writing: NamedWriting) -> dict[str, str]:
+        """Return the metadata that sd-scripts writes itself: its record, and hashes of the tensors."""
         before = self.record(writing)
         made = {**before, **hashes(writing.tensors, before)}
         return {**made, **self._modelspec(writing)}
 
-    def record(self, writing: Writing) -> dict[str, str]:
-        """The ``ss_`` keys: those of the file that the adapter came from, and what is known of it now."""
+    def record(self, writing: NamedWriting) -> dict[str, str]:
+        """Return the ``ss_`` keys: those of the file that the adapter came from, brought up to date."""
         before = self._before(writing)
         targets = writing.adapter.targets.values()
         ranks, alphas = {target.rank for target in targets}, {target.alpha for target in targets}
@@ -275,26 +251,26 @@ class Kohya:
             "ss_network_module": self.network_module,
         }
 
-    def _modelspec(self, writing: Writing) -> dict[str, str]:
+    def _modelspec(self, writing: NamedWriting) -> dict[str, str]:
         before = self._before(writing)
         hashed = "modelspec.hash_sha256"
         writing.lines += settings({hashed} & before.keys(), "changed", "left out: it was of the other file")
         return {key: value for key, value in before.items() if key.startswith("modelspec.") and key != hashed}
 
-    def _before(self, writing: Writing) -> dict[str, str]:
+    def _before(self, writing: NamedWriting) -> dict[str, str]:
         found = origin_of(writing.adapter, self.name).get("metadata")
         return {str(key): str(value) for key, value in found.items()} if isinstance(found, Mapping) else {}
 
-    def _name(self, aimed: set[str], writing: Writing) -> None:
-        """The mangled name of each module; those of the aimed ones that another has too are problems."""
+    def _name(self, aimed: set[str], writing: NamedWriting) -> None:
+        """Choose the mangled name of each module; that of an adapted one must be its alone."""
         given = writing.options.prefix
         if given is not None:
             lookup(dict.fromkeys(PREFIXES), given, what="prefix")
         before = origin_of(writing.adapter, self.name).get("prefixes")
         before = [one for one in before if one in PREFIXES] if isinstance(before, list) else []
         prefix = given or (before[0] if len(before) == 1 else self.prefix)
-        by_part = given is None and prefix != "lycoris" and is_pipeline(writing.network, COMPONENTS)
-        for path, _ in writing.network.named_modules():
+        by_part = given is None and prefix != "lycoris" and is_pipeline(writing.net, COMPONENTS)
+        for path, _ in writing.net.named_modules():
             component, dot, rest = path.partition(".")
             if by_part and dot and component in COMPONENTS:
                 writing.names[path] = f"{COMPONENTS[component][0]}_{_mangled(rest)}"
@@ -308,43 +284,28 @@ class Kohya:
         writing.lines += settings(["prefix"], "carried", f"{said}, in front of every name")
 
 
-class Reading:
-    """What a file says, in the making."""
+@dataclass(kw_only=True)
+class NamedWriting(Writing):
+    """A file with mangled names, in the making.
 
-    def __init__(self, *, source: Source) -> None:
-        self.source = source
-        self.layers: list[ForeignLayer] = []
-        self.added: list[Added] = []
-        self.not_used: dict[str, str] = {}
-        self.lines: list[Line] = []
-        self.refusals: list[str] = []
+    Attributes:
+        names: the mangled name of each module, by path.
+        held: names of replaced tensors that have a place after all.
+    """
 
-    def take_others(self, slots: Mapping[str, str], wanted: Sequence[str], what: str) -> bool:
-        """Refuses keys whose slots are not wanted; whether there are none."""
-        others = [key for slot, key in slots.items() if slot not in wanted]
-        self.refusals += [f"{key!r} is {what}" for key in others]
-        return not others
+    names: dict[str, str] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
 
 
-class Writing:
-    """A file in the making."""
-
-    def __init__(
-        self, *, adapter: Adapter, network: nn.Module, state: Mapping[str, Tensor] | None, options: Options
-    ) -> None:
-        self.adapter = adapter
-        self.network = network
-        self.state = state
-        self.options = options
-        self.tensors: dict[str, Tensor] = {}
-        self.lines: list[Line] = []
-        self.problems: list[str] = []
-        self.names: dict[str, str] = {}  # mangled, by path
-        self.held: set[str] = set()  # names of replaced tensors that have a place after all
+def has_only(slots: Mapping[str, str], wanted: Sequence[str], what: str, reading: Reading) -> bool:
+    """Return True if all slots are wanted ones; refuse the keys of others."""
+    others = [key for slot, key in slots.items() if slot not in wanted]
+    reading.refusals += [f"{key!r} is {what}" for key in others]
+    return not others
 
 
 def spelled(path: str) -> tuple[str, ...]:
-    """Every name that a module may have.
+    """Return every name that a module may have.
 
     >>> spelled("unet.conv_in")[0], spelled("unet.conv_in")[-1]
     ('lora_unet_unet_conv_in', 'lora_unet_conv_in')
@@ -356,14 +317,15 @@ def spelled(path: str) -> tuple[str, ...]:
 
 
 def name_prefix(name: str) -> str:
-    """The one of `PREFIXES` that a mangled name starts with; empty where it has none."""
+    """Return the one of `PREFIXES` with which a mangled name starts; empty if there is none."""
     return next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), "")
 
 
 def hashes(values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """``sshs_model_hash`` and ``sshs_legacy_hash``, of a file that holds these tensors and this metadata alone.
+    """Return ``sshs_model_hash`` and ``sshs_legacy_hash`` of a file with these tensors and this metadata alone.
 
-    The first is the SHA-256 of everything after the header; the second the first 8 digits of that of 64 KiB at 1 MiB.
+    The first is the SHA-256 of everything after the header. The second has the first 8 digits of the SHA-256 of 64 KiB
+    at 1 MiB.
     """
     facts = {name: (dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in values.items()}
     start, placed = tensorfile.layout(facts, metadata, where="the export")
@@ -379,7 +341,7 @@ def hashes(values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
 
 
 def check_kernel(kernel: Sequence[int], key: str, place: TargetModule) -> None:
-    """Refuses a kernel of another shape than the weight's, which may have as many numbers all the same.
+    """Refuse a kernel of another shape than the weight's, even one with as many numbers.
 
     Raises:
         AdapterError: naming the key.
@@ -390,7 +352,7 @@ def check_kernel(kernel: Sequence[int], key: str, place: TargetModule) -> None:
 
 
 def _without_core(core: Tensor, down: Tensor) -> tuple[Tensor, str]:
-    """The down of a plain pair of the same rank, float32 at least, and how far it is from the exact one."""
+    """Return the down of a plain pair of the same rank, at least float32, and a note on its error."""
     import torch
 
     from loraio.adapter.rounding import round_once
@@ -404,7 +366,7 @@ def _without_core(core: Tensor, down: Tensor) -> tuple[Tensor, str]:
 
 
 def _number(value: int | float) -> Tensor:
-    """As float32, which the tools read it as, where that holds it; else as float64."""
+    """Return a float32 tensor, as the tools read it, if that holds the value; else float64."""
     import torch
 
     small = torch.tensor(value, dtype=torch.float32)

@@ -15,7 +15,7 @@ from loraio.adapter import Target
 from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Added, Factors, ForeignLayer, Options
-from loraio.formats.kohya import ALPHA, DOWN, MID, PREFIXES, UP, Kohya, Reading, Writing, check_kernel
+from loraio.formats.kohya import ALPHA, DOWN, MID, PREFIXES, UP, Kohya, NamedWriting, check_kernel, has_only
 from loraio.formats.products import (
     Product,
     alpha_at,
@@ -26,6 +26,7 @@ from loraio.formats.products import (
     whole,
     with_core,
 )
+from loraio.formats.reading import Reading
 from loraio.formats.report import settings, tensors
 from loraio.formats.sources import Source
 
@@ -95,19 +96,19 @@ class Lycoris(Kohya):
         if named:
             reading.refusals += named
         elif UP in slots or DOWN in slots:
-            if reading.take_others(slots, (DOWN, UP, MID, ALPHA, _DORA), "no slot of LoCon"):
+            if has_only(slots, (DOWN, UP, MID, ALPHA, _DORA), "no slot of LoCon", reading):
                 self.read_pair(name, slots, reading, kind=kind)
         elif _HADA[0] in slots:
-            if reading.take_others(slots, (*_HADA, *_HADA_CORES, ALPHA, _DORA), "no slot of LoHa"):
+            if has_only(slots, (*_HADA, *_HADA_CORES, ALPHA, _DORA), "no slot of LoHa", reading):
                 self._read_hadamard(name, slots, reading, kind)
         elif not slots.keys().isdisjoint(_KRON):
-            if reading.take_others(slots, (*_KRON, ALPHA, _DORA), "no slot of LoKr"):
+            if has_only(slots, (*_KRON, ALPHA, _DORA), "no slot of LoKr", reading):
                 self._read_kronecker(name, slots, reading, kind)
         elif _DIFF in slots:
-            if reading.take_others(slots, (_DIFF, _DIFF_BIAS, ALPHA), "no slot of a whole change"):
+            if has_only(slots, (_DIFF, _DIFF_BIAS, ALPHA), "no slot of a whole change", reading):
                 self._read_diff(name, slots, reading)
         elif "w_norm" in slots:
-            if reading.take_others(slots, (*_NORM, ALPHA), "no slot of a normalisation layer"):
+            if has_only(slots, (*_NORM, ALPHA), "no slot of a normalisation layer", reading):
                 reading.added += [
                     Added(module=name, parameter=parameter, key=slots[slot])
                     for slot, parameter in _NORM.items()
@@ -148,7 +149,7 @@ class Lycoris(Kohya):
         notes = [made.note, _short_rows(place.weight, factors["lora_A"], factors["lora_B"], alpha / rank)]
         return replace(made, values=factors, note="; ".join(note for note in notes if note))
 
-    def write_layer(self, mangled: str, name: str, target: Target, place: TargetModule, writing: Writing) -> None:
+    def write_layer(self, mangled: str, name: str, target: Target, place: TargetModule, writing: NamedWriting) -> None:
         """A pair, with its lengths; or the whole change, where that was asked for."""
         if writing.options.as_full_delta:
             self._write_diff(mangled, name, target, place, writing)
@@ -164,7 +165,7 @@ class Lycoris(Kohya):
         writing.tensors[f"{mangled}.{_DORA}"] = factors["magnitude"].reshape(-1, *ones)
         writing.lines += tensors([f"{name}.magnitude"], "changed" if note else "carried", note)
 
-    def paths_of_whole(self, writing: Writing) -> set[str]:
+    def paths_of_whole(self, writing: NamedWriting) -> set[str]:
         """Normalisation layers that it adapts too, of which weight and bias are replaced."""
         from torch import nn
 
@@ -172,12 +173,12 @@ class Lycoris(Kohya):
             return set()
         return {
             path
-            for path, module in writing.network.named_modules()
+            for path, module in writing.net.named_modules()
             if isinstance(module, nn.LayerNorm | nn.GroupNorm)
             and any(_inside(path, last) in writing.adapter.whole for last in _NORM.values())
         }
 
-    def write_whole(self, writing: Writing) -> None:
+    def write_whole(self, writing: NamedWriting) -> None:
         """Normalisation layers as differences; biases go with whole changes; nothing else has a place."""
         for path in sorted(self.paths_of_whole(writing)):
             self._write_norm(path, writing)
@@ -185,7 +186,7 @@ class Lycoris(Kohya):
         hint = "" if writing.options.as_full_delta else "; of adapted layers it holds biases with --as-full-delta"
         writing.lines += tensors(names, "lost", f"LyCORIS replaces no tensor of the base{hint}")
 
-    def metadata(self, writing: Writing) -> dict[str, str]:
+    def metadata(self, writing: NamedWriting) -> dict[str, str]:
         """What LyCORIS' own training writes; it has no hashes."""
         return self.record(writing)
 
@@ -194,8 +195,8 @@ class Lycoris(Kohya):
         if missing or len(slots.keys() & set(_HADA_CORES)) == 1:
             reading.refusals.append(f"{name!r}: {(missing or ['one of hada_t1 and hada_t2'])[0]} is missing")
             return
-        shapes = [reading.source.tensors[slots[slot]].shape for slot in _HADA]
-        cores = [reading.source.tensors[slots[slot]].shape for slot in _HADA_CORES if slot in slots]
+        shapes = [reading.shape(slots[slot]) for slot in _HADA]
+        cores = [reading.shape(slots[slot]) for slot in _HADA_CORES if slot in slots]
         ranks = {
             shape[0] if cores or slot.endswith("b") else shape[1]
             for slot, shape in zip(_HADA, shapes, strict=True)
@@ -218,7 +219,7 @@ class Lycoris(Kohya):
         self.add_layer(name, slots, rank, reading, kind=kind, product=product)
 
     def _read_kronecker(self, name: str, slots: Mapping[str, str], reading: Reading, kind: str) -> None:
-        shapes = {slot: reading.source.tensors[key].shape for slot, key in slots.items() if slot in _KRON}
+        shapes = {slot: reading.shape(key) for slot, key in slots.items() if slot in _KRON}
         ranks, sizes = [], []
         for half in ("lokr_w1", "lokr_w2"):
             up, down = shapes.get(f"{half}_a"), shapes.get(f"{half}_b")
@@ -257,7 +258,7 @@ class Lycoris(Kohya):
         reading.layers.append(ForeignLayer(name=name, slots=own, rank=exact, alpha=exact, kind=kind, product=product))
 
     def _read_diff(self, name: str, slots: Mapping[str, str], reading: Reading) -> None:
-        shape = reading.source.tensors[slots[_DIFF]].shape
+        shape = reading.shape(slots[_DIFF])
         if len(shape) < 2 or 0 in shape:
             reading.refusals.append(f"{slots[_DIFF]!r} is {shape}, the change of no weight of a layer")
             return
@@ -313,7 +314,7 @@ class Lycoris(Kohya):
             note="; ".join(notes),
         )
 
-    def _write_norm(self, path: str, writing: Writing) -> None:
+    def _write_norm(self, path: str, writing: NamedWriting) -> None:
         import torch
 
         assert writing.state is not None
@@ -324,7 +325,7 @@ class Lycoris(Kohya):
             elif last == "weight":  # LyCORIS knows the layer by this one
                 writing.tensors[key] = torch.zeros_like(writing.state[name], dtype=torch.float32)
 
-    def _write_difference(self, name: str, key: str, writing: Writing) -> None:
+    def _write_difference(self, name: str, key: str, writing: NamedWriting) -> None:
         """What is added to a tensor that is replaced, in float32, with which LyCORIS computes."""
         import torch
 
@@ -341,7 +342,7 @@ class Lycoris(Kohya):
         writing.held.add(name)
         writing.lines += tensors([name], "changed", f"as its difference from the base's, in {key}{exact}")
 
-    def _write_diff(self, mangled: str, name: str, target: Target, place: TargetModule, writing: Writing) -> None:
+    def _write_diff(self, mangled: str, name: str, target: Target, place: TargetModule, writing: NamedWriting) -> None:
 
         state, adapter = writing.state, writing.adapter
         if state is None:

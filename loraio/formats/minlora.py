@@ -15,9 +15,9 @@ from loraio.adapter import Target
 from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Factors, ForeignLayer, Options
+from loraio.formats.reading import Reading
 from loraio.formats.statedicts import (
     Export,
-    Reading,
     StateDictDialect,
     at_other_rank,
     joined,

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter
-from loraio.bases.targets import TargetModule
-from loraio.errors import AdapterError
+from loraio.adapter.layers import TargetModule
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.peft_config import PeftConfig
 from loraio.formats.peft_export import PARAMETERS, PREFIX, Export, why_not
@@ -111,12 +110,7 @@ class Peft:
         options: Options,
     ) -> Encoded:
         """Return the two files of a folder."""
-        if network is None:
-            raise AdapterError(
-                "PEFT's layers ignore dilation and padding mode, which only the network says",
-                hint="--base BASE, or --model NAME",
-            )
-        return Export(adapter, network, state).encoded()
+        return Export(adapter=adapter, network=network, state=state).encoded()
 
 
 def _sort_keys(reading: Reading) -> set[str]:

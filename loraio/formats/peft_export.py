@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loraio.adapter import Adapter, Target
-from loraio.bases.targets import TargetModule, target_modules
-from loraio.errors import AdapterError
-from loraio.formats.exported import carried_lines, exported_document, origin_of
+from loraio.adapter import Target
+from loraio.adapter.layers import TargetModule
+from loraio.formats.exported import origin_of
 from loraio.formats.foreign import Encoded
 from loraio.formats.peft_config import RECORD
 from loraio.formats.pitfalls import misuse
-from loraio.formats.report import Line, Report, settings, tensors
+from loraio.formats.report import settings, tensors
+from loraio.formats.writing import Writing
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    pass
 
 PREFIX = "base_model.model."
 
@@ -30,7 +30,7 @@ PARAMETERS = ("weight", "in_proj_weight")
 
 
 def why_not(layer: str, kind: str, *, grouped: bool = False) -> str | None:
-    """Return why PEFT cannot hold this kind on this layer type; None where it can."""
+    """Return the reason why PEFT cannot hold this kind on this layer type; None if it can."""
     if layer not in _LAYERS:
         return "PEFT has no LoRA for this layer type"
     if grouped:
@@ -40,59 +40,52 @@ def why_not(layer: str, kind: str, *, grouped: bool = False) -> str | None:
     return None
 
 
-@dataclass
-class Export:
-    """An adapter on its way to PEFT."""
+@dataclass(kw_only=True)
+class Export(Writing):
+    """An adapter on its way to PEFT.
 
-    adapter: Adapter
-    network: nn.Module
-    state: Mapping[str, Tensor] | None
-    problems: list[str] = field(default_factory=list)
-    lines: list[Line] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    Attributes:
+        ranks: of each adapted module.
+        alphas: of each adapted module, under the rule of the configuration.
+        attention: the attention layers of the network; at last those that are adapted.
+    """
+
+    tool: str = "PEFT"
+    needs: str = "PEFT's layers ignore dilation and padding mode"
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, int | float] = field(default_factory=dict)
+    attention: set[str] = field(default_factory=set)
 
     def encoded(self) -> Encoded:
-        adapter = self.adapter
-        places = target_modules(self.network)
-        attention = {place.path for place in places.values() if place.layer.name == "MultiheadAttention"}
-        kinds = Counter(target.kind for target in adapter.targets.values())
-        if len(kinds) > 1:
-            self.problems.append("PEFT has one use_dora for all layers, the adapter has layers of both kinds")
-        rules = {target.scale_rule for target in adapter.targets.values()}
-        ranks: dict[str, int] = {}
-        alphas: dict[str, int | float] = {}
-        for name, target in adapter.targets.items():
-            place = places.get(name)
-            if place is None or (place.layer.name, place.groups) != (target.layer, target.groups):
-                self.problems.append(f"{name!r} is no {target.layer} with groups={target.groups} of the network")
-                continue
-            path = place.path
-            ranks[path], alphas[path] = target.rank, self._alpha(name, target, mixed=len(rules) > 1)
-            self._add(name, target, place, attention)
-        attention &= {path.removesuffix("out_proj").removesuffix(".") for path in ranks} | ranks.keys()
-        for path in sorted(attention) if not self.problems else ():
-            self._complete_attention(path, ranks, alphas)
-        saved = self._whole(set(ranks), attention)
-        if self.problems:
-            raise AdapterError(
-                "PEFT cannot hold this adapter, or would use it wrongly",
-                problems=self.problems,
-                hint="loraio merge puts it into the base for good",
-            )
-        config = self._config(ranks, alphas, rules, saved)
-        self.lines += settings(("rank", "alpha", "kind", "scale_rule"), "carried", "in adapter_config.json")
-        self.lines += carried_lines(adapter)
-        return Encoded(
-            tensors=dict(sorted(self.tensors.items())),
-            report=Report.of(self.lines),
-            document=exported_document(adapter),
-            metadata={"format": "pt"},
-            config=config,
-        )
+        """Return the two files of a folder.
 
-    def _alpha(self, name: str, target: Target, *, mixed: bool) -> int | float:
-        """The alpha under the rule that the configuration will say."""
-        if not mixed or target.scale_rule == "alpha/r":
+        Raises:
+            AdapterError: PEFT cannot hold the adapter, or would use it wrongly; all reasons are listed.
+        """
+        adapter = self.adapter
+        self.attention = {place.path for place in self.places.values() if place.layer.name == "MultiheadAttention"}
+        if len({target.kind for target in adapter.targets.values()}) > 1:
+            self.problems.append("PEFT has one use_dora for all layers, the adapter has layers of both kinds")
+        for name, target in adapter.targets.items():
+            place = self.place(name, target)
+            if place is not None:
+                self.ranks[place.path], self.alphas[place.path] = target.rank, self._alpha(name, target)
+                self._add(name, target, place)
+        self.attention &= {path.removesuffix("out_proj").removesuffix(".") for path in self.ranks} | self.ranks.keys()
+        for path in sorted(self.attention) if not self.problems else ():
+            self._complete_attention(path)
+        bias, saved = self._add_biases(), self._add_modules()
+        self.check()
+        self.lines += settings(("rank", "alpha", "kind", "scale_rule"), "carried", "in adapter_config.json")
+        return self.in_safetensors({"format": "pt"}, config=self._config(bias, saved))
+
+    @property
+    def _rules(self) -> set[str]:
+        return {target.scale_rule for target in self.adapter.targets.values()}
+
+    def _alpha(self, name: str, target: Target) -> int | float:
+        """Return the alpha under the rule of the configuration."""
+        if len(self._rules) == 1 or target.scale_rule == "alpha/r":
             return target.alpha
         alpha = target.scale * target.rank
         if alpha / target.rank != target.scale:
@@ -100,7 +93,8 @@ class Export:
         self.lines += settings([f"{name}.alpha"], "changed", f"{alpha!r} for alpha / r: one rule for all layers")
         return alpha
 
-    def _add(self, name: str, target: Target, place: TargetModule, attention: set[str]) -> None:
+    def _add(self, name: str, target: Target, place: TargetModule) -> None:
+        """Add the factors of one weight, or a problem."""
         reason = why_not(target.layer, target.kind, grouped=target.groups > 1)
         if reason is None and place.parameter not in PARAMETERS:
             reason = "PEFT has no LoRA for attention whose projections are apart"
@@ -113,7 +107,7 @@ class Export:
             self.problems.append(f"{name!r}: {reason}")
             return
         factors = self.adapter.factors_of(name)
-        path = _wrapped(place.path, attention)
+        path = _wrapped(place.path, self.attention)
         twice = path != place.path
         ones = (1,) * (len(target.shape) - 2)
         A, B = factors["lora_A"], factors["lora_B"] / 2 if twice else factors["lora_B"]
@@ -133,23 +127,25 @@ class Export:
         self.lines += tensors(halved, "changed", "halved: PEFT adds the product of an attention layer's out_proj twice")
         self.lines += tensors({f"{name}.{short}" for short in factors} - halved, "carried")
 
-    def _complete_attention(self, path: str, ranks: dict[str, int], alphas: dict[str, int | float]) -> None:
-        """PEFT adapts both projections of an attention layer, at one rank and alpha."""
+    def _complete_attention(self, path: str) -> None:
+        """Adapt both projections of an attention layer at one rank and alpha, as PEFT does, with zeros."""
         import torch
 
+        ranks, alphas = self.ranks, self.alphas
         out = f"{path}.out_proj" if path else "out_proj"
-        if path not in ranks and out not in ranks:
-            return
         both = [name for name in (path, out) if name in ranks]
+        if not both:
+            return
         rank = max(ranks[name] for name in both)
-        scales = {alphas[name] / ranks[name] if self._plain_rule else alphas[name] for name in both}
-        if len(both) == 2 and (len(scales) > 1 or (not self._plain_rule and ranks[path] != ranks[out])):
+        root_rule = self._rules == {"alpha/sqrt(r)"}
+        scales = {alphas[name] if root_rule else alphas[name] / ranks[name] for name in both}
+        if len(both) == 2 and (len(scales) > 1 or (root_rule and ranks[path] != ranks[out])):
             self.problems.append(
                 f"{path!r}: PEFT has one rank and one alpha for both projections of an attention layer"
             )
             return
         alpha = next(alphas[name] for name in both if ranks[name] == rank)
-        width: Any = self.network.get_submodule(path).embed_dim
+        width: Any = self.net.get_submodule(path).embed_dim
         for name, rows in ((path, 3 * width), (out, width)):
             key = PREFIX + _wrapped(name, {path})
             have = ranks.get(name, 0)
@@ -167,61 +163,50 @@ class Export:
         ranks.pop(out, None)
         alphas.pop(out, None)
 
-    @property
-    def _plain_rule(self) -> bool:
-        rules = {target.scale_rule for target in self.adapter.targets.values()}
-        return rules != {"alpha/sqrt(r)"}
-
-    def _whole(self, targeted: set[str], attention: set[str]) -> tuple[str, list[str]]:
-        """Adds the tensors that are replaced; returns what the configuration says of biases and of saved modules."""
+    def _add_biases(self) -> str:
+        """Add the biases that are replaced; return the ``bias`` of the configuration."""
         bias = "none"
-        modules: set[str] = set()
-        for name, whole in self.adapter.whole.items():
+        for name in self._replaced(bias=True):
             path, _, last = name.rpartition(".")
-            if whole.role == "bias":
-                projection = path.rpartition(".")[0] in attention and path.endswith("out_proj")
-                inside = path in targeted or projection
-                key = f"{_wrapped(path, attention)}.base_layer.{last}" if inside else name
-                self.tensors[PREFIX + key] = self.adapter.tensors[name]
-                bias = "lora_only" if inside and last == "bias" and bias != "all" else "all"
-                self.lines += tensors([name], "carried")
-            elif not path:
-                self.problems.append(f"{name!r}: PEFT saves modules, and the network itself is none of its modules")
-            else:
-                modules.add(path)
-        entries = sorted(modules)
-        everywhere = [path for path, _ in self.network.named_modules() if any(path.endswith(one) for one in entries)]
-        for path in everywhere:
-            self._save_module(path, new=path not in modules)
-        return bias, entries
+            projection = path.rpartition(".")[0] in self.attention and path.endswith("out_proj")
+            inside = path in self.ranks or projection
+            key = f"{_wrapped(path, self.attention)}.base_layer.{last}" if inside else name
+            self.carry_whole(name, PREFIX + key)
+            bias = "lora_only" if inside and last == "bias" and bias != "all" else "all"
+        return bias
 
-    def _save_module(self, path: str, *, new: bool) -> None:
-        """The whole state of a module: PEFT saves and loads no less."""
-        for last in self.network.get_submodule(path).state_dict():
-            name = f"{path}.{last}"
-            if name in self.adapter.whole and self.adapter.whole[name].role != "bias":
-                self.tensors[PREFIX + name] = self.adapter.tensors[name]
-                resized = self.adapter.whole[name].shape != self.adapter.whole[name].base_shape
-                how = f"the base for PEFT needs its shape {self.adapter.whole[name].shape}" if resized else ""
-                self.lines += tensors([name], "carried", how)
-            elif name in self.adapter.targets:
-                self.problems.append(f"{name!r} is adapted, and PEFT would save its module {path!r} whole")
-            elif self.state is None or name not in self.state:
-                self.problems.append(
-                    f"{name!r} of the base is needed, since PEFT saves the module {path!r} whole: --base"
-                )
-            elif PREFIX + name not in self.tensors:
-                self.tensors[PREFIX + name] = self.state[name]
+    def _add_modules(self) -> list[str]:
+        """Add the modules with tensors that are replaced; return the ``modules_to_save`` of the configuration."""
+        names = self._replaced(bias=False)
+        self.problems += [
+            f"{name!r}: PEFT saves modules, and the network itself is none of its modules"
+            for name in names
+            if "." not in name
+        ]
+        entries = sorted({name.rpartition(".")[0] for name in names if "." in name})
+        for path, module in self.net.named_modules():
+            if any(path.endswith(entry) for entry in entries):
+                for last in module.state_dict():
+                    self._save(path, f"{path}.{last}")
+        return entries
 
-    def _config(
-        self,
-        ranks: Mapping[str, int],
-        alphas: Mapping[str, int | float],
-        rules: set[str],
-        saved: tuple[str, list[str]],
-    ) -> dict[str, Any]:
-        rank = _commonest(ranks.values())
-        alpha = _commonest(alphas.values())
+    def _replaced(self, *, bias: bool) -> list[str]:
+        return [name for name, whole in self.adapter.whole.items() if (whole.role == "bias") == bias]
+
+    def _save(self, path: str, name: str) -> None:
+        """Add one tensor of a module that PEFT saves whole."""
+        if name in self.adapter.whole and self.adapter.whole[name].role != "bias":
+            self.carry_whole(name, PREFIX + name)
+        elif name in self.adapter.targets:
+            self.problems.append(f"{name!r} is adapted, and PEFT would save its module {path!r} whole")
+        elif self.state is None or name not in self.state:
+            self.problems.append(f"{name!r} of the base is needed, since PEFT saves the module {path!r} whole: --base")
+        else:
+            self.tensors.setdefault(PREFIX + name, self.state[name])
+
+    def _config(self, bias: str, saved: list[str]) -> dict[str, Any]:
+        ranks, alphas = self.ranks, self.alphas
+        rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
         before = {key: value for key, value in origin_of(self.adapter, "peft").items() if key in RECORD}
         return {
             "auto_mapping": None,
@@ -232,29 +217,29 @@ class Export:
             "task_type": None,
             **before,
             "alpha_pattern": {_anchored(path): one for path, one in sorted(alphas.items()) if one != alpha},
-            "bias": saved[0],
+            "bias": bias,
             "fan_in_fan_out": False,
             "lora_alpha": alpha,
             "lora_bias": False,
-            "modules_to_save": saved[1] or None,
+            "modules_to_save": saved or None,
             "peft_type": "LORA",
             "r": rank,
             "rank_pattern": {_anchored(path): one for path, one in sorted(ranks.items()) if one != rank},
             "target_modules": self._target_modules(sorted(ranks)),
             "use_dora": "dora" in {target.kind for target in self.adapter.targets.values()},
-            "use_rslora": rules == {"alpha/sqrt(r)"},
+            "use_rslora": self._rules == {"alpha/sqrt(r)"},
         }
 
     def _target_modules(self, paths: list[str]) -> list[str] | str:
-        """The names themselves, or an expression where a name is the end of another module's too."""
-        others = [path for path, _ in self.network.named_modules() if path not in paths]
+        """Return the names, or an expression if a name is also the end of another module's."""
+        others = [path for path, _ in self.net.named_modules() if path not in paths]
         if not any(path == one or path.endswith(f".{one}") for path in others for one in paths):
             return paths
         return "|".join(re.escape(path) for path in paths)
 
 
 def _wrapped(path: str, attention: set[str]) -> str:
-    """A module's name in a PEFT model: an attention layer keeps its output projection in what it wraps."""
+    """Return a module's name in a PEFT model, which wraps the output projection of attention once more."""
     parent, _, last = path.rpartition(".")
     if last == "out_proj" and parent in attention:
         return f"{parent}.base_layer.out_proj"
@@ -262,11 +247,11 @@ def _wrapped(path: str, attention: set[str]) -> str:
 
 
 def _anchored(path: str) -> str:
-    """A pattern for this module alone: others may end in its name."""
+    """Return a pattern for this module alone, since the names of others may end in its name."""
     return f"^{re.escape(path)}"
 
 
 def _commonest(values: Iterable[Any]) -> Any:
-    """The value that occurs most often; of several the smallest."""
+    """Return the value that occurs most often; of several the smallest."""
     counts = Counter(values)
     return min(counts, key=lambda value: (-counts[value], value))

@@ -9,60 +9,20 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter, Target
 from loraio.adapter.layers import TargetModule
-from loraio.errors import AdapterError
-from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
+from loraio.formats.foreign import Encoded, Factors, Foreign, Options
 from loraio.formats.products import alpha_for
-from loraio.formats.report import Line, Report, settings, tensors
+from loraio.formats.reading import Reading
+from loraio.formats.report import Report, settings, tensors
 from loraio.formats.sources import Source
+from loraio.formats.writing import Writing
 from loraio.registry import known
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-@dataclass(kw_only=True)
-class Reading:
-    """The contents of a state dict, in the making; most attributes are those of `Foreign`.
-
-    Attributes:
-        source: the file.
-        slots: of each layer, from slot to key.
-    """
-
-    source: Source
-    slots: dict[str, dict[str, str]] = field(default_factory=dict)
-    layers: list[ForeignLayer] = field(default_factory=list)
-    whole: dict[str, str] = field(default_factory=dict)
-    not_used: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    lines: list[Line] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
-
-    def take(self, layer: str | None, slot: str, key: str) -> None:
-        """Note a key as one tensor of a layer; the model itself has the name None."""
-        self.slots.setdefault(layer or "", {})[slot] = key
-
-    def pair(
-        self, layer: str, slots: Mapping[str, str], A: str, B: str, *, of: str = ""
-    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Return the shapes of two slots if they are matrices; else None, and a refusal is noted."""
-        missing = [slot for slot in (A, B) if slot not in slots]
-        if missing:
-            self.refusals.append(f"{layer!r}: {missing[0]}{of} is missing")
-            return None
-        down, up = (tuple(self.source.tensors[slots[slot]].shape) for slot in (A, B))
-        if len(down) != 2 or len(up) != 2:
-            self.refuse_pair(layer, down, up)
-            return None
-        return down, up
-
-    def refuse_pair(self, layer: str, down: Sequence[int], up: Sequence[int]) -> None:
-        """Note that the shapes of two factors do not go together."""
-        self.refusals.append(f"{layer!r}: lora_A is {down} and lora_B is {up}, which is no pair")
 
 
 class StateDictDialect:
@@ -126,16 +86,7 @@ class StateDictDialect:
         self.read_settings(reading)
         for name, slots in reading.slots.items():
             self.read_layer(name, slots, reading)
-        return Foreign(
-            layers=tuple(reading.layers),
-            whole=reading.whole,
-            biases=lone_biases(reading.whole),
-            not_used=reading.not_used,
-            settings=reading.settings,
-            lines=tuple(reading.lines),
-            refusals=tuple(reading.refusals),
-            own_alpha=self.own_alpha,
-        )
+        return reading.foreign(biases=lone_biases(reading.whole), own_alpha=self.own_alpha)
 
     def check(self, export: Export) -> None:
         """Note problems of the adapter as a whole; most tools have none."""
@@ -162,24 +113,16 @@ class StateDictDialect:
 
 
 @dataclass(kw_only=True)
-class Export:
-    """A state dict in the making, with its report.
+class Export(Writing):
+    """A state dict in the making.
 
     Attributes:
-        tool: the name of the dialect's tool in messages.
-        adapter: to be written.
-        network: the base's network, if it is known.
+        alphas: of each weight, under the rule alpha / r.
         spelled: other names of replaced tensors in the file; without an entry it is their own name.
     """
 
-    tool: str
-    adapter: Adapter
-    network: nn.Module | None = None
-    spelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    lines: list[Line] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     alphas: dict[str, int | float] = field(default_factory=dict)
+    spelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def add(self, name: str, target: Target, slots: Mapping[str, Tensor], note: str = "") -> None:
         """Add the tensors of one weight, by their names in the file."""
@@ -190,12 +133,8 @@ class Export:
 
     def add_whole(self) -> None:
         """Add the tensors that replace one of the base's."""
-        for name, whole in self.adapter.whole.items():
-            for key in self.spelled.get(name, (name,)):
-                self.tensors[key] = self.adapter.tensors[name]
-            resized = whole.shape != whole.base_shape
-            how = f"the base for {self.tool} needs its shape {whole.shape}" if resized else ""
-            self.lines += tensors([name], "carried", how)
+        for name in self.adapter.whole:
+            self.carry_whole(name, *self.spelled.get(name, (name,)))
 
     def encoded(self) -> Encoded:
         """Return the state dict, with the fate of every setting.
@@ -203,12 +142,7 @@ class Export:
         Raises:
             AdapterError: the tool cannot hold the adapter; all reasons are listed.
         """
-        if self.problems:
-            raise AdapterError(
-                f"{self.tool} cannot hold this adapter",
-                problems=self.problems,
-                hint="loraio merge puts it into the base for good",
-            )
+        self.check()
         self.lines += settings(["rank"], "carried", "by the shapes")
         self.lines += settings(["kind"], "carried", f"all that {self.tool} has")
         self.lines += settings(

@@ -15,8 +15,9 @@ from loraio.adapter import Target
 from loraio.adapter.layers import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Factors, ForeignLayer, Options
+from loraio.formats.reading import Reading
 from loraio.formats.report import settings
-from loraio.formats.statedicts import Export, Reading, StateDictDialect, joined, module_and_parameter
+from loraio.formats.statedicts import Export, StateDictDialect, joined, module_and_parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
