@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraio.adapter.adapter import FLOAT_DTYPES, WHOLE_DTYPES, BaseReference, Target, WholeTensor
-from loraio.adapter.layers import AFFINE, HEAD_LAYERS, STATISTICS, TargetModule, normalisation_modules
+from loraio.adapter.layers import AFFINE, HEAD_LAYERS, STATISTICS
+from loraio.adapter.metadata import FLOAT_DTYPES, WHOLE_DTYPES, BaseReference, Target, WholeTensor
+from loraio.bases.targets import TargetModule, normalisation_modules
 from loraio.errors import AdapterError
-from loraio.files import tensorfile
+from loraio.files.tensors import dtype_code, tensor_bytes, tensor_sha256
 from loraio.formats.foreign import Factors, ForeignLayer
 from loraio.formats.native import NativeMetadata
 from loraio.formats.report import Line, tensors
@@ -48,7 +49,7 @@ class Assembly:
         weight = self.state[place.name]
         alpha = made.alpha if made.alpha is not None else layer.alpha
         assert alpha is not None  # it was given, or the file would have been refused
-        code = tensorfile.dtype_code(weight.dtype)
+        code = dtype_code(weight.dtype)
         if code not in FLOAT_DTYPES:
             self.problems.append(f"{place.name!r} of the base is {code}, not one of {', '.join(FLOAT_DTYPES)}")
             return
@@ -61,7 +62,7 @@ class Assembly:
             dtype=code,
             layer=place.layer.name,
             groups=place.groups,
-            base_sha256=tensorfile.tensor_sha256(weight),
+            base_sha256=tensor_sha256(weight),
             sketch=sketch(weight),
         )
         for short, shape in target.factor_shapes.items():
@@ -85,7 +86,7 @@ class Assembly:
         if value.dtype != base.dtype and value.is_floating_point() and base.is_floating_point():
             how = f"from {value.dtype} to the base's {base.dtype}"
             value = value.to(base.dtype)
-        if value.dtype != base.dtype or tensorfile.dtype_code(base.dtype) not in WHOLE_DTYPES:
+        if value.dtype != base.dtype or dtype_code(base.dtype) not in WHOLE_DTYPES:
             self.problems.append(f"{key!r} is {value.dtype}, {name!r} of the base {base.dtype}")
             return
         if _same_bytes(value, base):
@@ -107,7 +108,7 @@ class Assembly:
 
     def apply_deltas(self) -> None:
         """Replace each tensor to which something is added by the sum; strength does not scale it."""
-        from loraio.adapter.lowrank import round_once
+        from loraio.adapter.rounding import round_once
 
         for name, key, delta in self._deltas:
             base = self.tensors.get(name, self.state.get(name))
@@ -147,8 +148,8 @@ class Assembly:
         self.whole[name] = WholeTensor(
             role=role,
             shape=tuple(value.shape),
-            dtype=tensorfile.dtype_code(base.dtype),
-            base_sha256=tensorfile.tensor_sha256(base),
+            dtype=dtype_code(base.dtype),
+            base_sha256=tensor_sha256(base),
             base_shape=tuple(base.shape),
         )
         self.tensors[name] = value.contiguous()
@@ -165,4 +166,4 @@ class Assembly:
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and tensorfile.tensor_bytes(a).equal(tensorfile.tensor_bytes(b))
+    return a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from loraio.adapter.adapter import Adapter
-from loraio.adapter.layers import TargetModule, refuse_shared, refuse_unusable, target_modules
+from loraio.bases.targets import TargetModule, refuse_shared, refuse_unusable, target_modules
 from loraio.errors import AdapterError, BaseMismatchError, LoraioError, StateError
 from loraio.formats.assembly import Assembly
 from loraio.formats.exported import ORIGIN, kept_metadata

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.errors import FormatError
 from loraio.files.strictjson import parse_json
 from loraio.formats.exported import origin_of

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loraio.adapter.adapter import FLOAT_DTYPES, Adapter, Target
-from loraio.adapter.layers import TargetModule
+from loraio.adapter.adapter import Adapter
+from loraio.adapter.metadata import FLOAT_DTYPES, Target
+from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.files import tensorfile
 from loraio.files.tensorfile import METADATA_KEY
+from loraio.files.tensors import dtype_code, tensor_bytes
 from loraio.formats.exported import ORIGIN, origin_of
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.pitfalls import is_pipeline, misuse, passed_over

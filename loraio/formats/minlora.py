@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Target
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Factors, ForeignLayer, Options
 from loraio.formats.reading import Reading

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
 from loraio.formats.peft_config import PeftConfig
 from loraio.formats.peft_export import PARAMETERS, PREFIX, Export, why_not

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Target
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.formats.exported import origin_of
 from loraio.formats.foreign import Encoded
 from loraio.formats.peft_config import RECORD

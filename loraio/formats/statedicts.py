@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter, Target
-from loraio.adapter.layers import TargetModule
+from loraio.bases.targets import TargetModule
 from loraio.formats.foreign import Encoded, Factors, Foreign, Options
 from loraio.formats.products import alpha_for
 from loraio.formats.reading import Reading

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Adapter, Target
-from loraio.adapter.layers import TargetModule, target_modules
+from loraio.bases.targets import TargetModule, target_modules
 from loraio.errors import AdapterError
 from loraio.formats.exported import carried_lines, exported_document
 from loraio.formats.foreign import Encoded, Options

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import peers
+import peft
 import pytest
 import torch
 from peers import adapter_for, move_, read, refused
@@ -155,9 +155,7 @@ def test_a_bias_that_peft_ignores_is_reported_and_left_out(base: nn.Module, tmp_
 
 @pytest.mark.parametrize("rule", ["alpha/r", "alpha/sqrt(r)"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_an_adapter_of_our_own_gives_its_outputs_in_peft(
-    kind: str, rule: str, base: nn.Module, tmp_path: Path
-) -> None:
+def test_an_adapter_of_our_own_gives_its_outputs_in_peft(kind: str, rule: str, base: nn.Module, tmp_path: Path) -> None:
     """As trained here, dora's magnitudes are float64, and the statistics of the normalisation are its own."""
     patterns = {"rank_pattern": {"c2": 1}, "alpha_pattern": {"fc": 5.5}}
     adapter = adapter_for(base, *LAYERS, kind=kind, scale_rule=rule, norm="stats", size=0.2, **patterns)
