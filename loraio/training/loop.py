@@ -67,7 +67,8 @@ def pretrain(
     generator = torch.Generator().manual_seed(config.seed)
     batches = epoch_batches(len(dataset), config.batch_size, config.epochs, generator=generator)
     model.train()
-    plan = Plan(steps=steps, lr=config.lr, seed=config.seed, label=network, on_progress=on_progress)
+    settings = TrainConfig(lr=config.lr, seed=config.seed)
+    plan = Plan(settings=settings, steps=steps, label=network, on_progress=on_progress)
     optimize(model, dict(model.named_parameters()), batches, dataset, plan)
     return model.eval()
 
@@ -113,9 +114,9 @@ def train(
         counted_on = dataset if held_out is None else held_out
         before = before or _results_of_base(model, config, counted_on)
         label = "all classes" if config.digit is None else f"digit {config.digit}"
-        plan = Plan.of(config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
-        validation = None if held is None else Validation.of(model, held, config)
-        side = _side_file(files, config, dataset, fresh, plan, validation)
+        plan = Plan(settings=config, steps=len(rows) // config.accumulate, label=label, on_progress=on_progress)
+        validation = None if held is None else Validation(model, held, every=config.val_every, patience=config.patience)
+        side = _side_file(files, dataset, fresh, plan, validation)
         with _frozen(model), attach(model, fresh, trainable=True) as live:
             if config.heads:
                 predict(model, dataset.images[:1], classes=dataset.classes)
@@ -206,11 +207,11 @@ def _drawn(config: TrainConfig, dataset: Dataset) -> tuple[Tensor, Dataset | Non
 
 
 def _side_file(
-    files: RunFiles, config: TrainConfig, dataset: Dataset, fresh: Adapter, plan: Plan, validation: Validation | None
+    files: RunFiles, dataset: Dataset, fresh: Adapter, plan: Plan, validation: Validation | None
 ) -> SideFile | None:
     if files.checkpoint is None:
         return None
-    identity = run_identity(config, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
+    identity = run_identity(plan.settings, dataset, steps=plan.steps, base_sha256=fresh.base.sha256)
     return SideFile(Path(files.checkpoint), every=files.checkpoint_every, identity=identity, validation=validation)
 
 
@@ -229,7 +230,9 @@ def _optimized(
     observers: list[Observer] = [] if validation is None else [validation]
     logs: tuple[tuple[Any, type[MetricsLog] | type[TensorBoardLog]], ...]
     logs = ((files.log, MetricsLog), (files.tensorboard, TensorBoardLog))
-    plain = plan.amp is None and not plan.compile  # the others choose an order of memory by themselves
+    plain = (
+        plan.settings.amp is None and not plan.settings.compile
+    )  # the others choose an order of memory by themselves
     with ExitStack() as stack:
 
         def start(run: Optimization) -> bool:

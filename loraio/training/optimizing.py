@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -46,52 +47,41 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Settings of one optimization; the meanings are those of `TrainConfig`.
+    """Settings of one optimization, with the facts that its data decide.
 
     Attributes:
+        settings: learning rate, schedule and the rest; its ``steps`` are not used.
         steps: number of optimizer steps.
         label: name of the run in reports and errors.
         on_progress: called every `REPORT_EVERY` steps and after the last.
+
+    Raises:
+        ConfigError: the warm-up is as long as the run.
     """
 
+    settings: TrainConfig
     steps: int
-    lr: float
-    seed: int
     label: str
-    on_progress: OnProgress | None
-    schedule: str = "constant"
-    warmup: int = 0
-    weight_decay: float = 0
-    lora_plus: float = 1
-    clip_norm: float | None = None
-    accumulate: int = 1
-    amp: str | None = None
-    compile: bool = False
+    on_progress: OnProgress | None = None
 
     def __post_init__(self) -> None:
-        if self.warmup >= self.steps:
+        if self.settings.warmup >= self.steps:
             raise ConfigError(
-                f"a warm-up of {self.warmup:,} steps leaves nothing of a run of {self.steps:,}",
+                f"a warm-up of {self.settings.warmup:,} steps leaves nothing of a run of {self.steps:,}",
                 hint="a smaller --warmup, or more --steps",
             )
-
-    @classmethod
-    def of(cls, config: TrainConfig, *, steps: int, label: str, on_progress: OnProgress | None) -> Plan:
-        """Return the plan for training an adapter."""
-        shared = set(cls.__slots__) & set(TrainConfig.__slots__) - {"steps"}
-        settings: dict[str, Any] = {name: getattr(config, name) for name in shared}
-        return cls(**settings, steps=steps, label=label, on_progress=on_progress)
 
     def rate(self, done: int) -> float:
         """Return the share of the learning rate for the step after ``done`` steps.
 
-        >>> plan = Plan(steps=8, lr=1.0, seed=1, label="", on_progress=None, warmup=4, schedule="cosine")
+        >>> plan = Plan(settings=TrainConfig(warmup=4, schedule="cosine"), steps=8, label="")
         >>> [round(plan.rate(done), 2) for done in range(8)]
         [0.25, 0.5, 0.75, 1.0, 1.0, 0.85, 0.5, 0.15]
         """
-        if done < self.warmup:
-            return (done + 1) / self.warmup
-        return SCHEDULES[self.schedule]((done - self.warmup) / (self.steps - self.warmup))
+        warmup = self.settings.warmup
+        if done < warmup:
+            return (done + 1) / warmup
+        return SCHEDULES[self.settings.schedule]((done - warmup) / (self.steps - warmup))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,28 +131,28 @@ class Optimization:
         self.plan = plan
         self.device = device
         self.done = 0
-        self.optimizer = _optimizer(self.parameters, plan)
+        self.optimizer = _optimizer(self.parameters, plan.settings)
         self._highest = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(device.type) if plan.amp == "fp16" else None
+        self.scaler = torch.amp.GradScaler(device.type) if plan.settings.amp == "fp16" else None
         self._running, self._since = torch.zeros((), device=device), 0
 
     def step(self, model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Moment:
         """Take one optimizer step over the gradients of ``accumulate`` batches of images and labels."""
-        plan, share = self.plan, self.plan.rate(self.done)
+        settings, share = self.plan.settings, self.plan.rate(self.done)
         for group, highest in zip(self.optimizer.param_groups, self._highest, strict=True):
             group["lr"] = highest * share
         loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for images, labels in batches:
-            with torch.autocast(self.device.type, dtype=AMP_DTYPES[plan.amp]) if plan.amp else nullcontext():
+            with torch.autocast(self.device.type, dtype=AMP_DTYPES[settings.amp]) if settings.amp else nullcontext():
                 part = F.cross_entropy(model(images), labels)
-            part = part / plan.accumulate if plan.accumulate > 1 else part
+            part = part / settings.accumulate if settings.accumulate > 1 else part
             (part if self.scaler is None else self.scaler.scale(part)).backward()
             loss = loss + part.detach()
-        if plan.clip_norm is not None:
+        if settings.clip_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters.values(), plan.clip_norm)
+            nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -171,7 +161,7 @@ class Optimization:
         self.done += 1
         self._running += loss
         self._since += 1
-        return Moment(step=self.done, last=self.done == plan.steps, loss=loss, lr=plan.lr * share)
+        return Moment(step=self.done, last=self.done == self.plan.steps, loss=loss, lr=settings.lr * share)
 
     def report(self) -> None:
         """Report the mean loss since the last report.
@@ -259,17 +249,17 @@ def optimize(
         TrainingError: the loss became NaN or infinite, or torch.compile found no compiler.
         ConfigError: fp16 was asked for on a device without it.
     """
-    first = next(model.parameters())
+    settings, first = plan.settings, next(model.parameters())
     device = first.device
-    if plan.amp == "fp16" and device.type != "cuda":
+    if settings.amp == "fp16" and device.type != "cuda":
         raise ConfigError(f"fp16 mixed precision is for CUDA, the model is on {device}", hint="--amp bf16")
     images, labels = dataset.images.to(device, first.dtype), dataset.labels.to(device)
-    forward: Callable[[Tensor], Tensor] = torch.compile(model) if plan.compile else model
-    with seeded(plan.seed, device), torch.enable_grad(), _compiler_errors(plan.compile):
+    forward: Callable[[Tensor], Tensor] = torch.compile(model) if settings.compile else model
+    with _seeded(settings.seed, device), torch.enable_grad(), _compiler_errors(settings.compile):
         run = Optimization(parameters, plan, device, statistics=statistics)
         if start is not None and not start(run):
             return run
-        for number, group in enumerate(_grouped(batches, plan.accumulate)):
+        for number, group in enumerate(_grouped(batches, settings.accumulate)):
             if number < run.done:
                 continue
             rows = [batch.to(device) for batch in group]
@@ -285,34 +275,28 @@ def optimize(
 
 
 def _grouped(batches: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
-    group: list[Tensor] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+    left = iter(batches)
+    return iter(lambda: list(islice(left, size)), [])
 
 
-def _optimizer(parameters: Mapping[str, nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+def _optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainConfig) -> torch.optim.Optimizer:
     """Return Adam, or AdamW with weight decay; parameters of the same rate and decay share a group."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        rate = plan.lr * plan.lora_plus if name.endswith("lora_B") else plan.lr
-        decay = plan.weight_decay if parameter.ndim > 1 else 0.0  # magnitudes, biases and norms are not pulled to zero
+        rate = settings.lr * settings.lora_plus if name.endswith("lora_B") else settings.lr
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0  # magnitudes and biases do not decay
         groups.setdefault((rate, decay), []).append(parameter)
     # fused: one kernel for all parameters, not a dozen for each
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
-    if not plan.weight_decay and len(groups) == 1:
+    if not settings.weight_decay and len(groups) == 1:
         return torch.optim.Adam(list(parameters.values()), lr=next(iter(groups))[0], fused=fused)
-    settings = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
-    optimizer = torch.optim.AdamW if plan.weight_decay else torch.optim.Adam
-    return optimizer(settings, lr=plan.lr, fused=fused)
+    options = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+    optimizer = torch.optim.AdamW if settings.weight_decay else torch.optim.Adam
+    return optimizer(options, lr=settings.lr, fused=fused)
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators inside the block, and restore them after it. Dropout draws from them."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loraio.errors import DataError, TrainingError
-from loraio.training.config import TrainConfig
 from loraio.training.datasets import Dataset
 from loraio.training.evaluation import predict
 from loraio.training.optimizing import Moment, Optimization
@@ -36,11 +35,6 @@ class Validation:
         self._stale = 0
         self.latest: tuple[float, float] | None = None
         self.stopped: int | None = None
-
-    @classmethod
-    def of(cls, model: nn.Module, held_out: Dataset, config: TrainConfig) -> Validation:
-        """Return the validation that the settings ask for."""
-        return cls(model, held_out, every=config.val_every, patience=config.patience)
 
     def __call__(self, run: Optimization, moment: Moment) -> bool:
         """Measure if this step is due; return True to end the run.

@@ -1,4 +1,4 @@
-"""Images in folders of classes: layouts, forms, and what is refused."""
+"""Images in folders of classes: layouts, forms and refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraio.training import image_folders
 
 
 def put(path: Path, *, size: tuple[int, int] = (8, 6), seed: int = 0, mode: str = "RGB") -> np.ndarray:
-    """An image file of (height, width) with random pixels; the pixels."""
+    """Write an image of (height, width) with random pixels; return the pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (*size, 3) if mode == "RGB" else size
     pixels = np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
@@ -26,7 +26,7 @@ def put(path: Path, *, size: tuple[int, int] = (8, 6), seed: int = 0, mode: str 
 
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
-    """train with three images of two classes each, val with one."""
+    """Write folders: train with three images of two classes each, val with one."""
     for n, name in enumerate(("dog", "cat")):
         for k in range(3):
             put(tmp_path / "train" / name / f"{k}.png", seed=10 * n + k)
@@ -38,12 +38,13 @@ def load(path: Path, part: str = "train", **options: object) -> loraio.Dataset:
     return loraio.load_dataset(f"imagefolder:{path}", part, **options)  # type: ignore[arg-type]
 
 
-def test_images_of_the_right_size_are_taken_as_they_are(split: Path) -> None:
+def test_images_of_the_right_size_keep_their_pixels(split: Path) -> None:
     found = load(split)
     assert (found.images.shape, found.labels.tolist()) == ((6, 3, 8, 6), [0, 0, 0, 1, 1, 1])
     assert (found.class_names, found.classes, found.split) == (("cat", "dog"), 2, "train")
     pixels = put(split.parent / "again" / "x.png", seed=10)
     assert found.images[0].equal(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+    assert load(split, workers=2).images.equal(found.images)
     test = load(split, "test")
     assert (len(test), test.class_names) == (2, ("cat", "dog"))
 
@@ -57,10 +58,6 @@ def test_folders_without_a_split_are_split_once_for_all(tmp_path: Path) -> None:
     together = torch.cat([train.images, test.images]).flatten(1)
     assert len(together.unique(dim=0)) == 20
     assert load(tmp_path, "test").images.equal(test.images)
-
-
-def test_workers_decode_the_same(split: Path) -> None:
-    assert load(split, workers=2).images.equal(load(split).images)
 
 
 def test_images_are_scaled_to_cover_the_size_and_cut_around_the_middle(tmp_path: Path) -> None:
@@ -111,7 +108,7 @@ def test_more_bytes_than_the_limit_are_refused_with_both_numbers(split: Path) ->
     assert len(load(split, max_bytes=3456)) == 6
 
 
-def test_several_sizes_need_one_that_is_asked_for(split: Path) -> None:
+def test_images_of_several_sizes_need_the_option(split: Path) -> None:
     put(split / "train/cat/9.png", size=(9, 6))
     with pytest.raises(DataError, match=r"several sizes: '0.png' is \(8, 6\), '9.png' \(9, 6\)") as caught:
         load(split)
@@ -128,7 +125,7 @@ def test_damaged_images_are_named_all_together(split: Path, workers: int) -> Non
     assert [name in line for name, line in zip(("a.png", "b.png"), caught.value.problems, strict=True)] == [True, True]
 
 
-def test_folders_that_are_none_are_refused(tmp_path: Path, split: Path) -> None:
+def test_other_folders_are_refused(tmp_path: Path, split: Path) -> None:
     with pytest.raises(MissingFileError, match="there is no folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "flat").mkdir()

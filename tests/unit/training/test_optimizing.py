@@ -16,8 +16,9 @@ from loraio.training import optimizing
 from loraio.training.optimizing import Moment, Optimization, Plan, optimize
 
 
-def plan(**settings: Any) -> Plan:
-    return Plan(**{"steps": 10, "lr": 0.1, "seed": 1, "label": "x", "on_progress": None, **settings})
+def plan(*, steps: int = 10, on_progress: Any = None, **settings: Any) -> Plan:
+    config = loraio.TrainConfig(**{"lr": 0.1, **settings})
+    return Plan(settings=config, steps=steps, label="x", on_progress=on_progress)
 
 
 def linear() -> nn.Module:
