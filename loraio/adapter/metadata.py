@@ -56,7 +56,7 @@ class Target:
         groups: of the convolution; 1 for other layers.
         kind: a name in `loraio.adapter.kinds.KINDS`.
         scale_rule: a name in `SCALE_RULES`.
-        sketch: a few numbers that tell how far another weight is, `loraio.bases.identity.sketch`; may be empty.
+        sketch: a few numbers that tell how far another weight is, `loraio.bases.sketches.sketch`; may be empty.
         extra: keys of the file that this version does not know; written back as they were.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraio.adapter.metadata import check_heads
-from loraio.bases.receipts import Receipt, read_receipts
+from loraio.bases.receipts import Receipt, merged_entries, read_receipts
 from loraio.errors import AdapterError, FormatError
 from loraio.files import tensorfile
 from loraio.files.pickles import PICKLE_SUFFIXES, read_pickle
@@ -156,11 +156,10 @@ def _stated(document: Mapping[str, Any], *, where: str) -> dict[str, Any]:
             hint="a newer loraio",
         )
     network, args = document.get("network"), document.get("network_args", {})
-    receipts, heads = document.get("merged", []), document.get("heads", {})
+    heads = document.get("heads", {})
     if network is not None and not isinstance(network, str):
         raise FormatError(f"the network is {network!r}, not a name", where=where)
-    if not isinstance(receipts, list) or not all(isinstance(receipt, dict) for receipt in receipts):
-        raise FormatError(f"the receipts are {receipts!r}, not a list of objects", where=where)
+    merged_entries(document, where=where)
     if not isinstance(args, dict):
         raise FormatError(f"the network's options are {args!r}, not an object", where=where)
     try:

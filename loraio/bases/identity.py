@@ -1,45 +1,40 @@
-"""The identity of a base model: digests of its weights, and how a model differs from an adapter's own base."""
+"""Tell base models apart: by digests of their tensors, each computed once for a live model."""
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loraio.adapter.adapter import Adapter
 from loraio.adapter.layers import STATISTICS
 from loraio.adapter.metadata import FLOAT_DTYPES, BaseReference
+from loraio.bases.networks import heads_of, network_args_of, network_of
+from loraio.bases.sketches import distance, sketch
 from loraio.bases.writes import TensorMark
 from loraio.errors import BaseMismatchError, StateError
 from loraio.files.integrity import state_digest
 from loraio.files.tensors import dtype_code, tensor_bytes, tensor_sha256
 from loraio.registry import nearest
 
-PROJECTIONS = 8
-"""Random projections in a `sketch`."""
-
 RESOLUTION = 1e-5
-"""Relative distance below which two sketches are the same: they have six digits."""
+"""Relative distance below which two sketches count as the same: they have six digits."""
 
 SAME = 0.02
 """Relative distance up to which a cast or rounded weight counts as the same: bfloat16 rounds by 0.002."""
 
 SAME_ORIGIN = 0.5
-"""Relative distance up to which a weight counts as changed, not as another one altogether."""
+"""Relative distance up to which a weight counts as changed, not as a different one."""
 
 
 def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """`tensor_sha256` of every tensor, by name.
+    """Return the digest of every tensor, `tensor_sha256`, by name.
 
     Raises:
-        StateError: an entry is no tensor (a module's extra state), has no values (the meta device), or is sparse.
+        StateError: an entry is not a tensor (a module's extra state), has no values (the meta device), or is sparse.
     """
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
@@ -52,23 +47,21 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def state_sha256(state: Mapping[str, Tensor], known: Mapping[str, str] | None = None) -> str:
-    """`loraio.files.integrity.state_digest` of a state dict.
+    """Return the digest of a state dict, see `loraio.files.integrity.state_digest`.
 
     Args:
         state: the state dict, parameters and buffers.
-        known: digests of its tensors, when the caller has them already.
+        known: digests of its tensors, if the caller has them already.
     """
     known = digests(state) if known is None else known
     return state_digest((name, dtype_code(state[name].dtype), tuple(state[name].shape), known[name]) for name in state)
 
 
 class BaseIdentity:
-    """The digests of a live model's tensors, each computed once for as long as its tensor is not written to.
+    """The digests of a live model's tensors, each computed once until its tensor is written to.
 
     `loraio.bases.writes.TensorMark` says which writes are noticed; others go unseen until `forget`. Tensors that no
-    mark can compare, such as those made under ``torch.inference_mode``, are hashed every time.
-
-    Methods may be called from several threads.
+    mark can compare, such as those made under ``torch.inference_mode``, are hashed every time. Thread-safe.
 
     Attributes:
         forgotten: how often `forget` was called.
@@ -81,7 +74,7 @@ class BaseIdentity:
         self._whole: dict[tuple[tuple[str, str], ...], str] = {}
 
     def digests(self, state: Mapping[str, Tensor]) -> dict[str, str]:
-        """As the function `digests`; hashes only what is new or was written to.
+        """Return `digests` of a state dict, and hash only tensors that are new or were written to.
 
         Args:
             state: the model's state dict, as it is now.
@@ -99,19 +92,19 @@ class BaseIdentity:
             return {name: self._known[name][0] for name in state}
 
     def learn(self, state: Mapping[str, Tensor], read: Mapping[str, Tensor], known: Mapping[str, str]) -> None:
-        """Take over digests that came with a file: of each tensor that holds the bytes that were read.
+        """Take over digests from a file, of each tensor that holds the bytes that were read.
 
         Args:
             state: the model's state dict.
             read: the tensors of the file, by name.
-            known: their digests, which were compared when they were read.
+            known: their digests, compared when they were read.
         """
         same = [name for name in known if tensor_bytes(state[name]).equal(tensor_bytes(read[name]))]
         with self._lock:
             self._learn(state, {name: known[name] for name in same})
 
     def state_sha256(self, state: Mapping[str, Tensor], known: Mapping[str, str]) -> str:
-        """As the function `state_sha256`, remembered for as long as no digest changes."""
+        """Return `state_sha256`, cached until a digest changes."""
         rows = tuple(sorted((name, known[name]) for name in state))
         with self._lock:
             if rows not in self._whole:
@@ -135,72 +128,40 @@ class BaseIdentity:
 
 
 def identity_of(model: nn.Module) -> BaseIdentity:
-    """The `BaseIdentity` of a model: one for each model object, for as long as that lives.
+    """Return the `BaseIdentity` of a model, the same one for as long as the model lives; a copy has its own.
 
-    A copy has one of its own. ``identity_of(model).forget()`` makes the next attach or swap hash everything again.
+    ``identity_of(model).forget()`` makes the next attach or swap hash everything again.
     """
     with _IDENTITIES_LOCK:
         return _IDENTITIES.setdefault(model, BaseIdentity())
 
 
 _IDENTITIES: weakref.WeakKeyDictionary[nn.Module, BaseIdentity] = weakref.WeakKeyDictionary()
-"""Not an attribute of the model, which is to come out of everything with the attributes that it had."""
+"""Not an attribute of the model, so that the model keeps exactly the attributes that it had."""
 _IDENTITIES_LOCK = threading.Lock()
 
 
 def without_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without the running statistics of its normalisation layers."""
+    """Return a state dict without the running statistics of its normalisation layers."""
     return {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in STATISTICS}
 
 
-def base_reference(
-    state: Mapping[str, Tensor],
-    *,
-    network: str | None = None,
-    network_args: Mapping[str, Any] | None = None,
-    heads: Mapping[str, int] | None = None,
-) -> BaseReference:
-    """What an adapter says about the base model that has this state dict."""
+def base_reference(state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> BaseReference:
+    """Return the reference of an adapter to its base.
+
+    Args:
+        state: the base's state dict.
+        model: gives the network's name, options and heads, if `build_network` or `load_base` built it.
+    """
     known = digests(state)
     parameters = without_statistics(state)
     return BaseReference(
         sha256=state_sha256(state, known),
-        network=network,
-        network_args=dict(network_args or {}),
-        heads=dict(heads or {}),
+        network=network_of(model) if model is not None else None,
+        network_args=network_args_of(model) if model is not None else {},
+        heads=heads_of(model) if model is not None else {},
         sha256_without_statistics=state_sha256(parameters, known) if len(parameters) < len(state) else None,
     )
-
-
-def sketch(weight: Tensor) -> tuple[float, ...]:
-    """The length of a weight and of `PROJECTIONS` random projections of it, in six significant digits.
-
-    The distance of another weight of the shape can be told from the two sketches. The projections are sums with
-    signs that follow the bits of NumPy's PCG64, seeded with the projection's number, lowest bit first: a stream that
-    does not change between versions and machines.
-
-    Args:
-        weight: any shape, float dtype and device.
-
-    Returns:
-        Euclidean length, then the sums; empty for a weight that holds NaN or infinity.
-
-    >>> len(sketch(torch.ones(4, 3))), sketch(torch.ones(4, 3))[0]
-    (9, 3.4641)
-
-    Johnson and Lindenstrauss 1984, with signs: Achlioptas 2003, Database-friendly random projections.
-    """
-    values = weight.detach().cpu().double().flatten().numpy()
-    if not np.isfinite(values).all():
-        return ()
-    sums = [float(np.linalg.norm(values)), *(float(values @ _signs(k, len(values))) for k in range(PROJECTIONS))]
-    return tuple(float(f"{value:.6g}") for value in sums)
-
-
-def distance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Distance of two weights relative to the length of the first, estimated from their sketches to about a third."""
-    apart = math.sqrt(sum((x - y) ** 2 for x, y in zip(a[1:], b[1:], strict=True)) / PROJECTIONS)
-    return apart / a[0] if a[0] else math.inf if apart else 0.0
 
 
 def check_base(
@@ -210,19 +171,19 @@ def check_base(
     allow_mismatch: bool = False,
     known: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
-    """Refuse a base model that is not the one the adapter was made for.
+    """Refuse a base model that the adapter was not made for.
 
-    Every target, and every tensor that is replaced, is looked at before anything is said: present, same shape, same
-    dtype, same bytes. If all agree, the rest of the network is compared by its digest.
+    Every target and every tensor that is replaced is compared: present, same shape, same dtype, same bytes. If all
+    agree, the rest of the network is compared by its digest.
 
     Args:
         adapter: the adapter.
         state: the base model's state dict.
         allow_mismatch: let values and dtypes differ; names and shapes never may.
-        known: digests of the state's tensors, when the caller has them already; of the targets alone where one differs.
+        known: digests of the state's tensors, if the caller has them; those of the targets suffice if one differs.
 
     Returns:
-        what differs and was allowed, a line for each; empty when nothing does.
+        a line for each difference that was allowed; empty if there is none.
 
     Raises:
         BaseMismatchError: with a line for each target that differs, and how.
@@ -270,7 +231,7 @@ def check_base(
 
 
 def _difference(weight: Tensor, dtype: str, sketched: Sequence[float]) -> str:
-    """How a tensor of the right shape differs from the one that the adapter was made for, of that dtype and sketch."""
+    """Say how a tensor of the right shape differs from one with this dtype code and sketch."""
     code = dtype_code(weight.dtype)
     cast = f"cast to {str(weight.dtype).removeprefix('torch.')}" if code != dtype else None
     if not sketched:
@@ -289,12 +250,6 @@ def _difference(weight: Tensor, dtype: str, sketched: Sequence[float]) -> str:
         return f"other values, though hardly ({told})"
     other = f"other weights, {cast}" if cast else "other weights" if apart >= SAME_ORIGIN else "changed weights"
     return f"{other} ({told})"
-
-
-def _signs(number: int, count: int) -> NDArray[np.float64]:
-    words = np.random.PCG64(number).random_raw(-(-count // 64)).astype("<u8")
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:count]
-    return np.asarray(bits * 2.0 - 1.0, dtype=np.float64)
 
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -44,7 +44,7 @@ class Assembly:
 
     def add_layer(self, layer: ForeignLayer, place: TargetModule, made: Factors) -> None:
         """Add one adapted weight."""
-        from loraio.bases.identity import sketch
+        from loraio.bases.sketches import sketch
 
         weight = self.state[place.name]
         alpha = made.alpha if made.alpha is not None else layer.alpha
@@ -136,12 +136,8 @@ class Assembly:
     def base_reference(self) -> BaseReference:
         """Return the network and the digests of the base."""
         from loraio.bases.identity import base_reference
-        from loraio.bases.networks import heads_of, network_args_of, network_of
 
-        base = self._base
-        return base_reference(
-            self.state, network=network_of(base), network_args=network_args_of(base), heads=heads_of(base)
-        )
+        return base_reference(self.state, model=self._base)
 
     def _replace(self, name: str, value: Tensor, role: str) -> None:
         base = self.state[name]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loraio.adapter.adapter import Adapter
 from loraio.adapter.metadata import check_strength
-from loraio.bases.receipts import Receipt, check_merge
+from loraio.bases.merge_checks import check_merge
+from loraio.bases.receipts import Receipt
 from loraio.merging.in_place import overwrite, planned
 
 

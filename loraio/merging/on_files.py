@@ -25,7 +25,8 @@ from loraio.adapter.adapter import Adapter
 from loraio.adapter.metadata import check_strength
 from loraio.bases.checkpoints import BaseCheckpoint, base_document, fitted, is_pickle, read_base, scan_base
 from loraio.bases.identity import check_base, state_sha256
-from loraio.bases.receipts import Receipt, check_receipts, check_state, made_receipt
+from loraio.bases.merge_checks import check_receipts, check_state
+from loraio.bases.receipts import Receipt, made_receipt
 from loraio.errors import ConfigError, LoraioError, OutputError, VerificationError
 from loraio.files import tensorfile
 from loraio.files.atomic import check_output, staged

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from loraio.adapter import Adapter, Target, WholeTensor
 from loraio.adapter.kinds import KINDS
-from loraio.bases.identity import base_reference, sketch
-from loraio.bases.networks import fresh_head, heads_of, network_args_of, network_of
+from loraio.bases.identity import base_reference
+from loraio.bases.networks import fresh_head
+from loraio.bases.sketches import sketch
 from loraio.bases.targets import TargetModule, find_head, matches, normalisation_tensors, refuse_shared, select_targets
 from loraio.errors import ConfigError, UnknownNameError
 from loraio.files.tensors import dtype_code, tensor_sha256
@@ -159,7 +160,7 @@ def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
         for path, outputs in config.heads.items():
             fresh = fresh_head(find_head(model, path)[0], outputs)
             tensors |= {f"{path}.{name}" if path else name: values.cpu() for name, values in fresh.items()}
-    base = base_reference(state, network=network_of(model), network_args=network_args_of(model), heads=heads_of(model))
+    base = base_reference(state, model=model)
     return Adapter(targets=targets, factors=factors, base=base, whole=whole, tensors=tensors)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import loraio
-from loraio.bases.identity import distance, sketch
+from loraio.bases.sketches import distance, sketch
 from loraio.errors import BaseMismatchError, ConfigError
 
 State = dict[str, Tensor]
