@@ -113,8 +113,8 @@ def load_dataset(
         read = lookup(SOURCES, source, what="source of images")
         found = read(Path(path).expanduser(), split, form=form or ImageForm(), workers=workers, max_bytes=max_bytes)
     else:
-        reader = lookup(DATASETS, name, what="data set")
-        found = reader(split, Path(root) if root is not None else default_root())
+        lookup(dict.fromkeys([*DATASETS, *(f"{source}:PATH" for source in SOURCES)]), name, what="data set")
+        found = DATASETS[name](split, Path(root) if root is not None else default_root())
     images, labels, class_names = found
     return Dataset(
         name=name, split=split, images=images, labels=labels, classes=len(class_names), class_names=class_names
