@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import loraio
 from loraio.adapter import Adapter
-from loraio.errors import LoraioError
+from loraio.errors import AdapterError, LoraioError
 from loraio.formats import loading
 from loraio.formats.foreign import Dialect, Options
 from loraio.formats.report import Report
@@ -76,9 +76,9 @@ def read(path: Path, base: nn.Module, **options: Any) -> tuple[Adapter, Report]:
     return adapter, report
 
 
-def refused(path: Path, base: nn.Module, says: str, error: type[LoraioError] = LoraioError, **options: Any) -> str:
-    """Return the text of the error with which a file is refused; the text holds these words."""
-    with pytest.raises(error) as caught:
+def refused(path: Path, base: nn.Module, says: str, *errors: type[LoraioError], **options: Any) -> str:
+    """Return the text of the error with which a file is refused; it is an AdapterError, or one of those named."""
+    with pytest.raises(errors or AdapterError) as caught:
         loraio.load(path, base=base, **options)
     assert says in str(caught.value)
     return str(caught.value)

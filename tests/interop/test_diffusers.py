@@ -1,4 +1,4 @@
-"""diffusers itself: it loads what we write and gives our outputs, and we load what it saves, and files of its past."""
+"""diffusers loads our files and gives our outputs, and we load its files, also those of its past."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import peft
 import pytest
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
+from peers import adapter_for, move_, read, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loraio
-from loraio.adapter import Adapter
-from loraio.errors import AdapterError, FormatError, LoraioError
-from loraio.formats import loading
+from loraio.errors import FormatError, LoraioError
 from loraio.formats.diffusers import Diffusers
 from loraio.formats.exported import ORIGIN
-from loraio.formats.foreign import Options
-from loraio.formats.report import Report
-
-ULP = 16
-"""PEFT multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number at most."""
 
 DIFFUSERS = Diffusers()
+
+write = partial(peers.write, DIFFUSERS)
+
+assert_attached_is = partial(peers.assert_attached_is, ulp=16)
+
+X = peers.random((2, 3, 5, 4))
 
 NAME = "pytorch_lora_weights.safetensors"
 
@@ -39,7 +41,7 @@ Save = Callable[..., Path]
 
 
 class Attention(nn.Module):
-    """The names of the layers that files of earlier eras are about."""
+    """Layers with the names that files of earlier eras use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +53,7 @@ class Attention(nn.Module):
 
 
 class Net(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
-    """A model that diffusers can put an adapter on."""
+    """A model on which diffusers can put an adapter."""
 
     @register_to_config
     def __init__(self) -> None:
@@ -70,33 +72,8 @@ def base() -> nn.Module:
     return Net().eval()
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(1))
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= ULP * torch.finfo(torch.float32).eps * expected.abs().max())
-
-
-def ours(base: nn.Module, **settings: Any) -> Adapter:
-    """An adapter with random values in every factor."""
-    fresh = loraio.new_adapter(
-        base, loraio.TrainConfig(digit=0, targets=("all",), **{"rank": 2, "alpha": 3, **settings})
-    )
-    generator = torch.Generator().manual_seed(3)
-    moved = {name: one + 0.3 * torch.randn(one.shape, generator=generator) for name, one in fresh.factors.items()}
-    return replace(fresh, factors=moved)
-
-
-def written(adapter: Adapter, base: nn.Module, path: Path, **options: Any) -> Report:
-    encoded = DIFFUSERS.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))
-    loading.write(DIFFUSERS, encoded, path)
-    return encoded.report
-
-
 def loaded(base: nn.Module, folder: Path | dict[str, Tensor], **options: Any) -> Any:
-    """A model with an adapter on it, as diffusers loads it."""
+    """Return a model with an adapter on it, as diffusers loads it."""
     model = copy.deepcopy(base)
     names = {} if isinstance(folder, dict) else {"weight_name": NAME}
     model.load_lora_adapter(folder, prefix="unet", **names, **options)  # type: ignore[operator]
@@ -104,7 +81,7 @@ def loaded(base: nn.Module, folder: Path | dict[str, Tensor], **options: Any) ->
 
 
 def pairs(base: nn.Module, *paths: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A random down and up for each of these layers."""
+    """Return a random down and up for each of these layers."""
     generator = torch.Generator().manual_seed(4)
     found = {}
     for path in paths:
@@ -116,7 +93,7 @@ def pairs(base: nn.Module, *paths: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 @pytest.fixture
 def save(base: nn.Module, tmp_path: Path) -> Save:
-    """A file with a pair on attn.to_q, as the present writes it."""
+    """Return a function that saves a file with a pair on attn.to_q, in the present form."""
 
     def made(config: dict[str, Any] | None = None, text: str | None = None, **more: Tensor) -> Path:
         ((down, up),) = pairs(base, "attn.to_q").values()
@@ -130,55 +107,37 @@ def save(base: nn.Module, tmp_path: Path) -> Save:
     return made
 
 
-def refusal(path: Path, base: nn.Module, error: type[LoraioError] = AdapterError) -> str:
-    with pytest.raises(error) as caught:
-        loraio.load(path, base=base)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("rule", ["alpha/r", "alpha/sqrt(r)"])
-def test_what_we_write_gives_our_outputs_in_diffusers(
-    kind: str, rule: str, base: nn.Module, x: Tensor, tmp_path: Path
-) -> None:
+def test_our_file_gives_our_outputs_in_diffusers(kind: str, rule: str, base: nn.Module, tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"one": 1}, "alpha_pattern": {"conv": 0.3}}
-    adapter = ours(base, kind=kind, scale_rule=rule, **patterns)
-    report = written(adapter, base, tmp_path / NAME)
+    adapter = adapter_for(base, kind=kind, scale_rule=rule, **patterns)
+    report = write(adapter, base, tmp_path / NAME)
     assert "setting prefix: carried, unet, in front of every name" in map(str, report.lines)
-    theirs = loaded(base, tmp_path)
-    with loraio.attach(base, adapter):
-        assert close(theirs(x), base(x))
+    assert_attached_is(base, adapter, loaded(base, tmp_path), X)
     assert loraio.load(tmp_path / NAME, base=base) == adapter
-    written(adapter, base, tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == (tmp_path / NAME).read_bytes()
+    write(adapter, base, tmp_path / "again")
+    peers.assert_same_files(tmp_path / "again", tmp_path / NAME)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}])
-def test_what_diffusers_saves_gives_its_outputs_here(
-    settings: dict[str, Any], base: nn.Module, x: Tensor, tmp_path: Path
-) -> None:
+def test_a_file_of_diffusers_gives_its_outputs_here(settings: dict[str, Any], base: nn.Module, tmp_path: Path) -> None:
     theirs: Any = copy.deepcopy(base)
     targets = ["conv", "one", "to_q", "to_out.0"]
     theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, alpha_pattern={"one": 2}, **settings))
-    generator = torch.Generator().manual_seed(2)
-    for parameter in theirs.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    move_(theirs.parameters())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, message=".*invalid shape.*")  # of lora_B.bias
         theirs.save_lora_adapter(tmp_path)
     adapter = loraio.load(tmp_path / NAME, base=base)
     assert adapter.targets["one.weight"].alpha == 2
     assert adapter.training[ORIGIN]["settings"]["components"] == [""]
-    with loraio.attach(base, adapter):
-        assert close(base(x), theirs.eval()(x))
+    assert_attached_is(base, adapter, theirs, X)
 
 
 @pytest.mark.parametrize("alphas", [True, False], ids=["alpha", "no alpha"])
 @pytest.mark.parametrize("era", ["now", "middle", "text", "old"])
-def test_files_of_every_era_give_its_outputs_here(
-    era: str, alphas: bool, base: nn.Module, x: Tensor, tmp_path: Path
-) -> None:
+def test_files_of_every_era_give_its_outputs_here(era: str, alphas: bool, base: nn.Module, tmp_path: Path) -> None:
     paths = ["attn.to_q", "attn.to_v", "attn.to_out.0", *(["conv"] if era in ("now", "middle") else [])]
     plain, tensors, given = {}, {}, {}
     for path, (down, up) in pairs(base, *paths).items():
@@ -191,38 +150,36 @@ def test_files_of_every_era_give_its_outputs_here(
             tensors[f"unet.{start}.alpha"] = torch.tensor(5.0)
             given[f"{path}.alpha"] = 5.0
     save_file(tensors, tmp_path / "file")
-    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options())
+    adapter, report = read(tmp_path / "file", base)
     theirs = loaded(
         base, plain, **({"network_alphas": {f"unet.{key}": value for key, value in given.items()}} if alphas else {})
     )
-    with loraio.attach(base, adapter):
-        assert close(base(x), theirs(x))
-    assert report is not None
+    assert_attached_is(base, adapter, theirs, X)
     assert any(line.how.startswith("r, as is meant") for line in report.lines) == (not alphas)
 
 
-def test_a_given_alpha_wins_over_the_one_that_is_meant(save: Save, base: nn.Module) -> None:
+def test_a_given_alpha_wins_over_the_implied_one(save: Save, base: nn.Module) -> None:
     assert loraio.load(save(), base=base).targets["attn.to_q.weight"].alpha == 2
     assert loraio.load(save(), base=base, alpha=7).targets["attn.to_q.weight"].alpha == 7
 
 
 def test_parts_of_a_pipeline_are_told_apart(base: nn.Module, tmp_path: Path) -> None:
     pipeline = nn.ModuleDict({"unet": base, "text_encoder": nn.Sequential(nn.Linear(3, 4))})
-    adapter = ours(pipeline)
-    written(adapter, pipeline, tmp_path / "file")
+    adapter = adapter_for(pipeline)
+    write(adapter, pipeline, tmp_path / "file")
     assert {"unet.conv.lora_A.weight", "text_encoder.0.lora_A.weight"} <= load_file(tmp_path / "file").keys()
     assert loraio.load(tmp_path / "file", base=pipeline) == adapter
 
 
 def test_a_part_may_be_chosen_and_is_kept(base: nn.Module, tmp_path: Path) -> None:
-    written(ours(base), base, tmp_path / "file", prefix="transformer")
+    write(adapter_for(base), base, tmp_path / "file", prefix="transformer")
     adapter = loraio.load(tmp_path / "file", base=base)
     assert all(key.startswith("transformer.") for key in load_file(tmp_path / "file"))
     plain = replace(adapter, training={ORIGIN: {"dialect": "diffusers", "settings": {"components": ["transformer"]}}})
-    written(plain, base, tmp_path / "again")
+    write(plain, base, tmp_path / "again")
     assert load_file(tmp_path / "again").keys() == load_file(tmp_path / "file").keys()
     with pytest.raises(LoraioError, match="no part of a pipeline 'unett'; did you mean 'unet'"):
-        written(ours(base), base, tmp_path / "other", prefix="unett")
+        write(adapter_for(base), base, tmp_path / "other", prefix="unett")
 
 
 @pytest.mark.parametrize(
@@ -238,20 +195,20 @@ def test_a_part_may_be_chosen_and_is_kept(base: nn.Module, tmp_path: Path) -> No
         (None, {"unet.attn.what": torch.ones(1)}, "'unet.attn.what' is no key that diffusers knows"),
     ],
 )
-def test_what_is_unclear_is_refused_by_the_key(
+def test_an_unclear_file_is_refused_by_its_key(
     config: dict[str, Any] | None, more: dict[str, Tensor], says: str, save: Save, base: nn.Module
 ) -> None:
-    assert says in refusal(save(config, **more), base)
+    refused(save(config, **more), base, says)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"unet.r": 1, "unet.r": 2}'])
 def test_metadata_that_are_no_object_are_refused(text: str, save: Save, base: nn.Module) -> None:
-    assert "lora_adapter_metadata" in refusal(save(text=text), base, FormatError)
+    refused(save(text=text), base, "lora_adapter_metadata", FormatError)
 
 
-def test_what_has_no_place_is_said(base: nn.Module, tmp_path: Path) -> None:
+def test_tensors_without_a_place_are_reported(base: nn.Module, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
-    adapter = ours(model, norm="stats")
-    report = written(adapter, model, tmp_path / "file")
+    adapter = adapter_for(model, norm="stats")
+    report = write(adapter, model, tmp_path / "file")
     assert {line.name for line in report.lost} == set(adapter.whole)
     assert report.lost

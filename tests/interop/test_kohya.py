@@ -1,4 +1,4 @@
-"""sd-scripts' files. It is no package: its layers' arithmetic is written out here, and LyCORIS loads its files too."""
+"""sd-scripts' arithmetic, written out here since it is no package, gives the same outputs. LyCORIS loads its files too."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import pytest
 import safetensors.torch
 import torch
 from lycoris.kohya import create_network, create_network_from_weights
+from peers import adapter_for, assert_attached_is, close, move_, read, refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import loraio
-from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError, FormatError, LoraioError
-from loraio.formats import loading
 from loraio.formats.exported import ORIGIN
-from loraio.formats.foreign import Options
 from loraio.formats.kohya import Kohya, hashes
-from loraio.formats.report import Report
-
-ULP = 32
-"""sd-scripts multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number."""
 
 KOHYA = Kohya()
 
+write = partial(peers.write, KOHYA)
+
+X = peers.random((2, 3, 9, 8))
+
 
 class Net(nn.Module):
-    """Layers that sd-scripts adapts, and names that its own can be told from only forward."""
+    """Layers that sd-scripts adapts, with names that can only be matched forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,17 +54,8 @@ def base() -> nn.Module:
     return Net().eval()
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= ULP * torch.finfo(torch.float32).eps * expected.abs().max())
-
-
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """By sd-scripts' names: a prefix, and the path with underscores."""
+    """Return the layers by sd-scripts' names: a prefix, and the path with underscores."""
     found = {f"lora_unet.{path}".replace(".", "_"): module for path, module in model.named_modules() if path}
     return {name: module for name, module in found.items() if type(module).__name__ in ("Linear", "Conv2d")}
 
@@ -76,7 +67,7 @@ def scale_of(tensors: dict[str, Tensor], name: str) -> float:
 
 
 def attached(base: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """As its modules compute: the layer's output, and that of the up after the down, scaled."""
+    """Return the model as its modules compute: the layer's output, and that of the up after the down, scaled."""
     model = copy.deepcopy(base)
 
     def around(module: nn.Module, plain: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
@@ -99,7 +90,7 @@ def attached(base: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def merged(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As its merge scripts compute: the product of the pair, of convolutions by a convolution, scaled and added."""
+    """Return the weights as its merge scripts compute: the product of the pair, scaled and added."""
     model = copy.deepcopy(base)
     for name, module in layers_of(model).items():
         if f"{name}.lora_down.weight" not in tensors:
@@ -118,7 +109,7 @@ def merged(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def random_file(
     base: nn.Module, path: Path, *, mid: bool = False, alpha: float | None = 3.0, **metadata: str
 ) -> dict[str, Tensor]:
-    """A file as sd-scripts would have trained it, or LoCon with cores."""
+    """Write a file as sd-scripts would have trained it, or LoCon with cores."""
     generator = torch.Generator().manual_seed(2)
     tensors = {}
     for name, module in layers_of(base).items():
@@ -134,41 +125,12 @@ def random_file(
     return tensors
 
 
-def ours(base: nn.Module, **settings: Any) -> Adapter:
-    """An adapter with random values in every factor."""
-    fresh = loraio.new_adapter(
-        base, loraio.TrainConfig(digit=0, targets=("all",), **{"rank": 2, "alpha": 3, **settings})
-    )
-    generator = torch.Generator().manual_seed(3)
-    return replace(
-        fresh, factors={name: torch.randn(one.shape, generator=generator) for name, one in fresh.factors.items()}
-    )
-
-
-def written(adapter: Adapter, base: nn.Module, path: Path, **options: Any) -> Report:
-    encoded = KOHYA.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))
-    loading.write(KOHYA, encoded, path)
-    return encoded.report
-
-
-def refusal(path: Path, base: nn.Module, error: type[LoraioError] = AdapterError) -> str:
-    with pytest.raises(error) as caught:
-        loraio.load(path, base=base)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("mid", [False, True], ids=["plain", "cores"])
 @pytest.mark.parametrize("alpha", [3.0, None], ids=["alpha", "no alpha"])
-def test_its_files_give_its_outputs_here(
-    mid: bool, alpha: float | None, base: nn.Module, x: Tensor, tmp_path: Path
-) -> None:
+def test_its_files_give_its_outputs_here(mid: bool, alpha: float | None, base: nn.Module, tmp_path: Path) -> None:
     tensors = random_file(base, tmp_path / "file", mid=mid, alpha=alpha)
-    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options())
-    expected = attached(base, tensors)(x)
-    assert not close(base(x), expected)
-    with loraio.attach(base, adapter):
-        assert close(base(x), expected)
-    assert report is not None
+    adapter, report = read(tmp_path / "file", base)
+    assert_attached_is(base, adapter, attached(base, tensors), X)
     how = {line.name: line.how for line in report.lines}
     assert ("alpha" in how) == (alpha is None)
     if alpha is None:
@@ -181,8 +143,7 @@ def test_cores_whose_products_need_no_rounding_are_exact(base: nn.Module, tmp_pa
     tensors = random_file(base, tmp_path / "file", mid=True)
     tensors = {key: value.mul(4).round() for key, value in tensors.items()}
     save_file(tensors, tmp_path / "file")
-    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options())
-    assert report is not None
+    adapter, report = read(tmp_path / "file", base)
     lines = {line.name: line.how for line in report.lines}
     assert lines["lora_unet_conv_in.lora_mid.weight"].endswith("without rounding")
     down, up, mid = (tensors[f"lora_unet_conv_in.lora_{which}.weight"].double() for which in ("down", "up", "mid"))
@@ -191,47 +152,39 @@ def test_cores_whose_products_need_no_rounding_are_exact(base: nn.Module, tmp_pa
     assert (factors["lora_B"].double() @ factors["lora_A"].double()).equal(product.flatten(1))
 
 
-def test_what_we_write_gives_our_outputs_in_sd_scripts(base: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    adapter = ours(base, rank_pattern={"fc": 1}, alpha_pattern={"fc": 0.3})
-    assert not written(adapter, base, tmp_path / "file").lost
+def test_our_file_gives_our_outputs_in_sd_scripts(base: nn.Module, tmp_path: Path) -> None:
+    adapter = adapter_for(base, rank_pattern={"fc": 1}, alpha_pattern={"fc": 0.3})
+    assert not write(adapter, base, tmp_path / "file").lost
     tensors = load_file(tmp_path / "file")
-    with loraio.attach(base, adapter):
-        expected = base(x)
-    assert close(attached(base, tensors)(x), expected)
-    weights = loraio.merge(base.state_dict(), adapter)
-    for name, tensor in merged(base, tensors).items():
-        assert close(weights[name], tensor), name
+    assert_attached_is(base, adapter, attached(base, tensors), X)
+    peers.assert_merged_close(base, adapter, merged(base, tensors))
 
 
-def test_what_we_write_gives_our_outputs_in_lycoris(base: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    adapter = ours(base, scale_rule="alpha/sqrt(r)")
-    written(adapter, base, tmp_path / "file.safetensors")
+def test_our_file_gives_our_outputs_in_lycoris(base: nn.Module, tmp_path: Path) -> None:
+    adapter = adapter_for(base, scale_rule="alpha/sqrt(r)")
+    write(adapter, base, tmp_path / "file.safetensors")
     model = copy.deepcopy(base)
     network, _ = create_network_from_weights(1.0, str(tmp_path / "file.safetensors"), None, None, model)
     assert len(network.unet_loras) == len(adapter.targets)
     network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
-    with loraio.attach(base, adapter):
-        assert close(model(x), base(x))
+    assert_attached_is(base, adapter, model, X)
 
 
-def test_rank_stabilised_training_of_lycoris_is_read(base: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    """It stores alpha times the root of r, so that every reader has the right scale."""
+def test_rank_stabilised_training_of_lycoris_is_read(base: nn.Module, tmp_path: Path) -> None:
+    """It stores alpha times the root of r, so that every reader gets the right scale."""
     named = type("ResnetBlock2D", (Net,), {})()  # a class that its module for sd-scripts looks for
     named.load_state_dict(base.state_dict())
     model, whole = nn.ModuleDict({"body": named.eval()}), nn.ModuleDict({"body": base})
     network = create_network(1.0, 4, 2.0, None, None, model, rs_lora=True)
     network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    move_(network.parameters())
     save_file(
         {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}, tmp_path / "file"
     )
     adapter = loraio.load(tmp_path / "file", base=whole)
     assert {target.scale for target in adapter.targets.values()} == {1.0}
     with loraio.attach(whole, adapter):
-        assert close(base(x), named(x))
+        assert close(base(X), named(X))
 
 
 def test_a_round_trip_keeps_the_weights_the_record_and_the_bytes(base: nn.Module, tmp_path: Path) -> None:
@@ -240,9 +193,8 @@ def test_a_round_trip_keeps_the_weights_the_record_and_the_bytes(base: nn.Module
     )
     adapter = loraio.load(tmp_path / "theirs", base=base)
     assert adapter.training[ORIGIN]["settings"]["metadata"]["ss_training_comment"] == "a b"
-    for name in ("one", "two"):
-        report = written(adapter, base, tmp_path / name)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    peers.assert_written_twice_alike(KOHYA, adapter, base, tmp_path / "one")
+    report = write(adapter, base, tmp_path / "two")
     assert "modelspec.hash_sha256" in {line.name for line in report.of_fate("changed")}
     first, second = load_file(tmp_path / "theirs"), load_file(tmp_path / "one")
     assert first.keys() == second.keys()
@@ -267,7 +219,7 @@ def test_hashes_are_those_of_the_file_with_the_record_alone(size: int) -> None:
 
 
 def test_a_file_holds_its_own_hash(base: nn.Module, tmp_path: Path) -> None:
-    written(ours(base), base, tmp_path / "file")
+    write(adapter_for(base), base, tmp_path / "file")
     data = (tmp_path / "file").read_bytes()
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + length])["__metadata__"]
@@ -277,22 +229,22 @@ def test_a_file_holds_its_own_hash(base: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["lora_te", "lora_te2", "lycoris"])
 def test_a_prefix_may_be_chosen_and_is_kept(prefix: str, base: nn.Module, tmp_path: Path) -> None:
-    report = written(ours(base), base, tmp_path / "file", prefix=prefix)
+    report = write(adapter_for(base), base, tmp_path / "file", prefix=prefix)
     assert f"setting prefix: carried, {prefix}, in front of every name" in map(str, report.lines)
     assert all(key.startswith(f"{prefix}_") for key in load_file(tmp_path / "file"))
     save_file(load_file(tmp_path / "file"), tmp_path / "file")
     adapter = loraio.load(tmp_path / "file", base=base)
     if prefix != "lycoris":
-        written(adapter, base, tmp_path / "again")
+        write(adapter, base, tmp_path / "again")
         assert load_file(tmp_path / "again").keys() == load_file(tmp_path / "file").keys()
     with pytest.raises(LoraioError, match="no prefix 'lora_x'"):
-        written(ours(base), base, tmp_path / "other", prefix="lora_x")
+        write(adapter_for(base), base, tmp_path / "other", prefix="lora_x")
 
 
 def test_parts_of_a_pipeline_have_prefixes_of_their_own(base: nn.Module, tmp_path: Path) -> None:
     pipeline = nn.ModuleDict({"unet": base, "text_encoder_2": nn.Sequential(nn.Linear(3, 4))})
-    adapter = ours(pipeline)
-    written(adapter, pipeline, tmp_path / "file")
+    adapter = adapter_for(pipeline)
+    write(adapter, pipeline, tmp_path / "file")
     keys = load_file(tmp_path / "file").keys()
     assert {"lora_unet_conv_in.alpha", "lora_te2_0.alpha"} <= keys
     assert loraio.load(tmp_path / "file", base=pipeline) == adapter
@@ -302,10 +254,10 @@ def test_names_that_collide_are_refused_both_ways(tmp_path: Path) -> None:
     both = nn.ModuleDict({"a_b": nn.Linear(2, 2), "a": nn.ModuleDict({"b": nn.Linear(2, 2)})})
     adapter = loraio.new_adapter(both, loraio.TrainConfig(digit=0, targets=("a_b",), rank=1))
     with pytest.raises(AdapterError, match=r"a\.b, a_b have one name there, 'lora_unet_a_b'"):
-        written(adapter, both, tmp_path / "file")
+        write(adapter, both, tmp_path / "file")
     tensors = {"lora_unet_a_b.lora_down.weight": torch.ones(1, 2), "lora_unet_a_b.lora_up.weight": torch.ones(2, 1)}
     save_file(tensors, tmp_path / "file")
-    assert "'lora_unet_a_b' may be a.b.weight, a_b.weight" in refusal(tmp_path / "file", both, BaseMismatchError)
+    refused(tmp_path / "file", both, "'lora_unet_a_b' may be a.b.weight, a_b.weight", BaseMismatchError)
 
 
 @pytest.mark.parametrize(
@@ -325,11 +277,11 @@ def test_names_that_collide_are_refused_both_ways(tmp_path: Path) -> None:
         ({"else": torch.ones(1)}, "'else' is no slot of LoRA or LoCon"),
     ],
 )
-def test_what_is_unclear_is_refused_by_the_key(
+def test_an_unclear_file_is_refused_by_its_key(
     change: dict[str, Tensor], says: str, base: nn.Module, tmp_path: Path
 ) -> None:
     save_file(random_file(base, tmp_path / "file") | change, tmp_path / "file")
-    assert says in refusal(tmp_path / "file", base)
+    refused(tmp_path / "file", base, says)
 
 
 def test_an_alpha_of_several_numbers_is_refused(base: nn.Module, tmp_path: Path) -> None:
@@ -337,7 +289,7 @@ def test_an_alpha_of_several_numbers_is_refused(base: nn.Module, tmp_path: Path)
     save_file(tensors | {"lora_unet_fc.alpha": torch.ones(1)}, tmp_path / "file")
     assert loraio.load(tmp_path / "file", base=base).targets["fc.weight"].alpha == 1
     save_file(tensors | {"lora_unet_fc.alpha": torch.ones(2)}, tmp_path / "file")
-    assert "'lora_unet_fc.alpha' has the shape (2,)" in refusal(tmp_path / "file", base, FormatError)
+    refused(tmp_path / "file", base, "'lora_unet_fc.alpha' has the shape (2,)", FormatError)
 
 
 @pytest.mark.parametrize(
@@ -358,11 +310,11 @@ def test_an_alpha_of_several_numbers_is_refused(base: nn.Module, tmp_path: Path)
         ({"lora_unet_fc.lora_down.weight": torch.ones(2, 7)}, "lora_A is (2, 7)"),
     ],
 )
-def test_what_does_not_fit_the_base_is_refused(
+def test_a_file_that_does_not_fit_the_base_is_refused(
     change: dict[str, Tensor], says: str, base: nn.Module, tmp_path: Path
 ) -> None:
     save_file(random_file(base, tmp_path / "file") | change, tmp_path / "file")
-    assert says in refusal(tmp_path / "file", base, BaseMismatchError)
+    refused(tmp_path / "file", base, says, BaseMismatchError)
 
 
 def test_a_linear_layer_may_have_the_tensors_of_a_1x1_convolution(base: nn.Module, tmp_path: Path) -> None:
@@ -386,19 +338,19 @@ def test_a_linear_layer_may_have_the_tensors_of_a_1x1_convolution(base: nn.Modul
         (nn.Linear(4, 4), "alpha is 0, which sd-scripts takes as r, 1"),
     ],
 )
-def test_what_it_would_use_wrongly_is_not_written(layer: nn.Module, says: str, tmp_path: Path) -> None:
+def test_an_adapter_that_it_would_use_wrongly_is_not_written(layer: nn.Module, says: str, tmp_path: Path) -> None:
     model = nn.Sequential(layer)
     adapter = loraio.new_adapter(model, loraio.TrainConfig(digit=0, targets=("all",), rank=1, alpha=1))
     if "alpha" in says:
         adapter = replace(adapter, targets={name: replace(t, alpha=0) for name, t in adapter.targets.items()})
     with pytest.raises(AdapterError) as caught:
-        written(adapter, model, tmp_path / "file")
+        write(adapter, model, tmp_path / "file")
     assert says in str(caught.value)
 
 
 def test_an_alpha_that_float32_cannot_hold_comes_back(base: nn.Module, tmp_path: Path) -> None:
-    adapter = ours(base, alpha=0.1)
-    written(adapter, base, tmp_path / "file")
+    adapter = adapter_for(base, alpha=0.1)
+    write(adapter, base, tmp_path / "file")
     assert load_file(tmp_path / "file")["lora_unet_fc.alpha"].dtype == torch.float64
     save_file(load_file(tmp_path / "file"), tmp_path / "file")
     assert loraio.load(tmp_path / "file", base=base).targets["fc.weight"].alpha == 0.1

@@ -1,31 +1,31 @@
-"""LyCORIS itself: it loads what we write and gives our outputs, and we load what it trains and give its outputs."""
+"""LyCORIS loads our files and gives our outputs, and we load its files and give its outputs."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lycoris
+import peers
 import pytest
 import torch
+from peers import adapter_for, assert_attached_is, read, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loraio
 from loraio.adapter import Adapter
-from loraio.errors import AdapterError
-from loraio.formats import loading
-from loraio.formats.foreign import Options
 from loraio.formats.lycoris import Lycoris
-from loraio.formats.report import Report
-
-ULP = 32
-"""LyCORIS multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number at most."""
 
 LYCORIS = Lycoris()
+
+write = partial(peers.write, LYCORIS)
+
+X = peers.random((4, 6, 8))
 
 
 class Net(nn.Module):
@@ -57,17 +57,8 @@ def base() -> nn.Module:
     return Net().eval()
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(1))
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= ULP * torch.finfo(torch.float32).eps * expected.abs().max())
-
-
 def trained(base: nn.Module, file: Path, **settings: Any) -> nn.Module:
-    """A model with a LyCORIS network on it that has random values in all that it would train, saved."""
+    """Return a model with a LyCORIS network of random values, and save the network."""
     model = copy.deepcopy(base)
     settings = {"linear_dim": 3, "linear_alpha": 2, "preset": "full", **settings}
     network = lycoris.create_lycoris(model, 1.0, **settings)
@@ -82,7 +73,7 @@ def trained(base: nn.Module, file: Path, **settings: Any) -> nn.Module:
 
 
 def loaded(base: nn.Module, file: Path, *, merge: bool = False) -> nn.Module:
-    """A model with a file on it, as LyCORIS loads it."""
+    """Return a model with a file on it, as LyCORIS loads it."""
     model = copy.deepcopy(base)
     network, _ = lycoris.create_lycoris_from_weights(1.0, str(file), model, weights_sd=load_file(file))
     assert len(network.loras) == len({key.partition(".")[0] for key in load_file(file)})
@@ -92,22 +83,6 @@ def loaded(base: nn.Module, file: Path, *, merge: bool = False) -> nn.Module:
         else:
             network.apply_to()
     return model.eval()
-
-
-def ours(base: nn.Module, *targets: str, **settings: Any) -> Adapter:
-    """An adapter with random values in every factor."""
-    fresh = loraio.new_adapter(
-        base, loraio.TrainConfig(digit=0, targets=targets, **{"rank": 2, "alpha": 3, **settings})
-    )
-    generator = torch.Generator().manual_seed(3)
-    moved = {name: one + 0.3 * torch.randn(one.shape, generator=generator) for name, one in fresh.factors.items()}
-    return replace(fresh, factors=moved)
-
-
-def written(adapter: Adapter, base: nn.Module, path: Path, **options: Any) -> Report:
-    encoded = LYCORIS.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))
-    loading.write(LYCORIS, encoded, path)
-    return encoded.report
 
 
 PLAIN: dict[str, dict[str, Any]] = {
@@ -132,54 +107,37 @@ PRODUCTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN)
-def test_what_lycoris_trained_gives_its_outputs_here(
-    settings: dict[str, Any], base: nn.Module, x: Tensor, tmp_path: Path
-) -> None:
+def test_a_file_of_lycoris_gives_its_outputs_here(settings: dict[str, Any], base: nn.Module, tmp_path: Path) -> None:
     theirs = trained(base, tmp_path / "file.safetensors", **settings)
     adapter = loraio.load(tmp_path / "file.safetensors", base=base)
-    before = base(x)
-    with loraio.attach(base, adapter):
-        assert not close(base(x), before)
-        assert close(base(x), theirs(x))
-    assert base(x).equal(before)
+    assert_attached_is(base, adapter, theirs, X)
 
 
 @pytest.mark.parametrize("settings", [{"algo": "locon"}, {"algo": "locon", "dora_wd": True}], ids=["locon", "dora"])
 def test_it_merges_to_our_weights(settings: dict[str, Any], base: nn.Module, tmp_path: Path) -> None:
     file = tmp_path / "file.safetensors"
     trained(base, file, **settings)
-    merged = loraio.merge(base.state_dict(), loraio.load(file, base=base))
-    for name, tensor in loaded(base, file, merge=True).state_dict().items():
-        assert close(merged[name], tensor), name
+    peers.assert_merged_close(base, loraio.load(file, base=base), loaded(base, file, merge=True).state_dict())
 
 
 @pytest.mark.parametrize("settings", PRODUCTS.values(), ids=PRODUCTS)
 def test_a_product_is_exact_at_the_rank_of_its_structure(
-    settings: dict[str, Any], base: nn.Module, x: Tensor, tmp_path: Path
+    settings: dict[str, Any], base: nn.Module, tmp_path: Path
 ) -> None:
-    """One scale only: the one of its forward pass."""
+    """One scale is applied: that of its forward pass."""
     theirs = trained(base, tmp_path / "file", **settings)
-    with pytest.raises(AdapterError, match="no plain pairs") as caught:
-        loraio.load(tmp_path / "file", base=base)
-    assert "--approximate" in str(caught.value)
-    options = Options(approximate=True, rank=1000)
-    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=options)
-    assert report is not None
+    assert "--approximate" in refused(tmp_path / "file", base, "no plain pairs")
+    adapter, report = read(tmp_path / "file", base, approximate=True, rank=1000)
     assert {line.fate for line in report.lines if line.what == "tensor" and not line.name.endswith("alpha")} == {
         "changed"
     }
     assert all("approximated" not in line.how for line in report.lines)
-    with loraio.attach(base, adapter):
-        assert close(base(x), theirs(x))
+    assert_attached_is(base, adapter, theirs, X)
 
 
 def test_the_error_of_an_approximation_is_the_one_that_it_has(base: nn.Module, tmp_path: Path) -> None:
     trained(base, tmp_path / "file", algo="loha")
-    exact, rough = (
-        loading.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=rank))
-        for rank in (1000, None)
-    )
-    assert rough[1] is not None
+    exact, rough = (read(tmp_path / "file", base, approximate=True, rank=rank) for rank in (1000, None))
     line = next(line for line in rough[1].lines if line.name == "lycoris_c1.hada_w1_a")
     assert "approximated at rank 3, relative Frobenius error " in line.how
     deltas = []
@@ -194,37 +152,31 @@ def test_the_error_of_an_approximation_is_the_one_that_it_has(base: nn.Module, t
 
 def test_a_whole_change_may_be_approximated_too(base: nn.Module, tmp_path: Path) -> None:
     trained(base, tmp_path / "file", algo="full")
-    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options(approximate=True, rank=2))
+    adapter, report = read(tmp_path / "file", base, approximate=True, rank=2)
     assert adapter.targets["mid.fc.weight"].rank == 2
-    assert report is not None
     assert any("approximated at rank 2" in line.how for line in report.lines)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("rule", ["alpha/r", "alpha/sqrt(r)"])
-def test_what_we_write_gives_our_outputs_in_lycoris(
-    kind: str, rule: str, base: nn.Module, x: Tensor, tmp_path: Path
-) -> None:
-    adapter = ours(base, "all", kind=kind, scale_rule=rule, rank_pattern={"c2": 1})
-    report = written(adapter, base, tmp_path / "file.safetensors")
+def test_our_file_gives_our_outputs_in_lycoris(kind: str, rule: str, base: nn.Module, tmp_path: Path) -> None:
+    adapter = adapter_for(base, "all", kind=kind, scale_rule=rule, rank_pattern={"c2": 1})
+    report = write(adapter, base, tmp_path / "file.safetensors")
     assert not report.lost
-    with loraio.attach(base, adapter):
-        expected = base(x)
-    assert close(loaded(base, tmp_path / "file.safetensors")(x), expected)
-    merged = loraio.merge(base.state_dict(), adapter)
-    for name, tensor in loaded(base, tmp_path / "file.safetensors", merge=True).state_dict().items():
-        assert close(merged[name], tensor), name
+    assert_attached_is(base, adapter, loaded(base, tmp_path / "file.safetensors"), X)
+    theirs = loaded(base, tmp_path / "file.safetensors", merge=True).state_dict()
+    peers.assert_merged_close(base, adapter, theirs)
 
 
-def test_where_no_sum_rounds_its_weights_are_ours_to_the_bit(base: nn.Module, tmp_path: Path) -> None:
+def test_its_weights_are_ours_to_the_bit_if_no_sum_rounds(base: nn.Module, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.copy_(torch.randint(-64, 64, parameter.shape, generator=generator) / 16)
-    fresh = ours(base, "all", rank=2, alpha=4)
+    fresh = adapter_for(base, "all", rank=2, alpha=4)
     whole = {name: torch.randint(-8, 8, one.shape, generator=generator).float() for name, one in fresh.factors.items()}
     adapter = replace(fresh, factors=whole)
-    written(adapter, base, tmp_path / "file.safetensors")
+    write(adapter, base, tmp_path / "file.safetensors")
     merged = loraio.merge(base.state_dict(), adapter)
     theirs = loaded(base, tmp_path / "file.safetensors", merge=True).state_dict()
     assert not merged["grouped.weight"].equal(base.state_dict()["grouped.weight"])
@@ -232,18 +184,15 @@ def test_where_no_sum_rounds_its_weights_are_ours_to_the_bit(base: nn.Module, tm
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_whole_changes_give_our_outputs_in_lycoris(kind: str, base: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    adapter = ours(base, "all", kind=kind)
+def test_whole_changes_give_our_outputs_in_lycoris(kind: str, base: nn.Module, tmp_path: Path) -> None:
+    adapter = adapter_for(base, "all", kind=kind)
     bias = base.state_dict()["mid.fc.bias"]
     made = replace(adapter, **with_bias(adapter, base, bias + 1))
-    assert [line.name for line in written(made, base, tmp_path / "pairs.safetensors").lost] == ["mid.fc.bias"]
-    assert not written(made, base, tmp_path / "file.safetensors", as_full_delta=True).lost
-    with loraio.attach(base, made):
-        expected = base(x)
-    assert close(loaded(base, tmp_path / "file.safetensors")(x), expected)
-    again = loraio.load(tmp_path / "file.safetensors", base=base)
-    with loraio.attach(base, again):
-        assert close(base(x), expected)
+    assert [line.name for line in write(made, base, tmp_path / "pairs.safetensors").lost] == ["mid.fc.bias"]
+    assert not write(made, base, tmp_path / "file.safetensors", as_full_delta=True).lost
+    theirs = loaded(base, tmp_path / "file.safetensors")
+    for adapter in (made, loraio.load(tmp_path / "file.safetensors", base=base)):
+        assert_attached_is(base, adapter, theirs, X)
 
 
 def with_bias(adapter: Adapter, base: nn.Module, value: Tensor) -> Mapping[str, Any]:
@@ -264,25 +213,22 @@ def test_a_round_trip_keeps_the_weights_and_the_bytes(
     adapter = loraio.load(tmp_path / "theirs", base=base)
     full = settings["algo"] == "full"
     for name in ("one", "two"):
-        assert not written(adapter, base, tmp_path / name, as_full_delta=full).lost
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+        assert not write(adapter, base, tmp_path / name, as_full_delta=full).lost
+    peers.assert_same_files(tmp_path / "one", tmp_path / "two")
     again = loraio.load(tmp_path / "one", base=base)
-    first, second = (loraio.merge(base.state_dict(), one) for one in (adapter, again))
-    assert all(first[name].equal(tensor) for name, tensor in second.items())
-    for name in ("first", "second"):
-        loraio.save(adapter if name == "first" else again, tmp_path / name)
-    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    peers.assert_merged_alike(base, adapter, again)
+    loraio.save(adapter, tmp_path / "first")
+    loraio.save(again, tmp_path / "second")
+    peers.assert_same_files(tmp_path / "first", tmp_path / "second")
 
 
-def test_norms_that_we_write_give_our_outputs_in_lycoris(base: nn.Module, x: Tensor, tmp_path: Path) -> None:
-    adapter = ours(base, "mid.fc", norm="affine")
-    moved = {name: tensor + torch.linspace(0.1, 0.9, len(tensor)) for name, tensor in adapter.tensors.items()}
-    adapter = replace(adapter, tensors=moved)
+def test_our_norms_give_our_outputs_in_lycoris(base: nn.Module, tmp_path: Path) -> None:
+    adapter = adapter_for(base, "mid.fc", norm="affine")
+    lines = {name: tensor + torch.linspace(0.1, 0.9, len(tensor)) for name, tensor in adapter.tensors.items()}
+    adapter = replace(adapter, tensors=lines)
     assert set(adapter.whole) == {"ln.weight", "ln.bias", "gn.weight", "gn.bias"}
-    assert not written(adapter, base, tmp_path / "file.safetensors").lost
-    with loraio.attach(base, adapter):
-        expected = base(x)
-    assert close(loaded(base, tmp_path / "file.safetensors")(x), expected)
+    assert not write(adapter, base, tmp_path / "file.safetensors").lost
+    assert_attached_is(base, adapter, loaded(base, tmp_path / "file.safetensors"), X)
 
 
 @pytest.mark.parametrize(
@@ -297,14 +243,10 @@ def test_norms_that_we_write_give_our_outputs_in_lycoris(base: nn.Module, x: Ten
 def test_methods_without_a_form_are_refused_by_name(algo: str, says: str, base: nn.Module, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     trained(model, tmp_path / "file", algo=algo)
-    with pytest.raises(AdapterError) as caught:
-        loraio.load(tmp_path / "file", base=model)
-    assert says in str(caught.value)
-    assert "lycoris_0." in str(caught.value)
+    assert "lycoris_0." in refused(tmp_path / "file", model, says)
 
 
 def test_lengths_of_columns_are_refused(base: nn.Module, tmp_path: Path) -> None:
     trained(base, tmp_path / "file", algo="locon", dora_wd=True, wd_on_output=False)
-    with pytest.raises(loraio.LoraioError, match="lengths of the columns have no form here") as caught:
-        loraio.load(tmp_path / "file", base=base)
-    assert "'lycoris_c1.dora_scale'" in str(caught.value)
+    text = refused(tmp_path / "file", base, "lengths of the columns have no form here", loraio.LoraioError)
+    assert "'lycoris_c1.dora_scale'" in text

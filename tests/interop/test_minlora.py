@@ -1,7 +1,7 @@
-"""minLoRA's maths as it is published, since it is in no package index: a parametrization adds a scaled product.
+"""minLoRA's published maths gives the same outputs: a parametrization adds a scaled product. No package index has it.
 
-The product is ``B @ A`` in the memory order of the weight, whatever the layer; of an embedding ``A @ B``, with both
-shapes exchanged. alpha / rank scales it, and neither number is saved.
+The product is ``B @ A`` in the memory order of the weight; of an embedding it is ``A @ B``, with both shapes exchanged.
+alpha / rank scales it, and neither number is saved.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import peers
 import pytest
 import torch
+from peers import adapter_for, assert_attached_is, in_sixteenths_, refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import loraio
-from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError
-from loraio.formats import dialects, loading
-from loraio.formats.foreign import Options
+from loraio.formats import dialects
 from loraio.formats.minlora import MinLora
-
-ULP = 32
-"""It multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number at most."""
 
 ALPHA = 3
 
@@ -88,7 +85,7 @@ def base() -> nn.Module:
 
 
 def adapted(base: nn.Module, *ranks: int, dyadic: bool = False, unlike: bool = False) -> nn.Module:
-    """The base with one pair on each weight for each rank; ``unlike`` leaves the embedding's as a layer's are."""
+    """Put one pair on each weight for each rank; with ``unlike`` the embedding's is like any other layer's."""
     net = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(2)
     for rank in ranks:
@@ -102,7 +99,7 @@ def adapted(base: nn.Module, *ranks: int, dyadic: bool = False, unlike: bool = F
 
 
 def saved(net: nn.Module, path: Path, *, whole: bool = False) -> Path:
-    """The pairs alone, as its own filter leaves them, or everything."""
+    """Save the pairs alone, as its own filter leaves them, or everything."""
     state = net.state_dict()
     pairs = {name: tensor for name, tensor in state.items() if name.endswith((".lora_A", ".lora_B"))}
     torch.save(state if whole else pairs, path)
@@ -110,29 +107,23 @@ def saved(net: nn.Module, path: Path, *, whole: bool = False) -> Path:
 
 
 def folded(net: nn.Module) -> dict[str, Tensor]:
-    """The weights as the network sees them, by the base's names."""
+    """Return the weights as the network sees them, by the base's names."""
     return {
         f"{path}.{parameter}": getattr(net.get_submodule(path), parameter).detach()
         for path, parameter in WEIGHTS.items()
     }
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= ULP * torch.finfo(torch.float32).eps * expected.abs().max())
-
-
-def tokens() -> Tensor:
-    return torch.randint(0, 11, (5, 8), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(0, 11, (5, 8), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("unlike", [False, True])
 @pytest.mark.parametrize("ranks", [(2,), (1,), (2, 2), (2, 4, 2)])
-def test_what_it_trained_merges_to_its_bits_where_nothing_is_rounded(
+def test_its_file_merges_to_its_bits_if_nothing_is_rounded(
     ranks: tuple[int, ...], unlike: bool, whole: bool, base: nn.Module, tmp_path: Path
 ) -> None:
-    for parameter in base.parameters():
-        parameter.data = (parameter.data * 16).round() / 16
+    in_sixteenths_(base)
     net = adapted(base, *ranks, dyadic=True, unlike=unlike)
     adapter = loraio.load(saved(net, tmp_path / "file.pt", whole=whole), base=base, alpha=ALPHA)
     assert not adapter.whole
@@ -141,59 +132,47 @@ def test_what_it_trained_merges_to_its_bits_where_nothing_is_rounded(
         assert merged[name].equal(weight), name
         assert not weight.equal(base.state_dict()[name]), name
     with loraio.attach(base, adapter):
-        assert base(tokens()).equal(net(tokens()))
+        assert base(TOKENS).equal(net(TOKENS))
 
 
 @pytest.mark.parametrize("ranks", [(3,), (2, 3), (3, 2, 5)])
-def test_what_it_trained_gives_its_outputs_here(ranks: tuple[int, ...], base: nn.Module, tmp_path: Path) -> None:
+def test_its_file_gives_its_outputs_here(ranks: tuple[int, ...], base: nn.Module, tmp_path: Path) -> None:
     net = adapted(base, *ranks)
     adapter = loraio.load(saved(net, tmp_path / "file.pt"), base=base, alpha=ALPHA)
-    before = base(tokens())
-    with loraio.attach(base, adapter):
-        assert close(base(tokens()), net(tokens()))
-        assert not close(before, base(tokens()))
-    merged = loraio.merge(base.state_dict(), adapter)
-    assert all(close(merged[name], weight) for name, weight in folded(net).items())
+    assert_attached_is(base, adapter, net, TOKENS)
+    peers.assert_merged_close(base, adapter, folded(net))
 
 
-def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, tmp_path: Path) -> None:
-    fresh = loraio.new_adapter(base, loraio.TrainConfig(digit=0, targets=("all",), rank=2, alpha=ALPHA))
-    factors = {name: torch.randn(factor.shape) / 4 for name, factor in fresh.factors.items()}
-    adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
-    dialect = MinLora()
-    for name in ("one.pt", "two.pt"):
-        loading.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
-    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+def test_our_file_gives_our_outputs_there_and_comes_back(base: nn.Module, tmp_path: Path) -> None:
+    adapter = adapter_for(base, alpha=ALPHA)
+    peers.assert_written_twice_alike(MinLora(), adapter, None, tmp_path / "one.pt")
     net = adapted(base, 2)
     loaded = net.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True), strict=False)
     assert not loaded.unexpected_keys
     assert not [name for name in loaded.missing_keys if name.endswith((".lora_A", ".lora_B"))]
-    with loraio.attach(base, adapter):
-        assert close(net(tokens()), base(tokens()))
+    assert_attached_is(base, adapter, net, TOKENS)
     again = loraio.load(tmp_path / "one.pt", base=base, alpha=ALPHA)
-    expected, merged = (loraio.merge(base.state_dict(), one) for one in (adapter, again))
-    assert all(merged[name].equal(tensor) for name, tensor in expected.items())
+    peers.assert_merged_alike(base, adapter, again)
     assert dict(again.targets) == dict(sorted(adapter.targets.items()))
 
 
-def test_its_own_alpha_is_said_where_none_is_given(base: nn.Module, tmp_path: Path) -> None:
+def test_its_own_alpha_is_named_if_none_is_given(base: nn.Module, tmp_path: Path) -> None:
     path = saved(adapted(base, 2), tmp_path / "file.pt")
-    with pytest.raises(AdapterError, match="minLoRA's lora_alpha is 1 unless"):
-        loraio.load(path, base=base)
+    refused(path, base, "minLoRA's lora_alpha is 1 unless")
     assert dialects.identify(path).dialect is dialects.DIALECTS["minlora"]
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"lora_A": None}, r"'fc\.weight': lora_A of parametrization 0 is missing"),
+        ({"lora_A": None}, "'fc.weight': lora_A of parametrization 0 is missing"),
         ({"lora_A": torch.ones(3, 5)}, "which is no pair"),
-        ({"lora_A": torch.ones(2, 4)}, r"needs \(r, 5\) and \(3, r\)"),
+        ({"lora_A": torch.ones(2, 4)}, "needs (r, 5) and (3, r)"),
         ({"original": torch.ones(3, 5)}, "the adapter belongs to another base"),
         ({"original0": torch.ones(3, 5)}, "the base has no 'fc.parametrizations.weight.original0'"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_a_file_that_does_not_fit_is_refused(
     changes: dict[str, Tensor | None], says: str, base: nn.Module, tmp_path: Path
 ) -> None:
     pair = {"0.lora_A": torch.ones(2, 5), "0.lora_B": torch.ones(3, 2)}
@@ -201,8 +180,7 @@ def test_what_does_not_fit_is_refused(
         key = name if name.startswith("original") else f"0.{name}"
         pair = {k: t for k, t in pair.items() if k != key} | ({} if tensor is None else {key: tensor})
     torch.save({f"fc.parametrizations.weight.{key}": tensor for key, tensor in pair.items()}, tmp_path / "file.pt")
-    with pytest.raises((AdapterError, BaseMismatchError), match=says):
-        loraio.load(tmp_path / "file.pt", base=base, alpha=ALPHA)
+    refused(tmp_path / "file.pt", base, says, AdapterError, BaseMismatchError, alpha=ALPHA)
 
 
 def test_pairs_of_several_ranks_need_a_dtype_that_holds_them(base: nn.Module, tmp_path: Path) -> None:
@@ -216,5 +194,4 @@ def test_pairs_of_several_ranks_need_a_dtype_that_holds_them(base: nn.Module, tm
     assert adapter.factors["fc.weight.lora_B"].dtype == torch.float64
     assert adapter.targets["fc.weight"].scale == ALPHA / 6
     torch.save({name: tensor.double() for name, tensor in found.items()}, tmp_path / "wide.pt")
-    with pytest.raises(BaseMismatchError, match="float64 cannot hold lora_B times 3"):
-        loraio.load(tmp_path / "wide.pt", base=base, alpha=ALPHA)
+    refused(tmp_path / "wide.pt", base, "float64 cannot hold lora_B times 3", BaseMismatchError, alpha=ALPHA)

@@ -1,6 +1,6 @@
-"""torchtune's LoRALinear in a few lines, since torchtune needs packages that do not go with every torch.
+"""torchtune's LoRALinear, in a few lines, gives the same outputs: torchtune needs packages that not every torch allows.
 
-Its output is the base layer's plus ``alpha / rank`` times that of two Linear layers without bias, lora_a and lora_b.
+The output is the base layer's plus ``alpha / rank`` times that of two Linear layers without bias, lora_a and lora_b.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peers
 import pytest
 import torch
+from peers import adapter_for, assert_attached_is, in_sixteenths_, refused
 from torch import Tensor, nn
 
 import loraio
-from loraio.adapter import Adapter
-from loraio.errors import AdapterError, BaseMismatchError, LoraioError
-from loraio.formats import dialects, loading
+from loraio.errors import AdapterError, BaseMismatchError
+from loraio.formats import dialects
 from loraio.formats.exported import ORIGIN
 from loraio.formats.foreign import Options
 from loraio.formats.torchtune import Torchtune
 
-ULP = 32
-"""It multiplies, scales and adds in float32, ours is rounded once: so many eps of the largest number at most."""
+X = peers.random((4, 5))
 
 
 class LoRALinear(nn.Module):
@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """The sum of both is brought to the length that magnitude says for each output, which has the bias in it."""
+    """Each output, with its bias, is scaled to the length of its magnitude."""
 
     def __init__(self, linear: nn.Linear, *, rank: int, alpha: float) -> None:
         super().__init__(linear, rank=rank, alpha=alpha)
@@ -72,10 +72,6 @@ def pairs(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in net.state_dict().items() if "lora" in name or "magnitude" in name}
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= ULP * torch.finfo(torch.float32).eps * expected.abs().max())
-
-
 def written(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     folder.mkdir()
     torch.save(tensors, folder / "adapter_model.pt")
@@ -88,26 +84,20 @@ CONFIG: dict[str, Any] = {"r": 2, "lora_alpha": 16, "target_modules": ["q_proj"]
 
 
 @pytest.mark.parametrize("config", [CONFIG, {}])
-def test_what_torchtune_trained_gives_its_outputs_here(config: dict[str, Any], base: nn.Module, tmp_path: Path) -> None:
+def test_a_file_of_torchtune_gives_its_outputs_here(config: dict[str, Any], base: nn.Module, tmp_path: Path) -> None:
     net = adapted(base, rank=2, alpha=16)
     path = written(tmp_path / "folder", pairs(net), **config)
     assert dialects.identify(path).dialect is dialects.DIALECTS["torchtune"]
     adapter = loraio.load(path, base=base, alpha=None if config else 16)
     assert adapter.training[ORIGIN] == {"dialect": "torchtune", "settings": config}
-    x = torch.randn(4, 5)
-    before = base(x)
-    with loraio.attach(base, adapter):
-        assert close(base(x), net(x))
-        assert not close(before, net(x))
+    assert_attached_is(base, adapter, net, X)
     if not config:
-        with pytest.raises(AdapterError, match="in torchtune it stands in the recipe's configuration"):
-            loraio.load(path, base=base)
+        refused(path, base, "in torchtune it stands in the recipe's configuration")
 
 
-def test_what_torchtune_trained_merges_to_its_bits_where_nothing_is_rounded(base: nn.Module, tmp_path: Path) -> None:
+def test_a_file_of_torchtune_merges_to_its_bits_if_nothing_is_rounded(base: nn.Module, tmp_path: Path) -> None:
     net = adapted(base, rank=2, alpha=16)
-    for parameter in net.parameters():
-        parameter.data = (parameter.data * 16).round() / 16
+    in_sixteenths_(net)
     for name, parameter in base.named_parameters():
         parameter.data = net.state_dict()[name]
     adapter = loraio.load(written(tmp_path / "folder", pairs(net), **CONFIG), base=base)
@@ -117,21 +107,14 @@ def test_what_torchtune_trained_merges_to_its_bits_where_nothing_is_rounded(base
         assert base[0](x).equal(first)
 
 
-def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, tmp_path: Path) -> None:
-    fresh = loraio.new_adapter(base, loraio.TrainConfig(digit=0, targets=("all",), rank=2, alpha=5))
-    factors = {name: torch.randn(factor.shape) for name, factor in fresh.factors.items()}
-    adapter = Adapter(targets=fresh.targets, factors=factors, base=fresh.base)
-    dialect = Torchtune()
-    for name in ("one.pt", "two.pt"):
-        loading.write(dialect, dialect.encode(adapter, network=None, state=None, options=Options()), tmp_path / name)
-    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+def test_our_file_gives_our_outputs_there_and_comes_back(base: nn.Module, tmp_path: Path) -> None:
+    adapter = adapter_for(base, alpha=5)
+    peers.assert_written_twice_alike(Torchtune(), adapter, None, tmp_path / "one.pt")
     net = adapted(base, rank=2, alpha=5)
     loaded = net.load_state_dict(torch.load(tmp_path / "one.pt", weights_only=True), strict=False)
     assert not loaded.unexpected_keys
     assert not [name for name in loaded.missing_keys if "lora" in name]
-    x = torch.randn(4, 5)
-    with loraio.attach(base, adapter):
-        assert close(net(x), base(x))
+    assert_attached_is(base, adapter, net, X)
     again = loraio.load(tmp_path / "one.pt", base=base, alpha=5)
     assert dict(again.targets) == dict(sorted(adapter.targets.items()))
     assert all(again.factors[name].equal(factor) for name, factor in adapter.factors.items())
@@ -140,17 +123,12 @@ def test_what_we_write_gives_our_outputs_there_and_comes_back(base: nn.Module, t
 def test_dora_of_layers_without_a_bias_gives_the_outputs_of_both(base: nn.Module, tmp_path: Path) -> None:
     net = adapted(base, rank=2, alpha=16, layer=DoRALinear)
     path = written(tmp_path / "biased", pairs(net), **CONFIG)
-    with pytest.raises(BaseMismatchError, match="multiplies the layer's bias too"):
-        loraio.load(path, base=base)
+    refused(path, base, "multiplies the layer's bias too", BaseMismatchError)
     bare = nn.Sequential(nn.Linear(5, 6, bias=False), nn.ReLU(), nn.Linear(6, 4, bias=False))
     net = adapted(bare, rank=2, alpha=16, layer=DoRALinear)
     adapter = loraio.load(written(tmp_path / "bare", pairs(net), **CONFIG), base=bare)
     assert {target.kind for target in adapter.targets.values()} == {"dora"}
-    x = torch.randn(4, 5)
-    before = bare(x)
-    with loraio.attach(bare, adapter):
-        assert close(bare(x), net(x))
-        assert not close(before, net(x))
+    assert_attached_is(bare, adapter, net, X)
     encoded = Torchtune().encode(adapter, network=bare, state=None, options=Options())
     assert encoded.tensors.keys() == pairs(net).keys()
     assert all(encoded.tensors[name].equal(tensor) for name, tensor in pairs(net).items())
@@ -163,7 +141,7 @@ def test_dora_of_layers_without_a_bias_gives_the_outputs_of_both(base: nn.Module
     [
         ({"0.lora_b.weight": None}, CONFIG, "'0': lora_b.weight is missing"),
         ({"0.lora_b.weight": torch.ones(6, 3)}, CONFIG, "which is no pair"),
-        ({"0.lora_b.weight": torch.ones(7, 2)}, CONFIG, r"lora_B is \(7, 2\)"),
+        ({"0.lora_b.weight": torch.ones(7, 2)}, CONFIG, "lora_B is (7, 2)"),
         ({}, CONFIG | {"r": 4}, "the configuration says rank 4, the tensors have 2"),
         ({}, CONFIG | {"lora_alpha": "16"}, "lora_alpha is '16', not a number"),
         ({}, CONFIG | {"use_rslora": True}, "unknown setting 'use_rslora': True"),
@@ -172,14 +150,12 @@ def test_dora_of_layers_without_a_bias_gives_the_outputs_of_both(base: nn.Module
         ({"0.lora_c": torch.ones(2)}, CONFIG, "the base has no '0.lora_c'"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_a_file_that_does_not_fit_is_refused(
     tensors: dict[str, Tensor | None], config: dict[str, Any], says: str, base: nn.Module, tmp_path: Path
 ) -> None:
     good: dict[str, Tensor | None] = {"0.lora_a.weight": torch.ones(2, 5), "0.lora_b.weight": torch.ones(6, 2)}
     found = {name: tensor for name, tensor in (good | tensors).items() if tensor is not None}
-    with pytest.raises(LoraioError, match=says) as caught:
-        loraio.load(written(tmp_path / "folder", found, **config), base=base)
-    assert isinstance(caught.value, AdapterError | BaseMismatchError)
+    refused(written(tmp_path / "folder", found, **config), base, says, AdapterError, BaseMismatchError)
 
 
 def test_adapters_of_several_ranks_are_not_written(base: nn.Module) -> None:
