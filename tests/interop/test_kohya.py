@@ -1,4 +1,4 @@
-"""sd-scripts' arithmetic, written out here since it is no package, gives the same outputs. LyCORIS loads its files too."""
+"""sd-scripts' arithmetic, written out here, gives the same outputs: it is no package. LyCORIS loads its files too."""
 
 from __future__ import annotations
 

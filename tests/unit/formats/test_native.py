@@ -1,4 +1,4 @@
-"""The native format: a round trip without loss, and a strict reader that names the file."""
+"""The native format loses nothing in a round trip, and its strict reader names the file."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def adapter(**changes: Any) -> Adapter:
     return Adapter(**{**values, **changes})
 
 
+def several(*names: str, **changes: Any) -> Adapter:
+    """Return an adapter with the same target under each name."""
+    own = adapter().factors_of("conv.weight")
+    factors = {f"{name}.{short}": factor for name in names for short, factor in own.items()}
+    return adapter(targets=dict.fromkeys(names, conv()), factors=factors, **changes)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "some.safetensors"
@@ -64,16 +71,18 @@ def round_trip(one: Adapter, path: Path) -> Adapter:
     return loraio.load(path)
 
 
-# What is kept
+# Round trips
 
 
-def test_what_is_loaded_is_what_was_saved(path: Path) -> None:
-    assert round_trip(adapter(), path) == adapter()
-
-
-def test_a_copy_of_a_file_has_the_same_bytes(path: Path, tmp_path: Path) -> None:
-    loraio.save(round_trip(adapter(), path), tmp_path / "copy")
+def test_a_loaded_adapter_is_the_saved_one_and_is_saved_as_the_same_bytes(path: Path, tmp_path: Path) -> None:
+    read = round_trip(adapter(), path)
+    assert read == adapter()
+    loraio.save(read, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == path.read_bytes()
+    loraio.save(replace(read, training={"seed": 2}), tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() != path.read_bytes()
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert read == adapter()  # its factors do not change with the file
 
 
 @pytest.mark.parametrize("alpha", [4, 4.0, 0.1, -1, 1e-300, 2**53 + 1])
@@ -91,9 +100,11 @@ def test_unknown_keys_are_kept_at_all_three_levels(path: Path) -> None:
     )
     read = round_trip(one, path)
     assert read == one
-    assert read.targets["conv.weight"].extra == {"later": [1, {"a": None}]}
-    assert read.base.extra == {"url": "https://example.org"}
-    assert read.extra == {"licence": "MIT", "tags": []}
+    assert (read.targets["conv.weight"].extra, read.base.extra, read.extra) == (
+        {"later": [1, {"a": None}]},
+        {"url": "https://example.org"},
+        {"licence": "MIT", "tags": []},
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -114,21 +125,16 @@ def test_factors_that_are_views_of_one_tensor_are_kept(path: Path) -> None:
 
 def test_targets_come_back_in_the_order_of_their_names(path: Path) -> None:
     names = ["b.weight", "a.weight", "é.weight", "Z.weight"]
-    factors = {
-        f"{name}.{short}": factor for name in names for short, factor in adapter().factors_of("conv.weight").items()
-    }
-    one = adapter(targets=dict.fromkeys(names, conv()), factors=factors)
+    one = several(*names)
     read = round_trip(one, path)
     assert read == one
     assert list(read.targets) == sorted(names)
     assert list(read.factors) == [f"{name}.{short}" for name in sorted(names) for short in ("lora_A", "lora_B")]
 
 
-def test_targets_that_another_writer_put_in_another_order_come_in_the_order_of_their_names(path: Path) -> None:
-    factors = {
-        f"{name}.{short}": factor for name in "ab" for short, factor in adapter().factors_of("conv.weight").items()
-    }
-    document = to_document(adapter(targets={"b": conv(), "a": conv()}, factors=factors))
+def test_targets_in_the_order_of_another_writer_come_in_the_order_of_their_names(path: Path) -> None:
+    one = several("b", "a")
+    factors, document = {name: factor.clone() for name, factor in one.factors.items()}, to_document(one)
     tensorfile.write(factors, path, document=document)
     header = tensorfile.read_header(path)
     text = json.dumps({**document, integrity.KEY: json.loads(header.metadata["loraio"])[integrity.KEY]})
@@ -141,11 +147,7 @@ def test_targets_that_another_writer_put_in_another_order_come_in_the_order_of_t
 def test_the_same_adapter_gives_the_same_bytes_in_any_order_of_its_parts(tmp_path: Path) -> None:
     names = ["b.weight", "a.weight", "c.weight"]
     for file, order in (("one", names), ("two", names[::-1])):
-        factors = {
-            f"{name}.{short}": factor for name in order for short, factor in adapter().factors_of("conv.weight").items()
-        }
-        training = dict.fromkeys(order, 1)
-        loraio.save(adapter(targets=dict.fromkeys(order, conv()), factors=factors, training=training), tmp_path / file)
+        loraio.save(several(*order, training=dict.fromkeys(order, 1)), tmp_path / file)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
@@ -213,34 +215,14 @@ def nested() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "training",
     [
-        {"a": math.nan},
-        {"a": [math.inf]},
-        {"a": (1, 2)},
-        {"a": {1: 2}},
-        {1: 2},
-        {1: 2, "b": 3},
-        {"a": torch.ones(1)},
-        {"a": Path("x")},
-        {"a": b"x"},
-        {"a": {1, 2}},
+        *({"a": value} for value in (math.nan, [math.inf], (1, 2), {1: 2}, torch.ones(1), Path("x"), b"x", {1, 2})),
+        *({1: 2}, {1: 2, "b": 3}, nested(), {"a": "\ud800"}),
     ],
-    ids=repr,
+    ids=map(str, range(12)),
 )
-def test_metadata_that_json_would_change_or_refuse_is_not_saved(path: Path, training: dict[Any, Any]) -> None:
-    with pytest.raises(AdapterError, match="not plain JSON"):
+def test_metadata_that_json_would_change_or_refuse_are_not_saved(path: Path, training: dict[Any, Any]) -> None:
+    with pytest.raises((AdapterError, FormatError), match=r"not plain JSON|half a surrogate pair"):
         loraio.save(adapter(training=training), path)
-    assert not path.exists()
-
-
-def test_metadata_that_is_nested_too_deeply_is_not_saved(path: Path) -> None:
-    with pytest.raises(AdapterError, match="not plain JSON"):
-        loraio.save(adapter(training=nested()), path)
-    assert not path.exists()
-
-
-def test_metadata_that_is_not_utf8_is_not_saved(path: Path) -> None:
-    with pytest.raises(FormatError, match="half a surrogate pair"):
-        loraio.save(adapter(training={"a": "\ud800"}), path)
     assert not path.exists()
 
 
@@ -262,20 +244,21 @@ def test_an_extra_key_that_is_a_known_one_is_not_saved(path: Path, changes: dict
 
 
 def change_document(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """A file with a changed document and the right factors."""
+    """Write a file with a changed document and the right factors."""
     document = copy.deepcopy(to_document(adapter()))
     change(document)
     tensorfile.write(adapter().factors, path, document=document)
 
 
-def refused(path: Path, error: type[LoraioError], match: str) -> None:
+def refused(path: Path, error: type[LoraioError], match: str) -> LoraioError:
     with pytest.raises(error, match=match) as caught:
         loraio.load(path)
     assert repr(str(path)) in str(caught.value)
+    return caught.value
 
 
 def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
-    """Sets the value that is last in ``keys`` at the place that the others lead to."""
+    """Return a function that sets the last of ``keys`` at the place to which the others lead."""
 
     def change(document: dict[str, Any]) -> None:
         *way, last, value = keys
@@ -301,42 +284,28 @@ def test_the_helper_makes_a_file_that_is_read(path: Path) -> None:
     assert loraio.load(path) == adapter()
 
 
-@pytest.mark.parametrize("key", ["format_version", "base", "training"])
-def test_a_document_without_a_key_is_refused(path: Path, key: str) -> None:
-    change_document(path, drop(key))
-    refused(path, FormatError, "format version None" if key == "format_version" else f"the metadata has no '{key}'")
+TARGET = to_document(adapter())["targets"]["conv.weight"]
+
+MISSING = [
+    (("format_version",), "format version None"),
+    *(((key,), f"the metadata has no '{key}'") for key in ("base", "training")),
+    (("targets",), "not an adapter"),
+    *((("base", key), f"'base' has no '{key}'") for key in ("network", "sha256")),
+    *((("targets", "conv.weight", key), f"target 'conv.weight' has no '{key}'") for key in TARGET),
+]
 
 
-def test_a_document_without_targets_is_no_adapter(path: Path) -> None:
-    change_document(path, drop("targets"))
-    refused(path, FormatError, "not an adapter")
-
-
-@pytest.mark.parametrize("key", list(to_document(adapter())["targets"]["conv.weight"]))
-def test_a_target_without_a_key_is_refused(path: Path, key: str) -> None:
-    change_document(path, drop("targets", "conv.weight", key))
-    refused(path, FormatError, f"target 'conv.weight' has no '{key}'")
-
-
-@pytest.mark.parametrize("key", ["network", "sha256"])
-def test_a_base_without_a_key_is_refused(path: Path, key: str) -> None:
-    change_document(path, drop("base", key))
-    refused(path, FormatError, f"'base' has no '{key}'")
+@pytest.mark.parametrize(("way", "match"), MISSING, ids=lambda part: str(part))
+def test_a_document_without_a_key_is_refused(path: Path, way: tuple[str, ...], match: str) -> None:
+    change_document(path, drop(*way))
+    refused(path, FormatError, match)
 
 
 @pytest.mark.parametrize("version", [3, 0, -1, 10**30, "1", 1.5, 2.0, True, None, [1]])
-def test_another_format_version_is_refused(path: Path, version: Any) -> None:
+def test_another_format_version_is_refused_and_a_newer_one_asks_for_a_newer_loraio(path: Path, version: Any) -> None:
     change_document(path, put("format_version", version))
-    refused(path, FormatError, re.escape(f"format version {version!r}, this loraio reads versions up to 2"))
-
-
-def test_only_a_newer_format_version_sends_for_a_newer_loraio(path: Path, tmp_path: Path) -> None:
-    for version, hint in ((3, "a newer loraio"), (0, None), ("3", None)):
-        file = tmp_path / str(hash(version))
-        change_document(file, put("format_version", version))
-        with pytest.raises(FormatError) as caught:
-            loraio.load(file)
-        assert caught.value.hint == hint
+    error = refused(path, FormatError, re.escape(f"format version {version!r}, this loraio reads versions up to 2"))
+    assert (error.hint == "a newer loraio") == (version in (3, 10**30))
 
 
 WRONG_TYPES = [
@@ -387,16 +356,24 @@ def test_a_value_of_a_wrong_type_is_refused(path: Path, way: tuple[str, ...], va
         (("scale_rule",), "alpha", UnknownNameError, "no scale rule 'alpha'"),
     ],
 )
-def test_a_value_that_makes_no_sense_is_refused(
+def test_a_target_that_makes_no_sense_is_refused(
     path: Path, way: tuple[str, ...], value: Any, error: type[LoraioError], match: str
 ) -> None:
     change_document(path, put("targets", "conv.weight", *way, value))
     refused(path, error, match)
 
 
-def test_a_base_digest_that_makes_no_sense_is_refused(path: Path) -> None:
-    change_document(path, put("base", "sha256", "x"))
-    refused(path, AdapterError, "the base's sha256 is 'x'")
+@pytest.mark.parametrize(
+    ("way", "value", "match"),
+    [
+        (("base", "sha256"), "x", "the base's sha256 is 'x'"),
+        (("targets",), {}, "at least one target"),
+        (("targets", "other.weight"), TARGET, "'other.weight.lora_A' is missing"),
+    ],
+)
+def test_a_document_that_makes_no_sense_is_refused(path: Path, way: tuple[str, ...], value: Any, match: str) -> None:
+    change_document(path, put(*way, value))
+    refused(path, AdapterError, match)
 
 
 def test_a_key_that_occurs_twice_in_the_document_is_refused(path: Path) -> None:
@@ -406,7 +383,7 @@ def test_a_key_that_occurs_twice_in_the_document_is_refused(path: Path) -> None:
 
 
 def write_factors(path: Path, **changes: torch.Tensor | None) -> None:
-    """A file with the right document and changed factors."""
+    """Write a file with the right document and changed factors."""
     factors = {**dict(adapter().factors), **{f"conv.weight.{name}": value for name, value in changes.items()}}
     kept = {name: value for name, value in factors.items() if value is not None}
     tensorfile.write(kept, path, document=to_document(adapter()))
@@ -430,17 +407,6 @@ def test_factors_that_do_not_fit_the_document_are_refused(
 ) -> None:
     write_factors(path, **changes)
     refused(path, error, match)
-
-
-def test_a_document_without_any_target_is_refused(path: Path) -> None:
-    document = {**to_document(adapter()), "targets": {}}
-    tensorfile.write({}, path, document=document)
-    refused(path, AdapterError, "at least one target")
-
-
-def test_a_target_without_factors_is_refused(path: Path) -> None:
-    change_document(path, put("targets", "other.weight", to_document(adapter())["targets"]["conv.weight"]))
-    refused(path, AdapterError, "'other.weight.lora_A' is missing")
 
 
 def test_a_file_that_is_no_adapter_is_refused_with_what_it_is(path: Path) -> None:
@@ -481,15 +447,3 @@ def test_the_dialect_is_found_by_content_and_not_by_name(tmp_path: Path) -> None
     assert identify(tmp_path / "adapter.bin").dialect is None
     assert NATIVE.name == "native"
     assert all(dialect.name == name for name, dialect in DIALECTS.items())
-
-
-def test_loaded_factors_do_not_change_with_their_file(path: Path) -> None:
-    read = round_trip(adapter(), path)
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    assert read == adapter()
-
-
-def test_an_adapter_with_a_new_training_record_is_another_file(path: Path, tmp_path: Path) -> None:
-    loraio.save(adapter(), path)
-    loraio.save(replace(adapter(), training={"seed": 2}), tmp_path / "other")
-    assert path.read_bytes() != (tmp_path / "other").read_bytes()
