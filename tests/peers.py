@@ -79,7 +79,7 @@ def read(path: Path, base: nn.Module, **options: Any) -> tuple[Adapter, Report]:
 def refused(path: Path, base: nn.Module, says: str, *errors: type[LoraioError], **options: Any) -> str:
     """Return the text of the error with which a file is refused; it is an AdapterError, or one of those named."""
     with pytest.raises(errors or AdapterError) as caught:
-        loraio.load(path, base=base, **options)
+        loading.load_reported(path, base=base, options=Options(**options))
     assert says in str(caught.value)
     return str(caught.value)
 

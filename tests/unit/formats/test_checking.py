@@ -1,4 +1,4 @@
-"""Files against the digests that they hold: what is damaged is named, and what has no digests is called so."""
+"""Files are checked against their digests: damage is named, and files without digests are not complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 
 @pytest.fixture
 def folder(files: Path, base: nn.Module, tmp_path: Path) -> Path:
-    """Two adapters, their pack, a base, an export, and a parted base in a folder of its own."""
+    """Two adapters, their pack and a base."""
     for name in ("three", "seven"):
         shutil.copy(files / f"{name}.safetensors", tmp_path)
     loraio.pack([tmp_path / "three.safetensors", tmp_path / "seven.safetensors"], tmp_path / "all.safetensors")
@@ -38,7 +38,7 @@ def flipped(path: Path, position: int) -> Path:
 
 
 def data_of(path: Path, name: str) -> int:
-    """Where a tensor's bytes begin in the file."""
+    """Return the offset of a tensor's bytes in the file."""
     header = tensorfile.read_header(path)
     return 8 + header.header_bytes + header.tensors[name].begin
 
@@ -98,8 +98,8 @@ def test_damage_in_a_header_is_named_too(folder: Path) -> None:
     assert "its header is not what was written" in found.problems[0]
 
 
-@pytest.mark.parametrize("what", ["tensor", "header of a part", "index", "part of another checkpoint"])
-def test_a_parted_checkpoint_is_checked_part_by_part(
+@pytest.mark.parametrize("what", ["tensor", "header of a shard", "index", "shard of another checkpoint"])
+def test_a_sharded_checkpoint_is_checked_shard_by_shard(
     what: str, files: Path, trained_base: nn.Module, write_parts: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = write_parts(trained_base.state_dict(), tmp_path / "base")
@@ -111,7 +111,7 @@ def test_a_parted_checkpoint_is_checked_part_by_part(
     name = next(iter(tensorfile.read_header(part).tensors))
     if what == "tensor":
         flipped(part, data_of(part, name))
-    elif what == "header of a part":
+    elif what == "header of a shard":
         save_file(load_file(part), part, {"format": "pt"})
     elif what == "index":
         index.write_text(index.read_text().replace('"strength": 1.0', '"strength": 2.0'))

@@ -1,25 +1,29 @@
-"""LyCORIS' files without LyCORIS: what is recognised, refused and said."""
+"""LyCORIS' files are recognised, refused and reported on, without LyCORIS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import peers
 import pytest
 import torch
+from peers import read, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loraio
-from loraio.errors import AdapterError, BaseMismatchError, LoraioError
-from loraio.formats import dialects, loading
+from loraio.errors import AdapterError, BaseMismatchError
+from loraio.formats import dialects
 from loraio.formats.foreign import Options
 from loraio.formats.lycoris import Lycoris
 from loraio.formats.products import nearest_pair, whole
-from loraio.formats.report import Report
 
 LYCORIS = Lycoris()
+
+write_lycoris = partial(peers.write, LYCORIS)
 
 Write = Callable[..., Path]
 
@@ -45,7 +49,7 @@ def base() -> nn.Module:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """A file with these shapes: of ones where no tensor is given."""
+    """Return a function that writes a file; a shape stands for ones."""
 
     def made(name: str = "lycoris_fc", **slots: Tensor | tuple[int, ...]) -> Path:
         tensors = {f"{name}.{slot.replace('__', '.')}": value for slot, value in slots.items()}
@@ -63,18 +67,6 @@ HADA = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 4), "hada_w2_a": (6, 2), "hada_w2_
 CORES = {"hada_w1_a": (2, 6), "hada_w1_b": (2, 4), "hada_w2_a": (2, 6), "hada_w2_b": (2, 4), "hada_t1": (2, 2, 3, 2)}
 
 
-def refusal(path: Path, base: nn.Module, error: type[LoraioError] = AdapterError, *, approximate: bool = True) -> str:
-    with pytest.raises(error) as caught:
-        loading.load_reported(path, base=base, options=Options(approximate=approximate))
-    return str(caught.value)
-
-
-def written(adapter: loraio.Adapter, base: nn.Module, path: Path, **options: bool) -> Report:
-    encoded = LYCORIS.encode(adapter, network=base, state=base.state_dict(), options=Options(**options))  # type: ignore[arg-type]
-    loading.write(LYCORIS, encoded, path)
-    return encoded.report
-
-
 @pytest.mark.parametrize(
     ("name", "slots", "dialect"),
     [
@@ -87,23 +79,18 @@ def written(adapter: loraio.Adapter, base: nn.Module, path: Path, **options: boo
         ("own_fc", {"lokr_w1": (2, 2), "lokr_w2": (3, 2)}, "lycoris"),
     ],
 )
-def test_whose_a_file_is_goes_by_its_keys(
-    name: str, slots: dict[str, tuple[int, ...]], dialect: str, write: Write
-) -> None:
+def test_the_keys_tell_the_dialect(name: str, slots: dict[str, tuple[int, ...]], dialect: str, write: Write) -> None:
     found = dialects.identify(write(name, **slots))
     assert found.dialect is dialects.DIALECTS[dialect]
     assert name in found.reason
 
 
-def test_whose_a_file_is_may_be_in_its_metadata(write: Write) -> None:
+def test_the_metadata_may_tell_the_dialect_and_other_networks_are_none(write: Write) -> None:
     path = write("lora_unet_fc", **PAIR)
     save_file(load_file(path), path, {"ss_network_module": "lycoris.kohya"})
     assert dialects.identify(path).dialect is dialects.DIALECTS["lycoris"]
-
-
-def test_a_network_of_ones_own_with_such_a_name_is_no_adapter(tmp_path: Path) -> None:
-    save_file({"x.a1.weight": torch.ones(2, 2), "x.diff": torch.ones(2)}, tmp_path / "file")
-    assert not dialects.is_adapter(tmp_path / "file")
+    save_file({"x.a1.weight": torch.ones(2, 2), "x.diff": torch.ones(2)}, path)
+    assert not dialects.is_adapter(path)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +128,10 @@ def test_a_network_of_ones_own_with_such_a_name_is_no_adapter(tmp_path: Path) ->
         (PAIR | {"dora_scale": torch.ones(6, 1, dtype=torch.int64)}, "'lycoris_fc.dora_scale' is I64"),
     ],
 )
-def test_what_has_no_form_is_refused_by_the_key(
+def test_a_tensor_without_a_form_is_refused_by_its_key(
     slots: dict[str, Tensor | tuple[int, ...]], says: str, write: Write, base: nn.Module
 ) -> None:
-    assert says in refusal(write(**slots), base)
+    refused(write(**slots), base, says, approximate=True)
 
 
 @pytest.mark.parametrize(
@@ -170,33 +157,29 @@ def test_what_has_no_form_is_refused_by_the_key(
         ("lycoris_at", PAIR, "'lycoris_at' is no layer of it"),
     ],
 )
-def test_what_does_not_fit_the_base_is_refused(
+def test_a_tensor_that_does_not_fit_the_base_is_refused(
     name: str, slots: dict[str, tuple[int, ...]], says: str, write: Write, base: nn.Module
 ) -> None:
-    assert says in refusal(write(name, **slots), base, BaseMismatchError)
+    refused(write(name, **slots), base, says, BaseMismatchError, approximate=True)
 
 
 def test_products_are_offered_a_rank_that_is_exact(write: Write, base: nn.Module) -> None:
-    text = refusal(write(**HADA), base, approximate=False)
-    assert "'lycoris_fc': LoHa of rank 2; a pair of rank 4 is exact" in text
-    assert "--approximate" in text
+    assert "--approximate" in refused(write(**HADA), base, "'lycoris_fc': LoHa of rank 2; a pair of rank 4 is exact")
     kron = {"lokr_w1": (3, 2), "lokr_w2_a": (2, 1), "lokr_w2_b": (1, 2)}
-    assert "LoKr of rank 1; a pair of rank 2 is exact" in refusal(write(**kron), base, approximate=False)
+    refused(write(**kron), base, "LoKr of rank 1; a pair of rank 2 is exact")
 
 
 def test_two_whole_halves_have_the_scale_1(write: Write, base: nn.Module) -> None:
     path = write(lokr_w1=torch.full((3, 2), 2.0), lokr_w2=torch.full((2, 2), 3.0), alpha=torch.tensor(7.0))
-    adapter, report = loading.load_reported(path, base=base, options=Options(approximate=True))
+    adapter, report = read(path, base, approximate=True)
     target, factors = adapter.targets["fc.weight"], adapter.factors_of("fc.weight")
     assert (target.scale * factors["lora_B"] @ factors["lora_A"]).equal(torch.full((6, 4), 6.0))
-    assert report is not None
     assert "tensor lycoris_fc.alpha: carried, not used: LyCORIS scales nothing by it here" in map(str, report.lines)
 
 
 def test_alpha_0_is_r(write: Write, base: nn.Module) -> None:
-    adapter, report = loading.load_reported(write(**PAIR, alpha=torch.tensor(0.0)), base=base, options=Options())
+    adapter, report = read(write(**PAIR, alpha=torch.tensor(0.0)), base)
     assert adapter.targets["fc.weight"].alpha == 2
-    assert report is not None
     assert "setting lycoris_fc.alpha: changed, 0, which LyCORIS takes as r, 2" in map(str, report.lines)
 
 
@@ -204,62 +187,52 @@ def test_changes_of_biases_and_norms_are_added_to_the_bases(write: Write, base: 
     write(diff=(6, 4), diff_b=(6,))
     norm = {"lycoris_norm.w_norm": torch.full((6,), 0.5), "lycoris_norm.b_norm": torch.full((6,), 0.25)}
     save_file(load_file(tmp_path / "file") | norm, tmp_path / "file")
-    adapter, report = loading.load_reported(tmp_path / "file", base=base, options=Options())
-    assert {name: whole.role for name, whole in adapter.whole.items()} == {
-        "fc.bias": "bias",
-        "norm.weight": "norm",
-        "norm.bias": "norm",
-    }
+    adapter, report = read(tmp_path / "file", base)
+    roles = {name: whole.role for name, whole in adapter.whole.items()}
+    assert roles == {"fc.bias": "bias", "norm.weight": "norm", "norm.bias": "norm"}
     assert adapter.tensors["norm.weight"].equal(base.norm.weight + 0.5)  # type: ignore[union-attr,operator]
     assert adapter.tensors["fc.bias"].equal(base.fc.bias + 1)  # type: ignore[union-attr,operator]
     assert loraio.merge(base.state_dict(), adapter)["fc.weight"].equal(base.fc.weight + 1)  # type: ignore[union-attr,operator]
-    assert report is not None
     assert all("at any strength" in line.how for line in report.lines if line.name.endswith(("norm", "_b")))
 
 
-def test_a_bias_without_a_place_and_a_module_that_is_not_there_are_said(write: Write, base: nn.Module) -> None:
-    assert "layer 'bare' of the base has no bias" in refusal(write("lycoris_bare", diff=(6, 4), diff_b=(6,)), base)
+def test_deltas_without_a_place_are_refused(write: Write, base: nn.Module) -> None:
+    refused(write("lycoris_bare", diff=(6, 4), diff_b=(6,)), base, "layer 'bare' of the base has no bias")
     path = write(**PAIR)
     save_file(load_file(path) | {"lycoris_nurm.w_norm": torch.ones(6)}, path)
-    text = refusal(path, base, BaseMismatchError)
-    assert "'lycoris_nurm.w_norm': 'lycoris_nurm' is no module of it; did you mean 'lycoris_norm'?" in text
+    says = "'lycoris_nurm.w_norm': 'lycoris_nurm' is no module of it; did you mean 'lycoris_norm'?"
+    refused(path, base, says, BaseMismatchError)
+    refused(write("lycoris_norm", w_norm=(6,)), base, "it holds no layer's factors")
 
 
-def test_normalisation_alone_is_no_adapter(write: Write, base: nn.Module) -> None:
-    assert "it holds no layer's factors" in refusal(write("lycoris_norm", w_norm=(6,)), base)
-
-
-def test_rows_so_short_that_its_epsilon_shows_are_said(write: Write, base: nn.Module, tmp_path: Path) -> None:
+def test_rows_so_short_that_its_epsilon_matters_are_reported(write: Write, base: nn.Module, tmp_path: Path) -> None:
     path = write(**PAIR, dora_scale=(6, 1))
-    _, report = loading.load_reported(path, base=base, options=Options())
-    assert report is not None
+    _, report = read(path, base)
     assert not any("to the length" in line.how for line in report.lines)
     with torch.no_grad():
         base.fc.weight.mul_(1e-4)  # type: ignore[union-attr,operator]
     path = write(lora_down__weight=torch.zeros(2, 4), lora_up__weight=torch.zeros(6, 2), dora_scale=(6, 1))
-    adapter, report = loading.load_reported(path, base=base, options=Options())
-    assert report is not None
+    adapter, report = read(path, base)
     assert any("LyCORIS adds 1.2e-07 to the length of each row" in line.how for line in report.lines)
-    assert any("LyCORIS adds" in line.how for line in written(adapter, base, tmp_path / "out").lines)
+    assert any("LyCORIS adds" in line.how for line in write_lycoris(adapter, base, tmp_path / "out").lines)
 
 
-def test_padding_that_its_forward_pass_ignores_is_said_and_not_written(
+def test_padding_that_its_forward_pass_ignores_is_reported_and_not_written(
     write: Write, base: nn.Module, tmp_path: Path
 ) -> None:
     path = write("lycoris_round", lora_down__weight=(2, 2, 3, 3), lora_up__weight=(4, 2, 1, 1))
-    adapter, report = loading.load_reported(path, base=base, options=Options())
-    assert report is not None
+    adapter, report = read(path, base)
     assert any("attached, it ignores the layer's padding_mode 'circular'" in line.how for line in report.lines)
     with pytest.raises(AdapterError, match="LyCORIS ignores the layer's padding_mode 'circular'"):
-        written(adapter, base, tmp_path / "out")
+        write_lycoris(adapter, base, tmp_path / "out")
 
 
 def test_alpha_0_is_written_as_a_whole_change(write: Write, base: nn.Module, tmp_path: Path) -> None:
     adapter = loraio.load(write(**PAIR), base=base)
     adapter = replace(adapter, targets={name: replace(t, alpha=0) for name, t in adapter.targets.items()})
     with pytest.raises(AdapterError, match="alpha is 0, which LyCORIS takes as r, 2; --as-full-delta writes it"):
-        written(adapter, base, tmp_path / "out")
-    written(adapter, base, tmp_path / "out", as_full_delta=True)
+        write_lycoris(adapter, base, tmp_path / "out")
+    write_lycoris(adapter, base, tmp_path / "out", as_full_delta=True)
     assert load_file(tmp_path / "out")["lycoris_fc.diff"].equal(torch.zeros(6, 4))
     with pytest.raises(AdapterError, match="its whole change is that of a base"):
         LYCORIS.encode(adapter, network=base, state=None, options=Options(as_full_delta=True))
@@ -269,7 +242,7 @@ def test_a_replaced_tensor_without_a_place_is_lost(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.LayerNorm(4))
     config = loraio.TrainConfig(digit=0, targets=("all",), rank=1, norm="affine")
     adapter = loraio.new_adapter(model, config)
-    assert {line.name for line in written(adapter, model, tmp_path / "out").lost} == {
+    assert {line.name for line in write_lycoris(adapter, model, tmp_path / "out").lost} == {
         f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     }
 
