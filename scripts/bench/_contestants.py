@@ -6,7 +6,7 @@ import copy
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ EFFECT = 0.1
 OUTPUT_TOLERANCE = 1e-4
 """Of the largest output, between ours and a peer's: float32 sums in another order, through up to fifty layers."""
 
-Outputs = Callable[[Tensor], Tensor]
+PEERS = {"peft": "PEFT", "minlora": "minLoRA"}
 
 
 def built(network: str) -> nn.Module:
@@ -95,9 +95,12 @@ def module(name: str) -> ModuleType | None:
     return importlib.import_module(name)
 
 
-def absent(name: str) -> str:
-    """What a row notes about a peer that is not there."""
-    return f"{name}: cannot be imported, not measured"
+def peer(name: str, notes: list[str]) -> ModuleType | None:
+    """Return a peer's package, or None and a note for the table."""
+    found = module(name)
+    if found is None:
+        notes.append(f"{PEERS[name]}: cannot be imported, not measured")
+    return found
 
 
 def left_out(adapter: loraio.Adapter) -> list[str]:

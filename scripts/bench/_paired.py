@@ -186,6 +186,23 @@ def ratio_of(
     )
 
 
+def ratios(
+    times: Times,
+    against: str,
+    *,
+    row: str,
+    case: str,
+    unit: str,
+    targets: Mapping[str, float | None] | None = None,
+    names: Iterable[str] | None = None,
+) -> list[Figure]:
+    """Return `ratio_of` for each of these names, by default all others; ``targets`` by name."""
+    chosen = [who for who in times if who != against] if names is None else names
+    return [
+        ratio_of(times, who, against, row=row, case=case, unit=unit, target=(targets or {}).get(who)) for who in chosen
+    ]
+
+
 def short(network: str) -> str:
     """A network's name without where it comes from."""
     return network.rpartition(":")[2]
@@ -284,6 +301,30 @@ def run_row(
         print(json.dumps(found, default=str))
     else:
         show(found, console())
+
+
+def run_networks(
+    row: str,
+    doc: str | None,
+    measure_one: Callable[[str, int, Callable[[], float]], Measured],
+    *,
+    title: str,
+    counts: Mapping[str, int],
+) -> None:
+    """Measure and print a row that takes no options of its own, one network after the other.
+
+    Args:
+        row, title: see `run_row`.
+        doc: the help.
+        measure_one: takes a network, a number of rounds and a clock.
+        counts: by network, how many rounds are counted.
+    """
+
+    def measure(options: argparse.Namespace) -> Measured:
+        clock = CLOCKS[options.clock]
+        return gathered(measure_one(name, rounds(options, counts[name]), clock) for name in options.networks)
+
+    run_row(row, parser(doc).parse_args(), measure, title=title)
 
 
 def shown(value: float, unit: str) -> str:

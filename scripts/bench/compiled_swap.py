@@ -12,7 +12,6 @@ ratio is to the plain network, compiled.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import itertools
@@ -22,20 +21,7 @@ from typing import Any
 
 import torch
 from _contestants import built
-from _paired import (
-    CLOCKS,
-    NETWORKS,
-    Measured,
-    exactly,
-    gathered,
-    interleaved,
-    parser,
-    ratio_of,
-    require,
-    rounds,
-    run_row,
-    short,
-)
+from _paired import NETWORKS, Measured, exactly, interleaved, ratios, require, run_networks, short
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -75,6 +61,7 @@ def adapters_for(model: nn.Module) -> list[loraio.Adapter]:
     return made
 
 
+@torch.no_grad()
 def measure_one(network: str, count: int, clock: Callable[[], float]) -> Measured:
     """All figures of one network."""
     plain = built(network)
@@ -102,15 +89,7 @@ def measure_one(network: str, count: int, clock: Callable[[], float]) -> Measure
         exactly(ROW, case, "loraio", reserved, unit, target=0),
         exactly(ROW, case, "loraio, nothing reserved", anew, unit),
     ]
-    figures += [ratio_of(times, who, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}") for who in works if who != PLAIN]
-    return figures, []
-
-
-@torch.no_grad()
-def measure(options: argparse.Namespace) -> Measured:
-    """All networks."""
-    clock = CLOCKS[options.clock]
-    return gathered(measure_one(network, rounds(options, ROUNDS[network]), clock) for network in options.networks)
+    return figures + ratios(times, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}"), []
 
 
 def compiled_anew(
@@ -157,7 +136,7 @@ def in_turn(
 
 def main() -> None:
     """Check, measure, print."""
-    run_row(ROW, parser(__doc__).parse_args(), measure, title="swaps on a compiled network")
+    run_networks(ROW, __doc__, measure_one, title="swaps on a compiled network", counts=ROUNDS)
 
 
 if __name__ == "__main__":

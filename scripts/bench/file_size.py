@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from _contestants import absent, built, drawn, left_out, module, peft_folder, ungrouped
+from _contestants import built, drawn, left_out, peer, peft_folder, ungrouped
 from _paired import Measured, exactly, gathered, parser, require, run_row, short
 
 import loraio
@@ -38,9 +38,7 @@ def measure_one(network: str) -> Measured:
         require(loraio.load(file) == adapter, f"{case}: the file holds another adapter")
         share = file.stat().st_size / raw_bytes(adapter)
         figures = [exactly(ROW, case, "loraio", share, UNIT, target=TARGETS.get(network))]
-        if module("peft") is None:
-            notes.append(absent("PEFT"))
-        else:
+        if peer("peft", notes):
             saved = peft_folder(model, adapter, Path(folder, "peft"))
             size = sum((saved / name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json"))
             figures.append(exactly(ROW, case, "PEFT", size / raw_bytes(ungrouped(adapter)), UNIT))

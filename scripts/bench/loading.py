@@ -14,7 +14,6 @@ Before any time is taken, the outputs of all are compared with those of the merg
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
 from collections.abc import Callable
@@ -23,31 +22,18 @@ from typing import Any
 
 import torch
 from _contestants import (
-    absent,
     add_minlora,
     built,
     drawn,
     left_out,
     merged,
     minlora_state,
-    module,
+    peer,
     peft_folder,
     require_outputs,
     ungrouped,
 )
-from _paired import (
-    CLOCKS,
-    NETWORKS,
-    Measured,
-    gathered,
-    interleaved,
-    parser,
-    ratio_of,
-    require,
-    rounds,
-    run_row,
-    short,
-)
+from _paired import NETWORKS, Measured, interleaved, ratios, require, run_networks, short
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -106,18 +92,13 @@ def measure_one(network: str, folder: Path, count: int, clock: Callable[[], floa
         require_outputs(other(x), expected, what=f"{case}, {who}", tolerance=0)
     require_outputs(again(x), expected, what=f"{case}, {AGAIN}", tolerance=0)
     require(not model(x).equal(expected), f"{case}: the adapter does nothing")
-    peft = module("peft")
-    if peft is None:
-        notes.append(absent("PEFT"))
-    else:
+    if peft := peer("peft", notes):
         saved = peft_folder(model, adapter, folder / "peft")
         works["PEFT"], before["PEFT"] = lambda plain: peft.PeftModel.from_pretrained(plain, saved).eval(), fresh
         found = works["PEFT"](fresh())(x)
         require_outputs(found, merged(model, ungrouped(adapter))(x), what=f"{case}, PEFT")
         notes += [f"{case}: {line}" for line in left_out(adapter)]
-    if module("minlora") is None:
-        notes.append(absent("minLoRA"))
-    else:
+    if peer("minlora", notes):
         factors = folder / "minlora.safetensors"
         save_file(minlora_state(adapter), factors)
 
@@ -128,42 +109,24 @@ def measure_one(network: str, folder: Path, count: int, clock: Callable[[], floa
         works["minLoRA"], before["minLoRA"] = with_minlora, fresh
         require_outputs(with_minlora(fresh())(x), expected, what=f"{case}, minLoRA")
     times = interleaved(works, rounds=count, clock=clock, before=before)
-    figures = [
-        ratio_of(
-            times,
-            who,
-            BASELINE,
-            row=ROW,
-            case=case,
-            unit=f"x {BASELINE}",
-            target=TARGET if who in ("loraio", FROM_FILE) else None,
-        )
-        for who in works
-        if who not in (BASELINE, HASHING, READING)
-    ]
-    figures += [
-        ratio_of(times, who, "loraio", row=ROW, case=case, unit="share of loraio's time") for who in (HASHING, READING)
-    ]
-    return figures, notes
+    parts = (HASHING, READING)
+    names = [who for who in works if who not in (BASELINE, *parts)]
+    targets = dict.fromkeys(("loraio", FROM_FILE), TARGET)
+    figures = ratios(times, BASELINE, row=ROW, case=case, unit=f"x {BASELINE}", targets=targets, names=names)
+    return figures + ratios(times, "loraio", row=ROW, case=case, unit="share of loraio's time", names=parts), notes
 
 
+@torch.no_grad()
 def in_a_folder(network: str, count: int, clock: Callable[[], float]) -> Measured:
     """One network, with a folder for the files."""
     with tempfile.TemporaryDirectory() as folder:
         return measure_one(network, Path(folder), count, clock)
 
 
-@torch.no_grad()
-def measure(options: argparse.Namespace) -> Measured:
-    """All networks."""
-    clock = CLOCKS[options.clock]
-    return gathered(in_a_folder(network, rounds(options, ROUNDS[network]), clock) for network in options.networks)
-
-
 def main() -> None:
     """Check, measure, print."""
-    options = parser(__doc__).parse_args()
-    run_row(ROW, options, measure, title="load an adapter file and attach it to a fresh model")
+    title = "load an adapter file and attach it to a fresh model"
+    run_networks(ROW, __doc__, in_a_folder, title=title, counts=ROUNDS)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _contestants import absent, built, drawn, in_minlora, in_peft, left_out, module, ungrouped
-from _paired import CLOCKS, Measured, exactly, gathered, interleaved, parser, ratio_of, require, rounds, run_row, short
+from _contestants import built, drawn, in_minlora, in_peft, left_out, peer, ungrouped
+from _paired import CLOCKS, Measured, exactly, gathered, interleaved, parser, ratios, require, rounds, run_row, short
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -137,9 +137,7 @@ def measure_one(network: str, dtype: str, count: int, clock: Callable[[], float]
     before: dict[str, Callable[[], Any]] = {WHOLE: lambda: [over[name].copy_(state[name]) for name in weights]}
     if dtype == "float32":
         works["bound: addmm"] = addmm(adapter, weights)
-        if module("peft") is None:
-            notes.append(absent("PEFT"))
-        else:
+        if peer("peft", notes):
             taken = ungrouped(adapter)
             wrapped = in_peft(model, {"default": taken})
             wrapped.merge_adapter()
@@ -154,26 +152,16 @@ def measure_one(network: str, dtype: str, count: int, clock: Callable[[], float]
                 wrapped.unmerge_adapter() if wrapped.get_layer_status()[0].merged_adapters else None
             )
             notes += [f"{short(network)}: {line}" for line in left_out(adapter)]
-        if module("minlora") is None:
-            notes.append(absent("minLoRA"))
-        else:
+        if peer("minlora", notes):
             other = in_minlora(model, adapter)
             merge_minlora(other)
             found = {name: other.get_parameter(name).clone() for name in exact}
             require_near(found, exact, what=f"{case}, minLoRA")
             wrong["minLoRA"] = not_correct(state, adapter, found)
             works["minLoRA"], before["minLoRA"] = merge_minlora, lambda: in_minlora(model, adapter)
-
-    def target(who: str) -> float | None:
-        return TARGETS.get((network, who)) if dtype == "float32" else None
-
     times = interleaved(works, rounds=count, clock=clock, before=before)
-    unit = f"x {BASELINE}"
-    figures = [
-        ratio_of(times, who, BASELINE, row=ROW, case=case, unit=unit, target=target(who))
-        for who in works
-        if who != BASELINE
-    ]
+    targets = {who: TARGETS.get((network, who)) for who in works if dtype == "float32"}
+    figures = ratios(times, BASELINE, row=ROW, case=case, unit=f"x {BASELINE}", targets=targets)
     unit = "share not correctly rounded"
     figures += [
         exactly(ROW, case, who, share, unit, target=0 if who == "loraio" else None) for who, share in wrong.items()

@@ -20,20 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _contestants import RANK, absent, built, drawn, in_peft, left_out, module, ungrouped
-from _paired import (
-    CLOCKS,
-    NETWORKS,
-    Measured,
-    gathered,
-    interleaved,
-    parser,
-    ratio_of,
-    require,
-    rounds,
-    run_row,
-    short,
-)
+from _contestants import RANK, built, drawn, in_peft, left_out, peer, ungrouped
+from _paired import CLOCKS, NETWORKS, Measured, gathered, interleaved, parser, ratios, require, rounds, run_row, short
 from torch import Tensor, nn
 
 import loraio
@@ -154,9 +142,7 @@ def measure_one(network: str, options: argparse.Namespace) -> Measured:
     require(effect > 100 * tolerance, f"{case}: the adapters change outputs by {effect:.2g} only")
     works = routes(model, bank, x, names)
     rows = dict.fromkeys(works, expected)
-    if module("peft") is None:
-        notes.append(absent("PEFT"))
-    else:
+    if peer("peft", notes):
         wrapped, taken = in_peft(model, adapters), {name: ungrouped(each) for name, each in adapters.items()}
         works["PEFT"] = lambda: wrapped(x, adapter_names=names)
         rows["PEFT"] = one_by_one(model, loraio.Bank(taken), x, names)
@@ -171,11 +157,7 @@ def measure_one(network: str, options: argparse.Namespace) -> Measured:
     times = interleaved(timed, rounds=rounds(options, ROUNDS[network]), clock=CLOCKS[options.clock])
     is_usual = images == IMAGES and x.shape[1:] == NETWORKS[network]
     targets = {"loraio": TARGETS[network] if is_usual else None}
-    return [
-        ratio_of(times, who, BASE, row=ROW, case=case, unit="x the base on the batch", target=targets.get(who))
-        for who in timed
-        if who != BASE
-    ], notes
+    return ratios(times, BASE, row=ROW, case=case, unit="x the base on the batch", targets=targets), notes
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from _contestants import built, drawn
-from _paired import CLOCKS, Measured, exactly, gathered, interleaved, parser, ratio_of, require, rounds, run_row, short
+from _paired import CLOCKS, Measured, exactly, gathered, interleaved, parser, ratios, require, rounds, run_row, short
 from torch import Tensor
 
 import loraio
@@ -92,8 +92,7 @@ def measure_one(case: str, base: Path, path: Path, options: argparse.Namespace) 
             figures.append(exactly(ROW, case, coder, 8 * size / kept.weights, unit))
         figures.append(exactly(ROW, case, "loraio", kept.share, "of the base's bytes"))
         times = interleaved(works, rounds=rounds(options, ROUNDS), clock=CLOCKS[options.clock])
-        for who in ("reversible", "unmerge"):
-            figures.append(ratio_of(times, who, "merge", row=ROW, case=case, unit="x a plain merge", name=who))
+        figures += ratios(times, "merge", row=ROW, case=case, unit="x a plain merge")
     return figures, []
 
 

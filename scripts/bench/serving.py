@@ -16,20 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _contestants import absent, built, drawn, in_peft, left_out, merged, module, require_outputs, ungrouped
-from _paired import (
-    CLOCKS,
-    NETWORKS,
-    Measured,
-    gathered,
-    interleaved,
-    parser,
-    ratio_of,
-    require,
-    rounds,
-    run_row,
-    short,
-)
+from _contestants import built, drawn, in_peft, left_out, merged, peer, require_outputs, ungrouped
+from _paired import CLOCKS, NETWORKS, Measured, gathered, interleaved, parser, ratios, require, rounds, run_row, short
 
 import loraio
 
@@ -51,6 +39,7 @@ ROUNDS = {
 }
 
 
+@torch.no_grad()
 def measure_one(network: str, batch: int, count: int, clock: Callable[[], float]) -> Measured:
     """One network with batches of one size."""
     case, notes = f"{short(network)}, batch {batch}", []
@@ -66,22 +55,15 @@ def measure_one(network: str, batch: int, count: int, clock: Callable[[], float]
         PLAIN: functools.partial(plain, x),
         "loraio": functools.partial(attached, x),
     }
-    if module("peft") is None:
-        notes.append(absent("PEFT"))
-    else:
+    if peer("peft", notes):
         works["PEFT"] = functools.partial(in_peft(plain, {"0": adapter}), x)
         require_outputs(works["PEFT"](), merged(plain, ungrouped(adapter))(x), what=f"{case}, PEFT")
         notes += [f"{short(network)}: {line}" for line in left_out(adapter)]
     times = interleaved(works, rounds=count, clock=clock)
     targets = {"loraio": TARGETS.get((network, batch))}
-    return [
-        ratio_of(times, who, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}", target=targets.get(who))
-        for who in works
-        if who != PLAIN
-    ], notes
+    return ratios(times, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}", targets=targets), notes
 
 
-@torch.no_grad()
 def measure(options: argparse.Namespace) -> Measured:
     """All networks and batches."""
     clock = CLOCKS[options.clock]

@@ -29,19 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _paired import (
-    CLOCKS,
-    Measured,
-    Times,
-    exactly,
-    gathered,
-    interleaved,
-    parser,
-    ratio_of,
-    require,
-    rounds,
-    run_row,
-)
+from _paired import CLOCKS, Measured, Times, exactly, gathered, interleaved, parser, ratio_of, require, rounds, run_row
 
 import loraio
 from loraio.adapter import Adapter, BaseReference, Target
@@ -75,41 +63,6 @@ imported = time.perf_counter()
 base, adapter, output, workers = sys.argv[1:]
 merged = merge_file(base, adapter, output, overwrite=True, workers=int(workers))
 print(json.dumps({"import": imported - start, "merge": time.perf_counter() - imported, "sha256": merged.sha256}))
-"""
-
-SPLIT = """
-import hashlib, json, os, sys, threading, time, types
-
-lock, spent = threading.Lock(), {}
-
-def timed(name, function):
-    def call(*words, **options):
-        start = time.perf_counter()
-        try:
-            return function(*words, **options)
-        finally:
-            with lock:
-                spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
-    return call
-
-def sha256(data=b"", real=hashlib.sha256):
-    whole = real(data)
-    return types.SimpleNamespace(update=timed("hash", whole.update), hexdigest=whole.hexdigest)
-
-hashlib.sha256 = sha256
-import loraio
-merge_file = timed("merge_file", loraio.merge_file)
-from loraio import copying, streaming
-from loraio.adapter import Adapter
-
-for name in ("copy_range", "write_all", "read_into", "check_fold"):
-    setattr(streaming, name, timed(name, getattr(streaming, name)))
-copying.read_into = streaming.read_into
-Adapter.fold = timed("fold", Adapter.fold)
-os.fsync, os.fdatasync = timed("fsync", os.fsync), timed("early fsync", os.fdatasync)
-base, adapter, output, workers = sys.argv[1:]
-merge_file(base, adapter, output, overwrite=True, workers=int(workers))
-print(json.dumps(spent))
 """
 
 COPY = """
@@ -237,9 +190,6 @@ def measure_one(base: Path, adapter: Path, case: str, target: float | None, opti
     count = rounds(options, ROUNDS)
     seconds = interleaved(works, rounds=count, clock=CLOCKS["wall"], before=dict.fromkeys(words, clear), warmup=0)
     clear()
-    *_, printed = run(SPLIT, *words["merge"][1:])
-    merged.unlink()
-    seen = ", ".join(f"{name} {seconds:.2f}" for name, seconds in sorted(json.loads(printed).items()))
     limit = None if options.quick else MAX_MEGABYTES
     unit = "x cp, processor time"
     return [
@@ -248,10 +198,7 @@ def measure_one(base: Path, adapter: Path, case: str, target: float | None, opti
         exactly(ROW, case, "loraio", peak / 1e6, "MB of anonymous memory", target=limit),
         exactly(ROW, case, "import alone", run(IMPORT)[2] / 1e6, "MB of anonymous memory"),
         exactly(ROW, case, "import alone", statistics.median(inside), "s"),
-    ], [
-        f"{case}: base in the page cache at the least {resident:.2f}",
-        f"{case}: seconds of a merge, in all workers together: {seen}",
-    ]
+    ], [f"{case}: base in the page cache at the least {resident:.2f}"]
 
 
 def measure(options: argparse.Namespace) -> Measured:

@@ -88,9 +88,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(results: Mapping[str, Any], path: Path) -> None:
-    """Whole or not at all."""
+    """Write whole or not at all, one line for each row."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in results["rows"].items())
+    rest = "".join(f" {json.dumps(key)}: {json.dumps(results[key])},\n" for key in results if key != "rows")
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.write_text(f'{{\n{rest} "rows": {{\n{rows}\n }}\n}}\n')
     part.replace(path)
 
 

@@ -14,7 +14,6 @@ Before any time is taken, the outputs after each swap are compared with those of
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import itertools
@@ -23,21 +22,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from _contestants import absent, built, drawn, in_peft, left_out, merged, module, require_outputs, ungrouped
-from _paired import (
-    CLOCKS,
-    NETWORKS,
-    Figure,
-    Measured,
-    gathered,
-    interleaved,
-    parser,
-    ratio_of,
-    require,
-    rounds,
-    run_row,
-    short,
-)
+from _contestants import built, drawn, in_peft, left_out, merged, peer, require_outputs, ungrouped
+from _paired import NETWORKS, Measured, interleaved, ratios, require, run_networks, short
 from torch import nn
 
 import loraio
@@ -66,6 +52,7 @@ def require_swaps(work: Callable[[], Any], expected: list[nn.Module], x: torch.T
         require_outputs(work(), network(x), **options)
 
 
+@torch.no_grad()
 def measure_one(network: str, count: int, clock: Callable[[], float]) -> Measured:
     """One network."""
     plain, case, notes = built(network), short(network), []
@@ -89,38 +76,24 @@ def measure_one(network: str, count: int, clock: Callable[[], float]) -> Measure
     require(not first.equal(second), f"{case}: both adapters do the same")
     require_swaps(works["loraio"], [merged(plain, each) for each in adapters], x, what=f"{case}, loraio", tolerance=0)
     require_outputs(put_on(replace(adapters[0])), first, what=f"{case}, {NEW}", tolerance=0)
-    if module("peft") is None:
-        notes.append(absent("PEFT"))
-    else:
+    if peer("peft", notes):
         wrapped = in_peft(plain, {"1": adapters[1], "0": adapters[0]})
         works["PEFT"] = in_turn(wrapped.set_adapter, ("0", "1"), functools.partial(wrapped, x))
         require_swaps(works["PEFT"], [merged(plain, ungrouped(each)) for each in adapters], x, what=f"{case}, PEFT")
         notes += [f"{case}: {line}" for line in left_out(adapters[0])]
     times = interleaved(works, rounds=count, clock=clock, before={NEW: lambda: replace(next(copies))})
-    figures: list[Figure] = []
+    figures = ratios(times, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}")
     if "PEFT" in works:
-        unit = "x PEFT's swap and forward"
+        unit, names = "x PEFT's swap and forward", ("loraio", NEW, "PEFT")
         targets = {"loraio": TARGETS[network]}
-        figures = [
-            ratio_of(times, who, "PEFT", row=ROW, case=case, unit=unit, target=targets.get(who))
-            for who in ("loraio", NEW, "PEFT")
-        ]
-    figures += [
-        ratio_of(times, who, PLAIN, row=ROW, case=case, unit=f"x {PLAIN}") for who in works if who != PLAIN
-    ]  # fmt: skip
+        figures = ratios(times, "PEFT", row=ROW, case=case, unit=unit, targets=targets, names=names) + figures
     return figures, notes
-
-
-@torch.no_grad()
-def measure(options: argparse.Namespace) -> Measured:
-    """All networks."""
-    clock = CLOCKS[options.clock]
-    return gathered(measure_one(network, rounds(options, ROUNDS[network]), clock) for network in options.networks)
 
 
 def main() -> None:
     """Check, measure, print."""
-    run_row(ROW, parser(__doc__).parse_args(), measure, title="swap in memory and the next forward pass, batch 1")
+    title = "swap in memory and the next forward pass, batch 1"
+    run_networks(ROW, __doc__, measure_one, title=title, counts=ROUNDS)
 
 
 if __name__ == "__main__":

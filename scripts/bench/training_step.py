@@ -27,7 +27,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from _contestants import RANK, absent, built, drawn, left_out, module, peft_config, peft_factors, ungrouped
+from _contestants import RANK, built, drawn, left_out, peer, peft_config, peft_factors, ungrouped
 from _paired import (
     CLOCKS,
     NETWORKS,
@@ -36,7 +36,7 @@ from _paired import (
     gathered,
     interleaved,
     parser,
-    ratio_of,
+    ratios,
     require,
     rounds,
     run_row,
@@ -192,9 +192,7 @@ def measure_one(network: str, count: int, options: argparse.Namespace) -> Measur
     learning = {"full": full(models["full"]), "bound": bound(models["bound"]), FULL_LAST: full(models[FULL_LAST])}
     put_on: dict[str, tuple[PutOn, loraio.Adapter]] = {"loraio": (attached, adapter), OWN_LAST: (attached, adapter)}
     given = {who: in_order(images, channels_last=True) if who in (FULL_LAST, OWN_LAST) else images for who in models}
-    if module("peft") is None:
-        notes.append(absent("PEFT"))
-    else:
+    if peer("peft", notes):
         models["PEFT"], put_on["PEFT"] = copy.deepcopy(base), (injected, ungrouped(adapter))
         given["PEFT"] = images
         notes += [f"{short(network)}: {line}" for line in left_out(adapter)]
@@ -207,12 +205,8 @@ def measure_one(network: str, count: int, options: argparse.Namespace) -> Measur
         who: stepping(model, learning[who], options.optimizer, given[who], labels) for who, model in models.items()
     }
     times = interleaved(steps, rounds=count, clock=CLOCKS[options.clock], warmup=2)
-    figures = []
-    for who in models:
-        if who != "full":
-            target = TARGETS[network] if who in ("loraio", OWN_LAST) else None
-            unit = "x step of full fine-tuning"
-            figures.append(ratio_of(times, who, "full", row=ROW, case=case, unit=unit, target=target))
+    targets = dict.fromkeys(("loraio", OWN_LAST), TARGETS[network])
+    figures = ratios(times, "full", row=ROW, case=case, unit="x step of full fine-tuning", targets=targets)
     for who in models:
         if who != "full":
             target = SAVED_TARGET if who == "loraio" else None

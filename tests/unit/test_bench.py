@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,7 @@ ROWS = (
     "residues", "cold_start", "streamed_merge",
     *(["compiled_swap"] if any(map(shutil.which, ("g++", "clang++", "c++"))) else []),
 )  # fmt: skip
+SLOW = ("compiled_swap", "streamed_merge", "cold_start")  # processes of their own, and a compiler
 WITHOUT_NETWORKS = ("bank", "cold_start", "streamed_merge")
 
 
@@ -123,7 +124,11 @@ def require_document(document: dict[str, Any], row: str, paired: ModuleType) -> 
         assert figure.seconds is None or figure.seconds > 0
 
 
-@pytest.mark.parametrize("row", ROWS)
+def rows_of(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
+@pytest.mark.parametrize("row", rows_of(ROWS))
 def test_every_row_runs_and_prints_the_one_schema(
     row: str,
     bench: Callable[[str], ModuleType],
@@ -213,7 +218,12 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize(
-    ("row", "breakage"), [(row, breakage) for row, breakages in BREAKAGES.items() for breakage in breakages]
+    ("row", "breakage"),
+    [
+        pytest.param(row, breakage, marks=pytest.mark.slow if row in SLOW else ())
+        for row, breakages in BREAKAGES.items()
+        for breakage in breakages
+    ],
 )
 def test_a_wrong_result_is_refused_before_any_time_is_taken(
     row: str,
@@ -237,6 +247,7 @@ def test_a_wrong_result_is_refused_before_any_time_is_taken(
     assert f"{row}: wrong result" in printed.err
 
 
+@pytest.mark.slow
 def test_one_command_gives_the_table_the_json_and_the_picture(
     tmp_path: Path, bench: Callable[[str], ModuleType]
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,18 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-SCRIPT = Path(__file__).parents[2] / "scripts/bench/correctness_vs_peers.py"
-
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("correctness_vs_peers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts/bench")
+    return importlib.import_module("correctness_vs_peers")
 
 
 def test_a_quick_run_finds_loraio_right_everywhere_and_every_base_restored(
@@ -63,7 +56,7 @@ class Tampered:
     version = "0"
 
     def __init__(self, bench: ModuleType, **changes: Any) -> None:
-        self.loraio, self.changes = bench.Loraio(), changes
+        self.loraio, self.changes = bench.TOOLS["loraio"](), changes
 
     def attach(self, model: Any, kind: str) -> Any:
         handle = self.loraio.attach(model, kind)
