@@ -1,4 +1,4 @@
-"""``loraio train``: one digit, all digits, and what is refused before anything is trained."""
+"""``loraio train``: one digit, all digits, and refusals before the training."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ BASICS = ("--dataset", "digits", "--steps", "3", "--batch-size", "16")
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any training or reading of images is a failure."""
+    """Make any training or reading of images fail."""
     for name in ("train_each", "load_dataset"):
         getattr(loraio, name)
         monkeypatch.setattr(loraio, name, None)
 
 
-def test_the_adapter_is_written_and_its_results_are_printed(run: Run, files: Path, tmp_path: Path) -> None:
+def test_the_adapter_is_that_of_the_library_and_its_results_are_printed(
+    run: Run, files: Path, tmp_path: Path, base: nn.Module, digits: loraio.Dataset, digits_test: loraio.Dataset
+) -> None:
     path = tmp_path / "five.safetensors"
     result = run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS)
     adapter = loraio.load(path)
-    assert adapter.training["digit"] == 5
+    config = loraio.TrainConfig(digit=5, steps=3, batch_size=16)
+    assert adapter == loraio.train(base, config, digits, held_out=digits_test)
     results = adapter.training["results"]
     (row,) = [line for line in result.stdout.splitlines() if line.strip().startswith(str(path))]
     assert row.split()[-4:] == [
@@ -70,7 +73,7 @@ def net():
 def test_a_head_and_statistics_of_its_own(
     run: Run, run_json: RunJson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a base of seven classes to an adapter of ten, through every command that meets it."""
+    """Go from a base of seven classes to an adapter of ten, through every command for it."""
     base, adapter, merged = (tmp_path / f"{name}.safetensors" for name in ("base", "adapter", "merged"))
     (tmp_path / "net_of_seven.py").write_text(SEVEN)
     monkeypatch.syspath_prepend(tmp_path)
@@ -105,64 +108,40 @@ def test_a_head_and_statistics_of_its_own(
     assert "'4=x' is not NAME=CLASSES" in run("train", base, "-o", tmp_path / "x", *own, "--head", "4=x", code=2).stderr
 
 
-def test_every_option_arrives_in_the_file(run: Run, files: Path, tmp_path: Path) -> None:
-    path = tmp_path / "five.safetensors"
-    options = {"rank": 2, "alpha": 3, "targets": "conv2,fc", "focus": 0.75, "lr": 0.002, "init": "gaussian", "seed": 9}
-    options |= {"schedule": "cosine"}
-    words = [f"--{name}={value}" for name, value in options.items()]
-    run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, *words)
-    adapter = loraio.load(path)
-    assert list(adapter.targets) == ["conv2.weight", "fc.weight"]
-    assert {(target.rank, target.alpha) for target in adapter.targets.values()} == {(2, 3)}
-    training = adapter.training
-    assert (training["steps"], training["seed"], training["dataset"]) == (3, 9, "digits")
-    expected = {
-        "init": "gaussian",
-        "schedule": "cosine",
-        "focus": 0.75,
-        "lr": 0.002,
-        "batch_size": 16,
-        "targets": ["conv2", "fc"],
-        "optimizer": "adam",
-    }
-    assert {key: training["hyperparameters"][key] for key in expected} == expected
-
-
-def test_the_command_writes_what_the_library_trains(
-    run: Run, files: Path, tmp_path: Path, base: nn.Module, digits: loraio.Dataset, digits_test: loraio.Dataset
+def test_all_makes_ten_files_and_resumes_over_those_that_a_killed_run_has_finished(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "five.safetensors"
-    run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS)
-    config = loraio.TrainConfig(digit=5, steps=3, batch_size=16)
-    assert loraio.load(path) == loraio.train(base, config, digits, held_out=digits_test)
-
-
-def test_all_makes_a_folder_of_ten_files(run_json: RunJson, files: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "ten"
-    found = run_json("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS)
+    folder, side = tmp_path / "all", tmp_path / "side.pt"
     names = [f"digit-{n}.safetensors" for n in range(10)]
-    assert sorted(path.name for path in folder.iterdir()) == names
+    folder.mkdir()
+    (folder / names[4]).write_bytes(b"old")
+    words = ("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS, "--checkpoint", side)
+    found = run_json(*words, "--force")
     assert [row["digit"] for row in found["adapters"]] == list(range(10))
     assert [loraio.load(folder / name).training["digit"] for name in names] == list(range(10))
-    again = run_json("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS, "--force")
-    assert again == found
+    made = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert sorted(made) == names
+    for n in (7, 8, 9):  # as if it was killed between two digits
+        (folder / names[n]).unlink()
+        (tmp_path / f"side-digit-{n}.pt").unlink()
+    assert run_json(*words, "--resume") == found
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == made
+    (tmp_path / "side-digit-3.pt").unlink()
+    assert "digit-3.safetensors' exists" in run(*words, "--resume", code=1).stderr
 
 
-def test_an_existing_output_is_refused_before_training(
-    run: Run, run_json: RunJson, files: Path, tmp_path: Path, no_training: None
+def test_an_existing_output_is_refused_before_training_and_replaced_with_force(
+    run: Run, run_json: RunJson, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "five.safetensors"
     path.write_bytes(b"mine")
     words = ("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS)
-    assert "--force" in run(*words, code=1).stderr
-    assert run_json(*words, code=1)["error"] == "OutputExistsError"
+    with monkeypatch.context() as patch:
+        patch.setattr(loraio, "load_dataset", None)
+        assert "--force" in run(*words, code=1).stderr
+        assert run_json(*words, code=1)["error"] == "OutputExistsError"
     assert path.read_bytes() == b"mine"
-
-
-def test_force_replaces_an_existing_output(run: Run, files: Path, tmp_path: Path) -> None:
-    path = tmp_path / "five.safetensors"
-    path.write_bytes(b"mine")
-    run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, "--force")
+    run(*words, "--force")
     assert loraio.load(path).training["digit"] == 5
 
 
@@ -176,35 +155,25 @@ def test_the_base_as_output_is_refused_even_with_force(
     assert Path(base).read_bytes() == before
 
 
-def test_a_folder_with_some_of_the_files_is_refused_and_left_alone(
-    run: Run, files: Path, tmp_path: Path, no_training: None
-) -> None:
-    (tmp_path / "digit-4.safetensors").write_bytes(b"mine")
-    error = run("train", files / "base.safetensors", "--digit", "all", "-o", tmp_path, *BASICS, code=1).stderr
-    assert "digit-4.safetensors" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["digit-4.safetensors"]
-    assert (tmp_path / "digit-4.safetensors").read_bytes() == b"mine"
-
-
-def test_a_folder_whose_file_is_the_base_is_refused_even_with_force(
+def test_a_folder_with_one_of_the_files_is_refused_even_with_force_if_it_is_the_base(
     run: Run, files: Path, tmp_path: Path, no_training: None
 ) -> None:
     base = tmp_path / "digit-4.safetensors"
     shutil.copy(files / "base.safetensors", base)
-    error = run("train", base, "--digit", "all", "-o", tmp_path, *BASICS, "--force", code=1).stderr
-    assert "is also an input" in error
+    words = ("train", base, "--digit", "all", "-o", tmp_path, *BASICS)
+    assert "digit-4.safetensors" in run(*words, code=1).stderr
+    assert "is also an input" in run(*words, "--force", code=1).stderr
+    assert list(tmp_path.iterdir()) == [base]
+    assert base.read_bytes() == (files / "base.safetensors").read_bytes()
 
 
-def test_all_into_a_file_or_a_missing_folder_is_refused(
+def test_folders_for_files_and_files_for_folders_are_refused(
     run: Run, files: Path, tmp_path: Path, no_training: None
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     words = ("train", files / "base.safetensors", "--digit", "all", *BASICS, "-o")
     assert "is a folder" in run(*words, tmp_path / "file", code=1).stderr
     assert "does not exist" in run(*words, tmp_path / "no" / "ten", code=1).stderr
-
-
-def test_one_digit_into_a_folder_is_refused(run: Run, files: Path, tmp_path: Path, no_training: None) -> None:
     assert "is a folder" in run("train", files / "base.safetensors", "--digit", 5, "-o", tmp_path, code=1).stderr
 
 
@@ -223,18 +192,11 @@ def test_a_digit_that_is_no_class_number_is_a_usage_error(run: Run, files: Path,
 
 @pytest.mark.parametrize(
     "option",
-    [
-        "--rank=0",
-        "--alpha=0",
-        "--alpha=nan",
-        "--focus=0",
-        "--focus=1.1",
-        "--focus=nan",
-        "--steps=0",
-        "--lr=-1",
-        "--targets=,",
-    ],
-)
+    ["--rank=0", "--alpha=0", "--alpha=nan", "--focus=0", "--focus=1.1", "--focus=nan", "--steps=0", "--lr=-1",
+     "--targets=,", "--warmup=-1", "--weight-decay=-1", "--lora-plus=0", "--clip-norm=0", "--accumulate=0",
+     "--val-share=1", "--val-every=0", "--patience=0", "--amp=fp8", "--checkpoint-every=0", "--workers=-1",
+     "--data-limit=0"],
+)  # fmt: skip
 def test_a_setting_out_of_range_is_a_usage_error(run_json: RunJson, files: Path, tmp_path: Path, option: str) -> None:
     words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", option)
     assert option.partition("=")[0] in run_json(*words, code=2)["message"]
@@ -272,28 +234,29 @@ def test_an_adapter_where_the_base_belongs_is_refused(run: Run, files: Path, tmp
     assert "is an adapter, not a base model" in run(*words, code=1).stderr
 
 
-def test_every_option_of_the_course_arrives_in_the_file(run: Run, files: Path, tmp_path: Path) -> None:
+def test_every_option_arrives_in_the_file(run: Run, files: Path, tmp_path: Path) -> None:
     path = tmp_path / "five.safetensors"
     options: dict[str, object] = {
-        "exclude": "conv1", "kind": "dora", "scale-rule": "alpha/sqrt(r)", "warmup": 1, "weight-decay": 0.01,
-        "lora-plus": 4, "clip-norm": 1.5, "accumulate": 2, "val-share": 0.1, "val-every": 2, "patience": 5,
-        "amp": "bf16", "device": "cpu",
+        "targets": "conv,fc", "exclude": "conv1", "kind": "dora", "scale-rule": "alpha/sqrt(r)", "warmup": 1,
+        "weight-decay": 0.01, "lora-plus": 4, "clip-norm": 1.5, "accumulate": 2, "val-share": 0.1, "val-every": 2,
+        "patience": 5, "amp": "bf16", "device": "cpu", "focus": 0.75, "lr": 0.002, "init": "gaussian", "seed": 9,
+        "schedule": "cosine",
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in options.items()]
     ranks = ("--rank", 3, "--rank", "conv2=2", "--alpha", 6, "--alpha", "conv3=1.5", "--clamp-rank")
     run("train", files / "base.safetensors", "--digit", 5, "-o", path, *BASICS, *words, *ranks)
     adapter = loraio.load(path)
-    found = {
-        name: (target.rank, target.alpha, target.kind, target.scale_rule) for name, target in adapter.targets.items()
-    }
-    assert found == {
-        "conv2.weight": (2, 6, "dora", "alpha/sqrt(r)"), "conv3.weight": (3, 1.5, "dora", "alpha/sqrt(r)"),
-    }  # fmt: skip
-    expected = {name.replace("-", "_"): value for name, value in options.items() if name not in ("kind", "scale-rule")}
-    expected |= {"exclude": ["conv1"], "rank_pattern": {"conv2": 2}, "alpha_pattern": {"conv3": 1.5}}
-    expected |= {"clamp_rank": True, "optimizer": "adamw"}
-    assert {key: adapter.training["hyperparameters"][key] for key in expected} == expected
-    assert adapter.training["validation"]["images"] == 90
+    found = {name: (target.rank, target.alpha) for name, target in adapter.targets.items()}
+    assert found == {"conv2.weight": (2, 6), "conv3.weight": (3, 1.5), "fc.weight": (3, 6)}
+    assert {(target.kind, target.scale_rule) for target in adapter.targets.values()} == {("dora", "alpha/sqrt(r)")}
+    training = adapter.training
+    assert (training["steps"], training["seed"], training["dataset"]) == (3, 9, "digits")
+    elsewhere = ("kind", "scale-rule", "seed")
+    expected = {name.replace("-", "_"): value for name, value in options.items() if name not in elsewhere}
+    expected |= {"targets": ["conv", "fc"], "exclude": ["conv1"], "batch_size": 16, "optimizer": "adamw"}
+    expected |= {"rank_pattern": {"conv2": 2}, "alpha_pattern": {"conv3": 1.5}, "clamp_rank": True}
+    assert training["hyperparameters"] == expected
+    assert training["validation"]["images"] == 90
 
 
 def test_without_a_digit_all_classes_are_fitted(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
@@ -355,29 +318,3 @@ def test_log_and_side_file_are_written_and_a_finished_run_resumes(run: Run, file
     side.unlink()
     assert "does not exist" in run(*words, "--resume", code=1).stderr
     assert "nothing to resume from" in run(*words[:-4], "--resume", code=1).stderr
-
-
-def test_all_resumes_over_the_adapters_that_a_killed_run_has_finished(run: Run, files: Path, tmp_path: Path) -> None:
-    folder, side = tmp_path / "all", tmp_path / "side.pt"
-    words = ("train", files / "base.safetensors", "--digit", "all", "-o", folder, *BASICS, "--checkpoint", side)
-    run(*words)
-    made = {file.name: file.read_bytes() for file in folder.iterdir()}
-    for n in (7, 8, 9):  # as if it was killed between two digits
-        (folder / f"digit-{n}.safetensors").unlink()
-        (tmp_path / f"side-digit-{n}.pt").unlink()
-    run(*words, "--resume")
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == made
-    (tmp_path / "side-digit-3.pt").unlink()
-    assert "digit-3.safetensors' exists" in run(*words, "--resume", code=1).stderr
-
-
-@pytest.mark.parametrize(
-    "option",
-    ["--warmup=-1", "--weight-decay=-1", "--lora-plus=0", "--clip-norm=0", "--accumulate=0", "--val-share=1",
-     "--val-every=0", "--patience=0", "--amp=fp8", "--checkpoint-every=0", "--workers=-1", "--data-limit=0"],
-)  # fmt: skip
-def test_a_setting_of_the_course_out_of_range_is_a_usage_error(
-    run_json: RunJson, files: Path, tmp_path: Path, option: str
-) -> None:
-    words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", option)
-    assert option.partition("=")[0] in run_json(*words, code=2)["message"]
