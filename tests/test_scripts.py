@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jupytext
 import pytest
+from sampling import sample, sampled_or_all
 
 ROOT = Path(__file__).parent.parent
 WALKTHROUGH = ROOT / "scripts/walkthrough.py"
@@ -60,6 +61,7 @@ def test_swapping_two_adapters_gives_the_base_back(
     assert "the same, bit for bit" in verdict
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_from_any_folder_and_a_second_time(tmp_path: Path) -> None:
     """In a copy of the scripts that uses this Python in the place of a new environment."""
     project = tmp_path / "project"
@@ -94,10 +96,12 @@ def test_the_quickstart_runs_from_any_folder_and_a_second_time(tmp_path: Path) -
     assert len(list((project / "quickstart/adapters").glob("*.safetensors"))) == 10
 
 
+@pytest.mark.parametrize("most", sampled_or_all(1))
 def test_adapters_go_on_and_off_networks_of_several_families(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    most: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["squeezenet1_1", "shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"]
+    every = ["squeezenet1_1", "shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"]
+    names = every if most is None else sample(every, most, key="networks")
     words = [word for name in names for word in ("--only", name)]
     monkeypatch.setattr(sys, "argv", ["torchvision_builders.py", "--json", *words])
     with pytest.raises(SystemExit) as caught:
@@ -112,6 +116,7 @@ def test_adapters_go_on_and_off_networks_of_several_families(
         assert row["targets"] > 20
 
 
+@pytest.mark.slow
 def test_the_shipped_adapters_give_the_same_wrong_answers_in_peft() -> None:
     command = [sys.executable, ROOT / "scripts/bench/peft_digits.py", "--dataset", "digits", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -382,6 +382,7 @@ def test_torch_takes_every_dtype(base: nn.Module, out: Path, tmp_path: Path, dty
     assert found.dtype == dtype
 
 
+@pytest.mark.slow
 def test_onnx_takes_the_dtypes_that_onnxruntime_has(base: nn.Module, out: Path, tmp_path: Path) -> None:
     for name, dtype in (("half", torch.float16), ("brain", torch.bfloat16), ("double", torch.float64)):
         loraio.save_base(copy.deepcopy(base).to(dtype), tmp_path / f"{name}.safetensors")

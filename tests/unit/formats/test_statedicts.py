@@ -20,6 +20,7 @@ from loraio.formats.dialects import DIALECTS
 from loraio.formats.foreign import Encoded, Options
 from loraio.formats.statedicts import alpha_for, at_other_rank, joined, lone_biases, module_and_parameter
 
+
 class Net(nn.Module):
     """Layers that all of them hold, and others."""
 

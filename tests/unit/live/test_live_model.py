@@ -417,6 +417,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_adapter(base: nn.Module, digits: loraio.Dataset, tmp_path: Path) -> None:
     loraio.save_base(base, tmp_path / "base.safetensors")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
@@ -448,6 +449,7 @@ def test_two_processes_train_one_adapter(base: nn.Module, digits: loraio.Dataset
 # compiled
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiler")
 def test_a_compiled_model_computes_what_the_eager_one_computes(
     base: nn.Module, three: loraio.Adapter, images: Tensor
@@ -457,6 +459,7 @@ def test_a_compiled_model_computes_what_the_eager_one_computes(
         torch.testing.assert_close(outputs(compiled, images), outputs(base, images), **COMPILED)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiler")
 def test_a_compiled_model_has_the_gradients_of_the_eager_one(
     base: nn.Module, three: loraio.Adapter, digits: loraio.Dataset

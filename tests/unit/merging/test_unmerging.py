@@ -574,6 +574,7 @@ print((max(peak, anonymous()) - start) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     used = []

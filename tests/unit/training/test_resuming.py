@@ -237,6 +237,7 @@ def test_several_runs_resume_each_from_its_own_side_file(
         loraio.train_each(model, CONFIG, few, digits=[3, 4], files=missing)
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_resumes_to_the_same_bytes(
     base: nn.Module, digits: loraio.Dataset, digits_test: loraio.Dataset, files: Path, tmp_path: Path
 ) -> None:
