@@ -62,13 +62,9 @@ class BaseIdentity:
 
     `loraio.bases.writes.TensorMark` says which writes are noticed; others go unseen until `forget`. Tensors that no
     mark can compare, such as those made under ``torch.inference_mode``, are hashed every time. Thread-safe.
-
-    Attributes:
-        forgotten: how often `forget` was called.
     """
 
     def __init__(self) -> None:
-        self.forgotten = 0
         self._lock = threading.Lock()
         self._known: dict[str, tuple[str, TensorMark]] = {}
         self._whole: dict[tuple[tuple[str, str], ...], str] = {}
@@ -114,7 +110,6 @@ class BaseIdentity:
     def forget(self) -> None:
         """Hash everything again next time."""
         with self._lock:
-            self.forgotten += 1
             self._known.clear()
             self._whole.clear()
 

@@ -116,48 +116,6 @@ class ModelMark:
         return chain.from_iterable(map(_VALUES, self._held))
 
 
-class WeakModelMark:
-    """A model as it is now, which does not keep the model alive.
-
-    Unchanged means: the same paths and classes of modules, the same names of parameters and buffers, and the tensors
-    as `TensorMark` compares them. The objects may be others.
-
-    Args:
-        modules: of the model, by path, under every path that they have.
-        state: the model's state dict. A tensor in it that lies elsewhere than the modules' own makes the mark void.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
-        tensors = _tensors(modules.values())
-        places = {tensor.data_ptr() for tensor in tensors if not tensor.is_meta}
-        own = all(isinstance(tensor, Tensor) and tensor.data_ptr() in places for tensor in state.values())
-        self._names = _names(modules) if own else None
-        self._mark = TensorMark(tensors)
-
-    def unchanged(self, modules: Mapping[str, nn.Module]) -> bool:
-        """Return True if nothing has changed; False also where that cannot be told.
-
-        Args:
-            modules: of the model as it is now.
-        """
-        return (
-            self._names is not None and _names(modules) == self._names and self._mark.same(_tensors(modules.values()))
-        )
-
-
-def _names(modules: Mapping[str, nn.Module]) -> list[Any] | None:
-    """Return paths and classes of modules and names of tensors; None where one is of a class of its own."""
-    found: list[Any] = []
-    for path, module in modules.items():
-        found += [path, type(module)]
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if type(tensor) not in _PLAIN:
-                    return None
-                found += (name, tensor is None)
-    return found
-
-
 def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
     held = (tensors for module in modules for tensors in (module._parameters, module._buffers))
     return [tensor for tensors in held for tensor in tensors.values() if tensor is not None]
@@ -171,7 +129,6 @@ def _joined(views: list[Tensor]) -> Tensor:
     return views[0] if len(views) == 1 else torch.cat(views)
 
 
-_PLAIN = (Tensor, nn.Parameter, type(None))
 _VALUES, _VERSION, _FORM = methodcaller("values"), attrgetter("_version"), attrgetter("shape", "dtype", "device")
 
 
@@ -192,7 +149,7 @@ def is_dense(tensor: Tensor) -> bool:
     """Return True if a tensor's memory has no holes, whatever the order of its dimensions."""
     if tensor.layout != torch.strided:
         return False
-    count = tensor.numel()
-    return (
-        not count or sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) == count - 1
-    )
+    if tensor.is_contiguous():
+        return True
+    extent = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return extent == tensor.numel() - 1

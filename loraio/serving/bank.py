@@ -18,7 +18,7 @@ from loraio.live.attachment import Attachment, attach, attachment_of
 from loraio.live.reserving import Reserve
 from loraio.registry import lookup
 from loraio.serving.mixed_batches import SortedBatch, choices_of, run_sorted
-from loraio.serving.model_facts import ModelFacts
+from loraio.serving.model_facts import BaseNow, ModelFacts
 from loraio.serving.residents import Pick, Residents, Version
 from loraio.serving.sources import Source, list_source, normal_name
 
@@ -181,15 +181,14 @@ class Bank:
         """
         choices = choices_of(x, names, strength)
         picks = {choice: self._pick(*choice) for choice in dict.fromkeys(choices)}
-        facts, every = self._facts_of(model), dict(model.named_modules(remove_duplicate=False))
-        base = facts.base(model, every)
+        facts, base = self._facts_of(model), BaseNow.of(model)
         for pick in filter(None, picks.values()):
             facts.check_fit(model, pick, base.digest)
         with torch.no_grad():
             if not any(picks.values()):
                 return model(x)
-            batch, modules = SortedBatch.of(x, choices, picks), base.target_modules(every)
-            return batch.gathered(run_sorted(model, modules, batch, facts=facts, base=base, residents=self._residents))
+            batch = SortedBatch.of(x, choices, picks)
+            return batch.gathered(run_sorted(model, batch, facts=facts, base=base, residents=self._residents))
 
     def _pick(self, name: str | None, strength: float) -> Pick | None:
         """Load the adapter of some samples; None for the base."""

@@ -22,7 +22,7 @@ from loraio.adapter.metadata import check_strength
 from loraio.bases.targets import TargetModule
 from loraio.errors import ShapeError, StateError
 from loraio.serving.layer_route import LayerRoute, UnfitError, find_route, run_layers
-from loraio.serving.model_facts import BaseFacts, ModelFacts
+from loraio.serving.model_facts import BaseNow, ModelFacts
 from loraio.serving.residents import FoldedWeights, Pick, Residents
 from loraio.serving.sources import normal_name
 
@@ -83,20 +83,13 @@ class SortedBatch:
         return _mapped(lambda found: torch.empty_like(found).index_copy_(0, self.rows, found), outputs)
 
 
-def run_sorted(
-    model: nn.Module,
-    modules: Mapping[str, TargetModule],
-    batch: SortedBatch,
-    *,
-    facts: ModelFacts,
-    base: BaseFacts,
-    residents: Residents,
-) -> Any:
+def run_sorted(model: nn.Module, batch: SortedBatch, *, facts: ModelFacts, base: BaseNow, residents: Residents) -> Any:
     """Run a sorted batch on the route that the network and the size of the batch ask for."""
+    modules, version = base.targets, base.version
     adapters = [pick.adapter for pick in batch.picks if pick is not None]
     bases = {name: modules[name].weight for name in dict.fromkeys(chain.from_iterable(a.targets for a in adapters))}
     nbytes = {name: weight.nbytes for name, weight in bases.items()}
-    folded = (residents.folded(facts, bases, pick, base.version) for pick in batch.picks)
+    folded = (residents.folded(facts, bases, pick, version) for pick in batch.picks)
     needed = sum(nbytes[name] for adapter in adapters for name in adapter.targets)
     key = (frozenset(bases), batch.x.shape[1:], batch.x.dtype, batch.x.device)
     route = None
@@ -107,7 +100,7 @@ def run_sorted(
         route = facts.routes[key]
     if route is None or not takes_layers(route, len(batch.x), sum(nbytes.values())):
         return run_groups(model, modules, batch, folded)
-    held, plain = list(folded), residents.folded(facts, bases, None, base.version)
+    held, plain = list(folded), residents.folded(facts, bases, None, version)
     before = [len(one.reordered) for one in (*held, plain)]
     try:
         outputs = run_layers(model, modules, batch.x, batch.sizes, held, base=plain, reorder=route.reorder)
@@ -116,7 +109,7 @@ def run_sorted(
         return run_groups(model, modules, batch, held)
     for pick, one, count in zip((*batch.picks, None), (*held, plain), before, strict=True):
         if len(one.reordered) > count:
-            residents.update(facts, pick, base.version, one)
+            residents.update(facts, pick, version, one)
     return outputs
 
 

@@ -1,16 +1,14 @@
-"""Is a model still what it was?"""
+"""Marks of tensors and of models: every change is noticed, and use is no change."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from loraio.bases.writes import SAMPLED, ModelMark, WeakModelMark, sampled
+from loraio.bases.writes import SAMPLED, ModelMark, TensorMark, is_dense, sampled, version_of
 
 
 def network() -> nn.Sequential:
@@ -18,7 +16,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(inner, nn.Flatten(), nn.Linear(4 * 4, 3))
 
 
-def watch(model: nn.Module) -> ModelMark:
+def mark(model: nn.Module) -> ModelMark:
     return ModelMark(model, lambda module: isinstance(module, nn.Dropout))
 
 
@@ -26,9 +24,10 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "a write": lambda model: model[2].weight.data.mul_(2),
     "a counted write": lambda model: model[2].bias.detach().zero_(),
     "a write to a buffer": lambda model: model[0][1].running_mean.add_(1),
-    "a write past the count": lambda model: model[2].weight.detach().numpy().fill(3),
+    "a write past the version counter": lambda model: model[2].weight.detach().numpy().fill(3),
     "an integer's": lambda model: model[0][1].num_batches_tracked.add_(1),
-    "another memory": lambda model: setattr(model[2].weight, "data", model[2].weight.data.clone()),
+    "other memory": lambda model: setattr(model[2].weight, "data", model[2].weight.data.clone()),
+    "other strides": lambda model: setattr(model[0][0].weight, "data", model[0][0].weight.data.transpose(2, 3)),
     "another parameter": lambda model: setattr(model[2], "weight", nn.Parameter(model[2].weight.detach())),
     "a parameter less": lambda model: setattr(model[2], "bias", None),
     "another module": lambda model: model.__setitem__(1, nn.Flatten()),
@@ -39,52 +38,61 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
 }
 
 
-def glance(model: nn.Module) -> Callable[[], bool]:
-    """Whether a `WeakModelMark` of the model as it is now is the same when that is called."""
-    seen = WeakModelMark(modules_of(model), model.state_dict())
-    return lambda: seen.unchanged(modules_of(model))
-
-
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(model.named_modules(remove_duplicate=False))
-
-
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_every_change_is_noticed(change: Callable[[nn.Sequential], object]) -> None:
+def test_a_model_mark_notices_every_change(change: Callable[[nn.Sequential], object]) -> None:
     model = network()
-    seen = watch(model)
-    assert seen.unchanged()
+    before = mark(model)
+    assert before.unchanged()
     with torch.no_grad():
         change(model)
-    assert not seen.unchanged()
-    assert watch(model).unchanged()
+    assert not before.unchanged()
+    assert mark(model).unchanged()
 
 
-def test_use_is_no_change() -> None:
-    model = network().eval()
-    seen = watch(model)
+def test_use_is_no_change_and_modules_besides_may_come_and_go() -> None:
+    model = network().append(nn.Dropout()).eval()
+    before = mark(model)
     model(torch.rand(2, 1, 4, 4)).sum().backward()
-    model.train()
-    assert seen.unchanged()
+    model.train()[3] = nn.Dropout(0.3)
+    assert before.unchanged()
+    model[2].weight.detach().zero_()
+    assert not before.unchanged()
 
 
-def test_what_does_not_belong_to_it_may_come_and_go() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    seen = watch(model)
-    model[1] = nn.Dropout(0.3)
-    assert seen.unchanged()
-    model[0].weight.detach().zero_()
-    assert not seen.unchanged()
+def with_holes() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.rand(4, 8)[:, ::2])
+    return layer
 
 
-def test_what_cannot_be_told_is_not_the_same() -> None:
+def made_in_inference_mode() -> nn.Module:
     with torch.inference_mode():
-        made_there = nn.Linear(2, 2)
-    assert not watch(made_there).unchanged()
-    assert not watch(nn.Linear(2, 2, device="meta")).unchanged()
-    with_holes = nn.Linear(4, 4)
-    with_holes.weight = nn.Parameter(torch.rand(4, 8)[:, ::2])
-    assert not watch(with_holes).unchanged()
+        return nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("make", [with_holes, made_in_inference_mode, lambda: nn.Linear(2, 2, device="meta")])
+def test_tensors_that_cannot_be_compared_never_count_as_unchanged(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    tensors = [*model.parameters()]
+    assert not mark(model).unchanged()
+    assert not TensorMark(tensors).same(tensors)
+    assert not TensorMark.each(tensors)[0].same(tensors[:1])
+
+
+def test_a_tensor_mark_compares_other_objects_by_memory_and_form() -> None:
+    weight, empty = torch.rand(4, 6), torch.rand(0, 3)
+    both, (alone, none) = TensorMark([weight, empty]), TensorMark.each([weight, empty])
+    assert both.same([weight.detach(), empty])
+    assert none.same([empty])
+    assert alone.same([weight.view(4, 6)])
+    with torch.inference_mode():
+        made_there = torch.rand(4, 6)
+    assert (version_of(made_there), version_of(weight)) == (0, 0)
+    for other in (weight.clone(), weight.view(6, 4), weight.T, weight.view(torch.int32), made_there):
+        assert not alone.same([other])
+    assert not both.same([weight])
+    weight[3, 5] += 1
+    assert not alone.same([weight])
 
 
 @pytest.mark.parametrize("count", [0, 1, SAMPLED, SAMPLED + 1, 10 * SAMPLED + 3])
@@ -94,58 +102,7 @@ def test_a_sample_is_spread_over_all_of_a_tensor(count: int) -> None:
     assert found.tolist() == list(range(0, count, -(-count // SAMPLED) or 1))
 
 
-class Other(nn.Linear):
-    """A layer of another class."""
-
-
-FORMS: dict[str, Callable[[nn.Sequential], object]] = {
-    "other strides": lambda model: setattr(model[0][0].weight, "data", model[0][0].weight.data.transpose(2, 3)),
-    "another class": lambda model: setattr(model[2], "__class__", Other),
-    "another name": lambda model: model._modules.update(last=model._modules.pop("2")),
-    "no numbers any more": lambda model: model.to("meta"),
-    "made in inference mode": lambda model: setattr(model[2], "weight", inferred(model[2].weight)),
-    "of a subclass": lambda model: setattr(model[2], "weight", Marked(model[2].weight.detach())),
-}
-
-
-class Marked(nn.Parameter):
-    """A parameter of a class of its own."""
-
-
-def inferred(weight: torch.Tensor) -> nn.Parameter:
-    with torch.inference_mode():
-        return nn.Parameter(weight.clone(), requires_grad=False)
-
-
-SAME_NUMBERS = ("another parameter", "another module")
-"""These are noticed by a `ModelMark`, and do not count for a `WeakModelMark`: same memory under the same names."""
-
-
-@pytest.mark.parametrize("name", sorted({*CHANGES, *FORMS} - {*SAME_NUMBERS}))
-def test_a_glance_notices_every_change_of_numbers_names_and_forms(name: str) -> None:
-    model = network()
-    same = glance(model)
-    assert same()
-    {**CHANGES, **FORMS}[name](model)
-    assert not same()
-
-
-def test_a_glance_of_what_it_cannot_tell_is_never_the_same() -> None:
-    strange = network()
-    strange[2].weight = inferred(strange[2].weight)
-    assert not glance(strange)()
-    model = network()
-    foreign = WeakModelMark(modules_of(model), {**model.state_dict(), "more": torch.ones(3)})
-    assert not foreign.unchanged(modules_of(model))
-    text = WeakModelMark(modules_of(model), {**model.state_dict(), "_extra_state": "text"})  # type: ignore[dict-item]
-    assert not text.unchanged(modules_of(model))
-
-
-def test_a_glance_keeps_no_module_alive() -> None:
-    model = network()
-    model[2].whole = [model]  # type: ignore[assignment]
-    seen, gone = WeakModelMark(modules_of(model), model.state_dict()), weakref.ref(model)
-    assert seen.unchanged(modules_of(model))
-    del model
-    gc.collect()
-    assert gone() is None
+def test_memory_without_holes_is_dense_in_any_order_of_dimensions() -> None:
+    x = torch.rand(2, 3, 4, 5)
+    assert all(map(is_dense, (x, x.permute(3, 0, 2, 1), x.contiguous(memory_format=torch.channels_last), x[:0], x[1])))
+    assert not any(map(is_dense, (x[..., ::2], x[:, 1], x[:1].expand(3, 3, 4, 5), x.to_sparse())))
