@@ -534,8 +534,9 @@ def attach(
         allow_base_mismatch: go on where values or dtypes of the base are others, now and in later swaps; names,
             shapes and layers must fit.
         reserve: the weights that this and later adapters may change: patterns for
-            `loraio.bases.targets.select_targets`, adapters that will come, or several of both. This adapter's own targets always belong to them. Whole
-            tensors cannot be reserved. By default any adapter of the base can come.
+            `loraio.bases.targets.select_targets`, adapters that will come, or several of both.
+            This adapter's own targets always belong to them. Whole tensors cannot be reserved. By default any adapter
+            of the base can come.
         max_rank: with ``trainable``, the largest rank that an adapter will have. Factors are padded to it with zeros,
             which stay zero and are not part of the adapter, so that an adapter of another rank, alpha or choice of
             reserved weights can take the place of this one in a training step that is compiled already. A compiled
