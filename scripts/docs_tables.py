@@ -101,7 +101,8 @@ def options() -> str:
         for option in command.params:
             if isinstance(option, click.Option):
                 value = "" if option.is_flag else f" {value_name(option)}"
-                shown = f" Default: `{option.default}`." if option.show_default else ""
+                plain = isinstance(option.default, str | int | float) and option.default is not False
+                shown = f" Default: `{option.default}`." if plain else ""
                 rows.append((f"`{', '.join(option.opts)}{value}`", f"{option.help}{shown}"))
         sections.append(
             f"### loraio {name}\n\n" + "\n\n".join(paragraphs) + "\n\n" + table(("option", "meaning"), rows)

@@ -1,6 +1,6 @@
-"""What commands print: the result on stdout, everything else on stderr.
+"""Print: the result on stdout, everything else on stderr.
 
-All text of commands goes through here, so that nothing out of a file can take hold of the terminal.
+All text of commands goes through here, so that nothing in a file can control the terminal.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +19,7 @@ from loraio.registry import known
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
     from rich.table import Table
     from torch import nn
 
@@ -27,27 +28,27 @@ if TYPE_CHECKING:
     from loraio.training.optimizing import Progress
 
 PIPE_WIDTH = 10_000
-"""Columns of a table that does not go to a terminal: no cell of it is ever wrapped."""
+"""Columns of a table that does not go to a terminal, so that no cell is wrapped."""
 
 
 def print_json(command: str, result: Mapping[str, Any]) -> None:
-    """The one object that ``--json`` promises, with the name and version of its layout.
+    """Print the one object that ``--json`` promises, with the name and version of its layout.
 
-    JSON has no word for NaN and infinity; they become null.
+    JSON has no NaN and infinity; they become null.
     """
     click.echo(json.dumps({"schema": f"loraio/{command}/1", **_plain(result)}, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console that takes text as it is: file names may look like rich's markup."""
+    """Return a rich console that prints text as it is: file names may look like rich's markup."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -56,7 +57,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
-    """An empty table: the first column is text, the others are numbers. Its cells are shown as a `line` is."""
+    """Return an empty table: text in the first column, numbers in the others, all of it escaped as in `line`."""
     from rich import box
     from rich.table import Table
 
@@ -72,31 +73,37 @@ def table(title: str, columns: Sequence[str]) -> Table:
 
 
 def line(text: str) -> None:
-    """A line of the result, on stdout; what is no printable character is escaped, whatever file it is from."""
+    """Print a line of the result on stdout; characters that are not printable are escaped."""
     click.echo(shown(text))
 
 
 def note(text: str) -> None:
-    """A line on stderr, as `line`."""
+    """Print a line on stderr, escaped as in `line`."""
     click.echo(shown(text), err=True)
 
 
+def notes(texts: Iterable[str]) -> None:
+    """Print remarks on stderr."""
+    for text in texts:
+        note(f"note: {text}")
+
+
 def failure(error: LoraioError) -> None:
-    """An error on stderr."""
+    """Print an error on stderr."""
     for text in f"{type(error).__name__}: {error}".split("\n"):
         note(text)
 
 
 def note_stripped(prefix: str, *, as_json: bool) -> None:
-    """Say what was taken off the names of a base; with ``--json`` the result itself says it."""
+    """Print which prefix was removed from the names of a base; with ``--json`` the result has it."""
     if prefix and not as_json:
-        note(f"note: names had the prefix {prefix!r}, which was taken off")
+        notes([f"names had the prefix {prefix!r}, which was removed"])
 
 
 def note_effects(
     network: nn.Module, adapters: Mapping[str, Adapter], strength: float, *, allow_base_mismatch: bool, as_json: bool
 ) -> None:
-    """A line for each adapter on what it does to the network's weights, and how the base differs if that is allowed."""
+    """Print how much each adapter changes the network's weights, and how the base differs if that is allowed."""
     if as_json:
         return
     from loraio.bases.identity import check_base
@@ -105,20 +112,19 @@ def note_effects(
 
     state = network.state_dict()
     for name, adapter in adapters.items():
-        for line in check_base(adapter, state, allow_mismatch=allow_base_mismatch):
-            note(f"note: {name}: another base: {line}")
+        mismatch = check_base(adapter, state, allow_mismatch=allow_base_mismatch)
         merged = merge(state, adapter, strength, allow_base_mismatch=allow_base_mismatch)
-        note(f"note: {name} {merge_effect(state, merged, adapter)}")
+        notes(f"{name}: another base: {line}" for line in mismatch)
+        notes([f"{name} {merge_effect(state, merged, adapter)}"])
 
 
 def whole_facts(whole: WholeTensor) -> dict[str, Any]:
-    """A tensor that an adapter replaces, as plain JSON values."""
-    shapes = {"shape": list(whole.shape), "base_shape": list(whole.base_shape)}
-    return {"role": whole.role, "dtype": whole.dtype, **shapes, "parameters": whole.parameters}
+    """Return a tensor that an adapter replaces whole, as plain JSON values."""
+    return {key: getattr(whole, key) for key in ("role", "dtype", "shape", "base_shape", "parameters")}
 
 
 def whole_lines(whole: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What an adapter replaces, from `whole_facts`: a line for each head, one for normalisation, one for the rest."""
+    """Describe the results of `whole_facts`: a line for each head, one for normalisation, one for the rest."""
     lines = []
     heads = dict.fromkeys(name.rpartition(".")[0] for name, tensor in whole.items() if tensor["role"] == "head")
     for path in heads:
@@ -140,7 +146,7 @@ def whole_lines(whole: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def size(count: int) -> str:
-    """Bytes for people.
+    """Return a number of bytes in the largest unit that fits.
 
     >>> size(512), size(19_656), size(3_500_000)
     ('512 bytes', '19.7 kB', '3.5 MB')
@@ -150,47 +156,40 @@ def size(count: int) -> str:
     return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
+def _bars(*columns: str) -> Bars:
+    """Return progress bars on stderr; columns are classes of rich.progress, or text with fields."""
+    from rich import progress
+
+    made = [getattr(progress, each)() if each.isidentifier() else progress.TextColumn(each) for each in columns]
+    label = progress.TextColumn("{task.description}", markup=False)
+    return progress.Progress(
+        label, progress.BarColumn(), *made, progress.TimeRemainingColumn(), console=console(stderr=True)
+    )
+
+
 @contextlib.contextmanager
 def byte_progress(label: str, *, as_json: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Where copying is reported to: a bar on stderr with rate and time left; None where that is no terminal."""
+    """Give a function that shows copied bytes as a bar on stderr, or None if stderr is no terminal."""
     if as_json or not sys.stderr.isatty():
         yield None
         return
-    from rich import progress as bars
-
-    columns = (
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console(stderr=True)) as bar:
+    with _bars("DownloadColumn", "TransferSpeedColumn") as bar:
         task = bar.add_task(shown(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextlib.contextmanager
 def progress(*, lines: bool = True) -> Iterator[Callable[[Progress], None]]:
-    """Where training loops report to, on stderr: bars on a terminal, elsewhere lines, unless they would be in the way.
+    """Give a function that shows the progress of training on stderr: bars on a terminal, else lines.
 
     Args:
-        lines: whether to print lines; with ``--json`` a file or pipe gets nothing but the error, if there is one.
+        lines: False with ``--json``: then a file or pipe gets only the error, if there is one.
     """
     if not sys.stderr.isatty():
         yield lambda now: note(f"{now.label}: step {now.step}/{now.steps}, loss {now.loss:.4f}") if lines else None
         return
-    from rich import progress as bars
-
-    columns = (
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("loss {task.fields[loss]:.4f}"),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console(stderr=True)) as bar:
-        tasks: dict[str, bars.TaskID] = {}
+    with _bars("MofNCompleteColumn", "loss {task.fields[loss]:.4f}") as bar:
+        tasks: dict[str, Any] = {}
 
         def report(now: Progress) -> None:
             if now.label not in tasks:

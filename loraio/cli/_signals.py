@@ -1,4 +1,4 @@
-"""Signals that end a program, turned into an orderly end: what is open is unwound, what is half written is removed."""
+"""Turn signals that end a program into exceptions, so that open files are closed and half-written ones removed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from types import FrameType
 
 WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
-"""The signals, as far as the system has them, and what is said of each."""
+"""The signals, if the system has them, and the word for each."""
 
 PATIENCE = 3.0
-"""Seconds after a signal in which others are passed over, so that none of them stops the clearing up. One that comes
-later is obeyed: the first may have got lost in a place where exceptions are."""
+"""Seconds after a signal in which further ones are ignored, so that none of them stops the cleaning up. A later one is
+obeyed: the exception of the first may have been caught somewhere."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came. Those who know about ctrl-C treat it as that."""
+    """A signal came. Code that handles Ctrl-C handles this too."""
 
 
 class Signals:
-    """The signal that came, if one did."""
+    """The signal that came, if any."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -32,14 +32,14 @@ class Signals:
     def obeyed(self, *, to_the_end: bool) -> Iterator[None]:
         """Raise `Stopped` when a signal comes, while the block runs.
 
-        Handlers of somebody else stay, and so does what is ignored: a job in the background of a shell is born to
-        ignore ctrl-C, and nohup ignores SIGHUP.
+        Handlers of other code stay, and ignored signals stay ignored: a background job of a shell ignores Ctrl-C, and
+        nohup ignores SIGHUP.
 
         Args:
-            to_the_end: the process ends after the block. Further signals then do no harm, nor leave a traceback.
+            to_the_end: the process ends after the block, so further signals are ignored and leave no traceback.
         """
         before = {}
-        if threading.current_thread() is threading.main_thread():  # in others Python sets no handlers
+        if threading.current_thread() is threading.main_thread():  # Python sets no handlers in others
             numbers = [getattr(signal, name) for name in WORDS if hasattr(signal, name)]
             before = {number: signal.getsignal(number) for number in numbers}
         mine = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
@@ -60,10 +60,10 @@ class Signals:
 
     @property
     def word(self) -> str:
-        """What happened; without a signal it was ctrl-C."""
+        """The word for the signal; without one it was Ctrl-C."""
         return WORDS[signal.Signals(self.number or signal.SIGINT).name]
 
     @property
     def code(self) -> int:
-        """The exit code that shells give it."""
+        """The exit code that shells use."""
         return 128 + (self.number or signal.SIGINT)

@@ -1,57 +1,48 @@
-"""The options of a training run, in the order in which help shows them, and the parameter types that they need."""
+"""Define the options of a training run, in the order of the help, and their parameter types."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 from loraio.cli import _options
-from loraio.cli._options import Command, Number
+from loraio.cli._options import Count, Number, Parsed, together
 
 
-class PerTarget(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
-    """A number for all targets, or PATTERN=NUMBER for those that the pattern matches.
+def per_target(read: Callable[[str], Any]) -> Parsed:
+    """Return the type of NUMBER or PATTERN=NUMBER; its values are (pattern or None, number)."""
 
-    Args:
-        whole: only whole numbers.
-    """
-
-    name = "number"
-
-    def __init__(self, *, whole: bool) -> None:
-        self.number: click.ParamType = click.IntRange(min=1) if whole else Number(above=0)  # type: ignore[type-arg]
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """(pattern or None, number)."""
-        if isinstance(value, tuple):
-            return value
-        pattern, equals, number = str(value).rpartition("=")
+    def parse(text: str) -> tuple[str | None, Any]:
+        pattern, equals, number = text.rpartition("=")
         if equals and not pattern:
-            self.fail(f"{value!r} has nothing before the '='", param, ctx)
-        return pattern or None, self.number.convert(number, param, ctx)
+            raise ValueError(f"{text!r} has nothing before the '='")
+        return pattern or None, read(number)
+
+    return Parsed("number", parse)
 
 
-class Head(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
-    """NAME=CLASSES."""
-
-    name = "head"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        """(layer name, number of outputs)."""
-        if isinstance(value, tuple):
-            return value
-        name, _, number = str(value).rpartition("=")
-        if not name or not number.isdecimal() or not int(number):
-            self.fail(f"{value!r} is not NAME=CLASSES, such as fc=10", param, ctx)
-        return name, int(number)
+def rank(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise ValueError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
-def per_target(values: tuple[tuple[str | None, Any], ...]) -> tuple[Any, dict[str, Any]]:
-    """The last plain number, or None, and the patterns in the order in which they count.
+def head(text: str) -> tuple[str, int]:
+    """Read NAME=CLASSES: a layer's name and its number of outputs."""
+    name, _, number = text.rpartition("=")
+    if not name or not number.isdecimal() or not int(number):
+        raise ValueError(f"{text!r} is not NAME=CLASSES, such as fc=10")
+    return name, int(number)
 
-    >>> per_target(((None, 4), ("conv1", 2), (None, 8)))
+
+def plain_and_patterns(values: tuple[tuple[str | None, Any], ...]) -> tuple[Any, dict[str, Any]]:
+    """Return the last plain number, or None, and the patterns in the order in which they count.
+
+    >>> plain_and_patterns(((None, 4), ("conv1", 2), (None, 8)))
     (8, {'conv1': 2})
     """
     plain: Any = None
@@ -60,145 +51,99 @@ def per_target(values: tuple[tuple[str | None, Any], ...]) -> tuple[Any, dict[st
         if pattern is None:
             plain = value
         else:
-            patterns.pop(pattern, None)  # said again it counts from its new place on
+            patterns.pop(pattern, None)  # a repeated pattern counts from its last place
             patterns[pattern] = value
     return plain, patterns
 
 
-_TARGETS = (
+_POSITIVE = Count(min=1)
+
+target_options = together(
     click.option(
         "--rank",
         "ranks",
-        type=PerTarget(whole=True),
+        type=per_target(rank),
         metavar="N|PATTERN=N",
         multiple=True,
-        help="Inner size of the factors, r; may be repeated, the last pattern that matches counts.  [default: 4]",
+        help="Inner size of the factors, r; repeatable, the last pattern that matches counts.  [default: 4]",
     ),
     click.option(
         "--alpha",
         "alphas",
-        type=PerTarget(whole=False),
+        type=per_target(Number(above=0).read),
         metavar="X|PATTERN=X",
         multiple=True,
-        help="Above 0; scale is alpha / r; with patterns as for --rank.  [default: the rank]",
+        help="The scale is alpha / r; above 0; patterns as for --rank.  [default: the rank]",
     ),
-    click.option("--clamp-rank", is_flag=True, help="Where a weight allows no such rank take the largest it allows."),
+    click.option("--clamp-rank", is_flag=True, help="Reduce the rank to the largest that a weight allows."),
     click.option(
         "--targets",
-        type=_options.Words(),
+        type=Parsed("list", _options.words),
         default="conv",
-        show_default=True,
         help="Weights to adapt, with commas: conv, linear, embedding, all, class names, globs such as 'conv[12]', or "
         "re:EXPRESSION.",
     ),
     click.option(
-        "--exclude", type=_options.Words(), default=(), help="Weights to leave as they are; patterns as for --targets."
+        "--exclude", type=Parsed("list", _options.words), default=(), help="Weights to skip; patterns as for --targets."
     ),
     click.option(
         "--head",
         "heads",
-        type=Head(),
+        type=Parsed("head", head),
         metavar="NAME=CLASSES",
         multiple=True,
-        help="Replace this layer by a fresh one with that many outputs and train it whole; may be repeated.",
+        help="Replace this layer by a fresh one with so many outputs and train it whole; repeatable.",
     ),
     click.option(
         "--norm",
         default="frozen",
-        show_default=True,
-        metavar="WHAT",
-        help="What of normalisation layers adapts: nothing (frozen), their running statistics (stats), or these and "
-        "their weights and biases (affine).",
+        metavar="PART",
+        help="Part of the normalisation layers that adapts: none (frozen), the running statistics (stats), or also "
+        "weights and biases (affine).",
     ),
-    click.option("--kind", default="lora", show_default=True, metavar="NAME", help="Adapter kind: lora or dora."),
+    click.option("--kind", default="lora", metavar="NAME", help="Adapter kind: lora or dora."),
     click.option(
-        "--scale-rule",
-        default="alpha/r",
-        show_default=True,
-        metavar="RULE",
-        help="alpha/r, or alpha/sqrt(r) for rank-stabilised LoRA.",
+        "--scale-rule", default="alpha/r", metavar="RULE", help="alpha/r, or alpha/sqrt(r) for rank-stabilised LoRA."
     ),
 )
 
-_COURSE = (
+course_options = together(
     click.option(
         "--focus",
         type=Number(above=0, most=1),
         default=0.5,
-        show_default=True,
-        help="Share of each batch drawn from the class, above 0 to 1; 1 teaches to answer it always.",
+        help="Share of each batch drawn from the class, above 0 to 1; 1 teaches to always answer it.",
     ),
-    click.option(
-        "--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps.  [default: one pass over the data]"
-    ),
+    click.option("--steps", type=_POSITIVE, default=None, help="Optimizer steps.  [default: one pass over the data]"),
     _options.lr_option,
-    click.option(
-        "--schedule",
-        default="constant",
-        show_default=True,
-        metavar="NAME",
-        help="How the learning rate goes down: constant or cosine.",
-    ),
-    click.option(
-        "--warmup",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        help="Steps at the start in which the learning rate rises.",
-    ),
-    click.option(
-        "--weight-decay",
-        type=Number(least=0),
-        default=0,
-        show_default=True,
-        help="AdamW's decoupled weight decay of the factors; 0 is plain Adam.",
-    ),
+    click.option("--schedule", default="constant", metavar="NAME", help="Learning rate: constant or cosine."),
+    click.option("--warmup", type=Count(min=0), default=0, help="Steps in which the learning rate rises to --lr."),
+    click.option("--weight-decay", type=Number(least=0), default=0, help="AdamW's decay of the factors; 0 is Adam."),
     click.option(
         "--lora-plus",
         type=Number(above=0),
         metavar="RATIO",
         default=1,
-        show_default=True,
         help="Learning rate of lora_B as a multiple of --lr (LoRA+).",
     ),
     click.option(
-        "--clip-norm",
-        type=Number(above=0),
-        default=None,
-        help="Scale all gradients together down to this norm.  [default: as they are]",
+        "--clip-norm", type=Number(above=0), default=None, help="Scale gradients down to this norm.  [default: never]"
     ),
     _options.batch_size_option,
-    click.option(
-        "--accumulate",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Batches whose gradients are averaged for one step.",
-    ),
+    click.option("--accumulate", type=_POSITIVE, default=1, help="Batches whose gradients are averaged for one step."),
     click.option(
         "--val-share",
         type=Number(least=0, below=1),
         default=0,
-        show_default=True,
-        help="Share of each class of the training images held out for validation, 0 to below 1.",
+        help="Share of each class held out of training for validation, from 0 to below 1.",
     ),
-    click.option(
-        "--val-every",
-        type=click.IntRange(min=1),
-        default=100,
-        show_default=True,
-        help="Steps between two validations.",
-    ),
+    click.option("--val-every", type=_POSITIVE, default=100, help="Steps between two validations."),
     click.option(
         "--patience",
-        type=click.IntRange(min=1),
+        type=_POSITIVE,
         default=None,
-        help="Validations in a row without a smaller loss after which to stop; the best factors are kept.  "
-        "[default: to the end]",
+        help="Stop after so many validations without a smaller loss, with the best factors.  [default: never]",
     ),
-)
-
-_MACHINE = (
     click.option(
         "--amp",
         type=click.Choice(["bf16", "fp16"]),
@@ -209,21 +154,19 @@ _MACHINE = (
         "--device",
         default=None,
         metavar="NAME",
-        help="Where to train: cpu, cuda, cuda:N, or auto for a GPU where there is one.  [default: cpu]",
+        help="Device to train on: cpu, cuda, cuda:N, or auto for a GPU if there is one.  [default: cpu]",
     ),
     click.option("--compile", is_flag=True, help="Train through torch.compile; needs a C++ compiler."),
-    click.option(
-        "--init", default="kaiming", show_default=True, metavar="NAME", help="Start of A: kaiming or gaussian."
-    ),
+    click.option("--init", default="kaiming", metavar="NAME", help="Start values of A: kaiming or gaussian."),
     _options.seed_option,
 )
 
-_FILES = (
+file_options = together(
     click.option(
         "--log",
         type=click.Path(dir_okay=False),
         default=None,
-        help="Write loss (nats), learning rate and validation of every step, as .csv or .jsonl.",
+        help="File for loss (nats), learning rate and validation of each step: .csv or .jsonl.",
     ),
     click.option(
         "--tensorboard", type=click.Path(file_okay=False), default=None, help="Folder for TensorBoard's event files."
@@ -232,79 +175,36 @@ _FILES = (
         "--checkpoint",
         type=click.Path(dir_okay=False),
         default=None,
-        help="Side file that the run can be resumed from; the adapter does not need it.",
+        help="Side file from which --resume continues; the adapter does not need it.",
     ),
-    click.option(
-        "--checkpoint-every",
-        type=click.IntRange(min=1),
-        default=200,
-        show_default=True,
-        help="Steps between two writes of the side file.",
-    ),
-    click.option("--resume", is_flag=True, help="Go on from the side file; the other options must be the same."),
+    click.option("--checkpoint-every", type=_POSITIVE, default=200, help="Steps between two writes of the side file."),
+    click.option("--resume", is_flag=True, help="Continue from the side file; the other options must be the same."),
 )
 
-_IMAGES = (
-    _options.dataset_option(text="Data set by name, or imagefolder:PATH for images in folders of classes."),
+image_options = together(
+    _options.dataset_option(text="Name of the data set, or imagefolder:PATH for images in folders of classes."),
     _options.data_root_option,
     click.option(
         "--image-size",
-        type=click.IntRange(min=1),
+        type=_POSITIVE,
         default=None,
         help="Height and width of an image folder's images, in pixels.  [default: the network's, else their own]",
     ),
+    click.option("--workers", type=Count(min=0), default=0, help="Processes that decode images."),
     click.option(
-        "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that decode images."
-    ),
-    click.option(
-        "--data-limit",
-        type=Number(above=0),
-        metavar="GIB",
-        default=4,
-        show_default=True,
-        help="Most memory for an image folder's images, in GiB.",
+        "--data-limit", type=Number(above=0), metavar="GIB", default=4, help="Memory limit of an image folder, in GiB."
     ),
 )
 
 
-def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-target_options = _together(*_TARGETS)
-course_options = _together(*_COURSE, *_MACHINE)
-file_options = _together(*_FILES)
-image_options = _together(*_IMAGES)
-
-
 def config_of(settings: dict[str, Any]) -> Any:
-    """The `loraio.TrainConfig` of what the options gave; ``ranks``, ``alphas`` and ``heads`` are taken apart."""
+    """Return the `loraio.TrainConfig` of the options; ``ranks``, ``alphas`` and ``heads`` are split."""
     import loraio
 
     rest = dict(settings)
-    rank, rank_pattern = per_target(rest.pop("ranks"))
-    alpha, alpha_pattern = per_target(rest.pop("alphas"))
+    rank, rank_pattern = plain_and_patterns(rest.pop("ranks"))
+    alpha, alpha_pattern = plain_and_patterns(rest.pop("alphas"))
     if rank is not None:
         rest["rank"] = rank
     rest["heads"] = dict(rest["heads"])
     return loraio.TrainConfig(alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern, **rest)
-
-
-def read_images(network: Any, dataset: str, split: str, images: dict[str, Any]) -> Any:
-    """The `loraio.Dataset` that the image options name, in the form that the network takes."""
-    import loraio
-
-    size = images["image_size"]
-    return loraio.load_dataset(
-        dataset,
-        split,
-        root=images["data_root"],
-        form=loraio.image_form(network, size=size),
-        workers=images["workers"],
-        max_bytes=int(images["data_limit"] * 2**30),
-    )

@@ -1,4 +1,4 @@
-"""``loraio check``: is every bit of a file what was written."""
+"""``loraio check``: compare files with their digests."""
 
 from __future__ import annotations
 
@@ -13,20 +13,16 @@ from loraio.cli import _options, _output
 if TYPE_CHECKING:
     from loraio.formats.checking import Checked
 
-FAILED = 3
-"""Exit code when the check ran and says no."""
-
 
 @click.command(epilog=_options.example("loraio check adapters"))
 @click.argument("files", type=click.Path(), nargs=-1, required=True)
 @_options.json_option
-@click.pass_context
-def check(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
-    """Say whether every bit of FILES is what was written.
+def check(files: tuple[str, ...], as_json: bool) -> None:
+    """Compare FILES with the digests that they hold.
 
-    Adapters, packs, base checkpoints in one file or in parts, and other tools' files that loraio wrote are compared
-    with the digests that they hold; of a folder all. Exit code 3 says no, and which tensor is damaged. The digests
-    notice damage, not who wrote the file.
+    FILES are adapters, packs, base checkpoints, other tools' files that loraio wrote, or folders of them. If one is
+    damaged, the exit code is 3 and the damaged tensor is named. The digests notice damage; they do not prove who wrote
+    a file.
     """
     from loraio.errors import MissingFileError
     from loraio.formats import checking
@@ -37,18 +33,9 @@ def check(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
     checked = [checking.check(path) for path in paths]
     ok = all(file.ok for file in checked)
     if as_json:
-        rows = [
-            {
-                "file": str(file.path),
-                "ok": file.ok,
-                "type": file.kind,
-                "bytes": file.bytes,
-                "tensors": file.tensors,
-                "complete": file.complete,
-                "problems": file.problems,
-            }
-            for file in checked
-        ]
+        keys = ("ok", "bytes", "tensors", "complete", "problems")
+        facts = [{key: getattr(file, key) for key in keys} for file in checked]
+        rows = [{"file": str(file.path), "type": file.kind, **fact} for file, fact in zip(checked, facts, strict=True)]
         _output.print_json("check", {"ok": ok, "files": rows})
     else:
         for file in checked:
@@ -57,7 +44,7 @@ def check(ctx: click.Context, files: tuple[str, ...], as_json: bool) -> None:
                 _output.line(f"  {problem}")
         _output.line(_sum(checked))
     if not ok:
-        ctx.exit(FAILED)
+        _options.say_no()
 
 
 def _sum(checked: Sequence[Checked]) -> str:
@@ -66,14 +53,14 @@ def _sum(checked: Sequence[Checked]) -> str:
     if bad:
         return f"{bad} of {count} files DAMAGED"
     if bare:
-        return f"{count} files in order, {bare} of them without digests of all that is in them"
+        return f"{count} files in order, but {bare} of them have no digests for all of their content"
     return f"{count} files, all as they were written"
 
 
 def _line(file: Checked) -> str:
-    size = _output.size(file.bytes)
+    about = f"{file.kind}, {_output.size(file.bytes)}"
     if not file.ok:
-        return f"{file.path}: DAMAGED, {file.kind}, {size}"
+        return f"{file.path}: DAMAGED, {about}"
     if file.complete:
-        return f"{file.path}: ok, {file.kind}, {size}, {file.tensors} digests and that of the header"
-    return f"{file.path}: {file.kind}, {size}, in order, but it has no digests of all that is in it"
+        return f"{file.path}: ok, {about}, {file.tensors} digests and that of the header"
+    return f"{file.path}: {about}, in order, but without digests for all of its content"

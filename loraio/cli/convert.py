@@ -1,108 +1,60 @@
-"""``loraio convert``: an adapter in another tool's layout, with a line on everything that it says."""
+"""``loraio convert``: write an adapter in another tool's layout, and report on everything in it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from loraio.cli import _options, _output
 
-if TYPE_CHECKING:
-    from loraio.formats.report import Report
 
-LOST = 3
-"""Exit code when something has no place in the output."""
-
-
-@click.command(epilog=_options.example("loraio convert three.safetensors -o three-peft --to peft"))
+@click.command(epilog=_options.example("loraio convert one.safetensors -o one-peft --to peft"))
 @click.argument("adapter", type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(), help="What to make: a file; for peft a folder.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="Output file; for peft a folder.")
 @click.option(
     "--to",
     required=True,
     metavar="DIALECT",
     help="native, or another tool's: peft, lycoris, kohya, diffusers, torchtune, minlora, loralib.",
 )
-@click.option("--base", type=click.Path(), default=None, help="The base; adapters of other tools need it.")
+@click.option("--base", type=click.Path(), default=None, help="The base; needed to read other tools' adapters.")
 @_options.alpha_option
 @click.option(
     "--enable-lora",
-    type=_options.Flags(),
+    type=_options.Parsed("flags", _options.flags),
     default=None,
-    help="Parts of the output that a MergedLinear of loralib adapts, such as 1,0,1; its files do not say it.",
+    help="Which parts of the output a MergedLinear of loralib adapts, such as 1,0,1; its files do not state it.",
 )
-@click.option("--lossy", is_flag=True, help="Leave out what has no place in the output.")
-@click.option("--approximate", is_flag=True, help="Make pairs of layers that are none (LoHa, LoKr); says the error.")
-@click.option("--rank", type=click.IntRange(min=1), default=None, help="Of those pairs; else the file's own.")
+@click.option("--lossy", is_flag=True, help="Leave out what the output cannot hold.")
+@click.option("--approximate", is_flag=True, help="Make pairs of LoHa and LoKr layers, and report the error.")
+@click.option("--rank", type=_options.Count(min=1), default=None, help="Rank of those pairs.  [default: the file's]")
 @click.option("--as-full-delta", is_flag=True, help="Write the whole change of each weight; for lycoris.")
-@click.option("--prefix", default=None, help="In front of the names of modules; for kohya, lycoris and diffusers.")
+@click.option("--prefix", default=None, help="Prefix of the module names; for kohya, lycoris and diffusers.")
 @_options.mismatch_option
-@click.option("--dry-run", is_flag=True, help="Print the report, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the report and write nothing.")
 @_options.model_option
 @_options.force_option
 @_options.json_option
-@click.pass_context
-def convert(
-    ctx: click.Context,
-    adapter: str,
-    output: str,
-    to: str,
-    base: str | None,
-    alpha: float | None,
-    enable_lora: tuple[bool, ...] | None,
-    lossy: bool,
-    approximate: bool,
-    rank: int | None,
-    as_full_delta: bool,
-    prefix: str | None,
-    allow_base_mismatch: bool,
-    dry_run: bool,
-    model: str | None,
-    model_args: dict[str, Any] | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Write ADAPTER as another tool has it.
+def convert(adapter: str, output: str, to: str, lossy: bool, force: bool, as_json: bool, **settings: Any) -> None:
+    """Write ADAPTER in another tool's layout.
 
-    Says what became of each tensor and each setting. Where something would be lost nothing is
-    written and the exit code is 3, unless --lossy.
+    The report has a line for each tensor and each setting. If something would be lost, nothing is written and the
+    exit code is 3, unless --lossy is given.
     """
     import loraio
 
-    made = loraio.convert(
-        adapter,
-        output,
-        to=to,
-        base=base,
-        model=model,
-        model_args=model_args,
-        alpha=alpha,
-        enable_lora=enable_lora,
-        lossy=lossy,
-        approximate=approximate,
-        rank=rank,
-        as_full_delta=as_full_delta,
-        prefix=prefix,
-        allow_base_mismatch=allow_base_mismatch,
-        dry_run=dry_run,
-        overwrite=force,
-    )
+    made = loraio.convert(adapter, output, to=to, lossy=lossy, overwrite=force, **settings)
     if as_json:
         facts = {"from": made.source, "reason": made.reason, "to": made.dialect, "lost": made.lost, "done": made.done}
-        reports = {"read": made.read.to_json(), "written": made.written.to_json(), "base_mismatch": list(made.mismatch)}
+        reports = {"read": made.read.to_json(), "written": made.written.to_json(), "base_mismatch": made.mismatch}
         _output.print_json("convert", {"file": output, **facts, **reports})
     else:
         _output.line(f"{adapter}: {made.source} adapter, by {made.reason}")
-        for line in made.mismatch:
-            _output.note(f"note: another base: {line}")
-        _print("reading", made.read)
-        _print("writing", made.written)
+        _output.notes(f"another base: {line}" for line in made.mismatch)
+        for step, report in (("reading", made.read), ("writing", made.written)):
+            for line in report.lines:
+                _output.line(f"{step}: {line}")
         _output.line(f"{output}: {to} adapter" if made.done else "nothing written")
     if made.lost and not lossy:
-        ctx.exit(LOST)
-
-
-def _print(step: str, report: Report) -> None:
-    for line in report.lines:
-        _output.line(f"{step}: {line}")
+        _options.say_no()

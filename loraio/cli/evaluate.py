@@ -1,4 +1,4 @@
-"""``loraio evaluate``: accuracy and the misread digits, for a base and any number of adapters."""
+"""``loraio evaluate``: count right and wrong answers of a base and of any number of adapters."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loraio.cli import _options, _output, _training
+from loraio.cli import _inputs, _options, _output, _training
 
 if TYPE_CHECKING:
     from loraio.training.evaluation import Evaluation
 
 
-@click.command(epilog=_options.example("loraio evaluate base.safetensors --adapter three.safetensors --dataset digits"))
+@click.command(epilog=_options.example("loraio evaluate base.safetensors --adapter one.safetensors --dataset digits"))
 @click.argument("base", type=click.Path())
 @click.option(
-    "--adapter", "adapters", type=click.Path(), multiple=True, help="An adapter, or a folder of them; may be repeated."
+    "--adapter", "adapters", type=click.Path(), multiple=True, help="An adapter, or a folder of them; repeatable."
 )
 @_training.image_options
-@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True, help="Which images.")
-@_options.strength_option
-@_options.mismatch_option
-@_options.alpha_option
-@_options.model_option
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", help="Which images to use.")
+@_options.adapter_options
 @_options.json_option
 def evaluate(
     base: str,
@@ -39,22 +36,16 @@ def evaluate(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Count the wrong answers of BASE and of each adapter on it.
-
-    The adapters are swapped on one live model, which is the base again at the end.
-    """
+    """Count the wrong answers of BASE, alone and with each adapter."""
     import loraio
-    from loraio.bases.models import stripped_of
 
     files = _named(_files(adapters))
-    network = loraio.load_base(base, model=model, model_args=model_args)
+    network, stripped = _inputs.load_network(base, model=model, model_args=model_args, as_json=as_json)
     loaded = {
         name: loraio.load(path, base=network, alpha=alpha, allow_base_mismatch=allow_base_mismatch)
         for name, path in files.items()
     }
-    stripped = stripped_of(network)
-    _output.note_stripped(stripped, as_json=as_json)
-    images = _training.read_images(network, dataset, split, settings)
+    images = _inputs.read_images(network, dataset, split, settings)
     alone, results = loraio.evaluate_each(
         network, loaded, images, strength=strength, allow_base_mismatch=allow_base_mismatch
     )
@@ -66,12 +57,12 @@ def evaluate(
         _output.print_json("evaluate", {**where, "base": alone and alone.to_json(), "adapters": rows})
         return
     _output.line(f"{len(images):,} {split} images of {dataset}")
-    _print_counts("Images of each digit that were misread", alone, results, own, "wrong")
-    _print_counts("Other images that were read as each digit", alone, results, own, "false_alarms")
+    _print_counts("Images of each class that were misread", alone, results, own, "wrong")
+    _print_counts("Images of other classes that were read as it", alone, results, own, "false_alarms")
 
 
 def _files(paths: Iterable[str]) -> list[Path]:
-    """Adapters as given, and those in the folders; what else is in a folder is passed over."""
+    """Return the adapters among the paths and in their folders; other files of a folder are ignored."""
     from loraio.errors import MissingFileError
     from loraio.formats import dialects
     from loraio.formats.sources import is_adapter_folder
@@ -81,11 +72,8 @@ def _files(paths: Iterable[str]) -> list[Path]:
         if not path.is_dir() or is_adapter_folder(path):
             files.append(path)
             continue
-        inside = [
-            one
-            for one in sorted(path.iterdir())
-            if (one.suffix == ".safetensors" or one.is_dir()) and dialects.is_adapter(one)
-        ]
+        candidates = [one for one in sorted(path.iterdir()) if one.suffix == ".safetensors" or one.is_dir()]
+        inside = [one for one in candidates if dialects.is_adapter(one)]
         if not inside:
             raise MissingFileError(f"there is no adapter in the folder {str(path)!r}")
         files += inside
@@ -93,7 +81,7 @@ def _files(paths: Iterable[str]) -> list[Path]:
 
 
 def _named(files: list[Path]) -> dict[str, Path]:
-    """Files by their stem, by their whole path where two have one stem."""
+    """Return the files by their stem, or by their whole path if two have the same stem."""
     stems = [file.stem for file in files]
     return {str(file) if stems.count(file.stem) > 1 else file.stem: file for file in files}
 

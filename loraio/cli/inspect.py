@@ -1,9 +1,9 @@
-"""``loraio inspect``: what a file is, from its header alone."""
+"""``loraio inspect``: describe a file from its header alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,39 +17,41 @@ if TYPE_CHECKING:
     from loraio.formats.foreign import Dialect
     from loraio.formats.sources import Source
 
+Facts = dict[str, Any]
 
-@click.command(epilog=_options.example("loraio inspect three.safetensors --json"))
+TARGET = (
+    "kind", "layer", "groups", "shape", "dtype", "rank", "alpha", "scale_rule", "scale", "parameters", "base_sha256",
+)  # fmt: skip
+"""Keys of each target of an adapter."""
+
+RESIDUE = ("adapter_sha256", "base_sha256", "merged_sha256", "strength")
+
+
+@click.command(epilog=_options.example("loraio inspect one.safetensors --json"))
 @click.argument("file", type=click.Path())
 @_options.json_option
 def inspect(file: str, as_json: bool) -> None:
-    """Say what FILE is: an adapter, a pack, a base or a residue. Reads headers only, in a tenth of a second.
+    """Describe FILE: an adapter, a pack, a base or a residue.
 
-    Of a base that is parted into several files FILE is the index, or its folder.
+    Only headers are read, which takes a tenth of a second. For a sharded base, FILE is its index or its folder.
     """
     from loraio.files import sharded
     from loraio.formats.sources import is_adapter_folder
 
     if sharded.is_sharded(file) and not is_adapter_folder(file):
-        parted = sharded.read_sharded_header(file)
-        facts = _base_facts(parted.tensors, parted.document(), parts=list(parted.headers))
-        facts = {"bytes": parted.file_bytes, "header_bytes": parted.header_bytes, **facts}
+        found = sharded.read_sharded_header(file)
+        facts = _base_facts(found.tensors, found.document(), shards=list(found.headers))
+        facts = {"bytes": found.file_bytes, "header_bytes": found.header_bytes, **facts}
     else:
         facts = _facts(file)
     facts = {"file": file, **facts}
     if as_json:
         _output.print_json("inspect", facts)
-    elif facts["type"] == "adapter":
-        _print_adapter(facts)
-    elif facts["type"] == "pack":
-        _print_pack(facts)
-    elif facts["type"] == "residue":
-        _print_residue(facts)
     else:
-        _print_base(facts)
+        PRINTERS[facts["type"]](facts)
 
 
-def _facts(file: str) -> dict[str, Any]:
-    """What a file or an adapter's folder is."""
+def _facts(file: str) -> Facts:
     from loraio.formats import dialects
     from loraio.formats.pack import is_pack
     from loraio.formats.sources import open_source
@@ -70,44 +72,38 @@ def _facts(file: str) -> dict[str, Any]:
     return {"bytes": source.file_bytes, "header_bytes": header and header.header_bytes, **facts, **reason}
 
 
-def _foreign_facts(dialect: Dialect, source: Source) -> dict[str, Any]:
+def _common(values: Iterable[Any]) -> Any:
+    """Return the one value that all have, or None."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else None
+
+
+def _foreign_facts(dialect: Dialect, source: Source) -> Facts:
     foreign = dialect.read(source)
-    layers = foreign.layers
-    ranks, alphas = ({getattr(layer, key) for layer in layers} for key in ("rank", "alpha"))
-    numbers = {
-        layer.name: sum(math.prod(source.tensors[key].shape) for slot, key in layer.slots.items() if slot != "alpha")
-        for layer in layers
-    }
-    nothing = {"layer": None, "groups": None, "shape": None, "dtype": None, "base_sha256": None}
+    layers, targets = foreign.layers, {}
+    for layer in layers:
+        shapes = {slot: source.tensors[key].shape for slot, key in layer.slots.items()}
+        stated = {key: getattr(layer, key) for key in ("kind", "rank", "alpha", "scale_rule", "scale")}
+        parameters = sum(math.prod(shape) for slot, shape in shapes.items() if slot != "alpha")
+        targets[layer.name] = {**dict.fromkeys(TARGET), **stated, "parameters": parameters, "tensors": shapes}
+    whole = {name: source.tensors[key] for name, key in foreign.whole.items()}
     return {
         "type": "adapter",
         "dialect": dialect.name,
         "format_version": None,
-        "rank": ranks.pop() if len(ranks) == 1 else None,
-        "alpha": alphas.pop() if len(alphas) == 1 else None,
-        "parameters": sum(numbers.values()),
-        "targets": {
-            layer.name: {
-                "kind": layer.kind,
-                **nothing,
-                "rank": layer.rank,
-                "alpha": layer.alpha,
-                "scale_rule": layer.scale_rule,
-                "scale": layer.scale,
-                "parameters": numbers[layer.name],
-                "tensors": {slot: list(source.tensors[key].shape) for slot, key in layer.slots.items()},
-            }
-            for layer in layers
-        },
+        "rank": _common(layer.rank for layer in layers),
+        "alpha": _common(layer.alpha for layer in layers),
+        "parameters": sum(target["parameters"] for target in targets.values()),
+        "targets": targets,
         "whole": {
             name: {
                 "role": None,
-                "dtype": source.tensors[key].dtype,
-                "shape": list(source.tensors[key].shape),
+                "dtype": info.dtype,
+                "shape": info.shape,
                 "base_shape": None,
-                "parameters": math.prod(source.tensors[key].shape),
+                "parameters": math.prod(info.shape),
             }
-            for name, key in foreign.whole.items()
+            for name, info in whole.items()
         },
         "base": {"network": None, "network_args": {}, "heads": {}, "sha256": None},
         "training": {"settings": dict(foreign.settings)} if foreign.settings else {},
@@ -118,49 +114,27 @@ def _foreign_facts(dialect: Dialect, source: Source) -> dict[str, Any]:
     }
 
 
-def _adapter_facts(header: Header) -> dict[str, Any]:
+def _adapter_facts(header: Header) -> Facts:
     from loraio.formats.native import FORMAT_VERSION, read_metadata
 
     metadata = read_metadata(header)
     targets = metadata.targets
-    ranks, alphas = ({getattr(target, key) for target in targets.values()} for key in ("rank", "alpha"))
     return {
         "type": "adapter",
         "dialect": "native",
         "format_version": FORMAT_VERSION,
-        "rank": ranks.pop() if len(ranks) == 1 else None,
-        "alpha": alphas.pop() if len(alphas) == 1 else None,
+        "rank": _common(target.rank for target in targets.values()),
+        "alpha": _common(target.alpha for target in targets.values()),
         "parameters": sum(target.parameters for target in targets.values()),
-        "targets": {
-            name: {
-                "kind": target.kind,
-                "layer": target.layer,
-                "groups": target.groups,
-                "shape": list(target.shape),
-                "dtype": target.dtype,
-                "rank": target.rank,
-                "alpha": target.alpha,
-                "scale_rule": target.scale_rule,
-                "scale": target.scale,
-                "parameters": target.parameters,
-                "base_sha256": target.base_sha256,
-            }
-            for name, target in targets.items()
-        },
+        "targets": {name: {key: getattr(target, key) for key in TARGET} for name, target in targets.items()},
         "whole": {name: _output.whole_facts(tensor) for name, tensor in metadata.whole.items()},
-        "base": {
-            "network": metadata.base.network,
-            "network_args": dict(metadata.base.network_args),
-            "heads": dict(metadata.base.heads),
-            "sha256": metadata.base.sha256,
-        },
+        "base": {key: getattr(metadata.base, key) for key in ("network", "network_args", "heads", "sha256")},
         "training": metadata.training,
         "warnings": [_warning(name, target) for name, target in targets.items() if target.saves_nothing],
     }
 
 
 def _warning(name: str, target: Target) -> str:
-    """That the weight itself would be no larger than the factors, and which ranks are smaller."""
     largest = target.largest_saving_rank
     advice = f"ranks up to {largest} hold fewer" if largest else "no rank holds fewer"
     return (
@@ -169,7 +143,7 @@ def _warning(name: str, target: Target) -> str:
     )
 
 
-def _pack_facts(header: Header) -> dict[str, Any]:
+def _pack_facts(header: Header) -> Facts:
     from loraio.formats.pack import PACK_VERSION, check_index
 
     members = check_index(header, stamp=()).members
@@ -177,71 +151,60 @@ def _pack_facts(header: Header) -> dict[str, Any]:
     return {"type": "pack", "format_version": PACK_VERSION, "adapters": rows}
 
 
-def _residue_facts(header: Header) -> dict[str, Any]:
+def _residue_facts(header: Header) -> Facts:
     document = header.document() or {}
-    said = document["residue"]
     return {
         "type": "residue",
         "format_version": document.get("format_version"),
-        **{key: said.get(key) for key in ("adapter_sha256", "base_sha256", "merged_sha256", "strength")},
+        **{key: document["residue"].get(key) for key in RESIDUE},
         "tensors": {name: info.end - info.begin for name, info in sorted(header.tensors.items())},
     }
 
 
-def _base_facts(
-    tensors: Mapping[str, TensorInfo], document: dict[str, Any], *, parts: Sequence[str] = ()
-) -> dict[str, Any]:
-    merged, training, args, heads = (document.get(key) for key in ("merged", "training", "network_args", "heads"))
+def _base_facts(tensors: Mapping[str, TensorInfo], document: Facts, *, shards: Sequence[str] = ()) -> Facts:
+    def stated(key: str, kind: type) -> Any:
+        """Return a value if it is of its kind: other people's files may hold anything."""
+        value = document.get(key)
+        return value if isinstance(value, kind) else kind()
+
     return {
         "type": "base",
         "network": document.get("network"),
-        "network_args": args if isinstance(args, dict) else {},
-        "heads": heads if isinstance(heads, dict) else {},
+        "network_args": stated("network_args", dict),
+        "heads": stated("heads", dict),
         "sha256": document.get("sha256"),
         "parameters": sum(math.prod(info.shape) for info in tensors.values()),
-        "tensors": {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sorted(tensors.items())},
-        "parts": list(parts),
-        "merged": merged if isinstance(merged, list) else [],
-        "training": training if isinstance(training, dict) else {},
+        "tensors": {name: {"dtype": info.dtype, "shape": info.shape} for name, info in sorted(tensors.items())},
+        "parts": list(shards),
+        "merged": stated("merged", list),
+        "training": stated("training", dict),
     }
 
 
-def _print_adapter(facts: dict[str, Any]) -> None:
-    base, training = facts["base"], facts["training"]
-    for warning in facts["warnings"]:
-        _output.note(f"note: {warning}")
-    _output.line(
-        f"{facts['file']}: adapter, {facts['dialect']}"
-        f"{f' format version {version}' if (version := facts['format_version']) else ''}, "
-        f"{facts['parameters']:,} parameters, {_output.size(facts['bytes'])}"
-    )
-    if facts["dialect"] == "native":
-        _output.line(f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}")
-    else:
-        _output.line(f"by {facts['reason']}")
+def _print_adapter(facts: Facts) -> None:
+    base, native = facts["base"], facts["dialect"] == "native"
+    _output.notes(facts["warnings"])
+    version = f" format version {facts['format_version']}" if native else ""
+    size = _output.size(facts["bytes"])
+    _output.line(f"{facts['file']}: adapter, {facts['dialect']}{version}, {facts['parameters']:,} parameters, {size}")
+    named = f"base: {base['network'] or 'network not named'}, sha256 {base['sha256']}"
+    _output.line(named if native else f"by {facts['reason']}")
     table = _output.table("Targets", ["weight", "layer", "shape", "kind", "rank", "alpha", "scale", "parameters"])
     for name, target in facts["targets"].items():
-        shape = "x".join(map(str, target["shape"] or ["?"]))
-        alpha, scale = ("?" if value is None else f"{value:g}" for value in (target["alpha"], target["scale"]))
-        table.add_row(
-            name,
-            target["layer"] or "?",
-            shape,
-            target["kind"],
-            str(target["rank"]),
-            alpha,
-            scale,
-            f"{target['parameters']:,}",
-        )
+        alpha, scale = ("?" if target[key] is None else f"{target[key]:g}" for key in ("alpha", "scale"))
+        shape, numbers = "x".join(map(str, target["shape"] or ["?"])), f"{target['parameters']:,}"
+        layer, rank = target["layer"] or "?", str(target["rank"])
+        table.add_row(name, layer, shape, target["kind"], rank, alpha, scale, numbers)
     _output.console().print(table)
-    for line in _output.whole_lines(facts["whole"]) if facts["dialect"] == "native" else ():
-        _output.line(line)
-    if facts["whole"] and facts["dialect"] != "native":
+    if native:
+        for line in _output.whole_lines(facts["whole"]):
+            _output.line(line)
+    elif facts["whole"]:
         _output.line(f"{len(facts['whole'])} tensors of the base are replaced whole")
-    _print_training(training)
+    _print_training(facts["training"])
 
 
-def _print_pack(facts: dict[str, Any]) -> None:
+def _print_pack(facts: Facts) -> None:
     adapters, size = facts["adapters"], _output.size(facts["bytes"])
     _output.line(f"{facts['file']}: pack of {len(adapters)} adapters, format version {facts['format_version']}, {size}")
     table = _output.table("Adapters", ["name", "bytes", "sha256"])
@@ -250,23 +213,20 @@ def _print_pack(facts: dict[str, Any]) -> None:
     _output.console().print(table)
 
 
-def _print_residue(facts: dict[str, Any]) -> None:
-    version, size = facts["format_version"], _output.size(facts["bytes"])
-    _output.line(
-        f"{facts['file']}: residue of a merge, format version {version}, {len(facts['tensors'])} tensors, {size}"
-    )
-    for key in ("adapter_sha256", "base_sha256", "merged_sha256", "strength"):
+def _print_residue(facts: Facts) -> None:
+    about = f"format version {facts['format_version']}, {len(facts['tensors'])} tensors"
+    _output.line(f"{facts['file']}: residue of a merge, {about}, {_output.size(facts['bytes'])}")
+    for key in RESIDUE:
         _output.line(f"{key}: {_words(facts[key])}")
 
 
-def _print_base(facts: dict[str, Any]) -> None:
-    network = _words(facts["network"] or "network not named")
-    size = _output.size(facts["bytes"])
-    parts = f" in {len(facts['parts'])} parts" if facts["parts"] else ""
-    _output.line(f"{facts['file']}: base model{parts}, {network}, {facts['parameters']:,} parameters, {size}")
+def _print_base(facts: Facts) -> None:
+    network, size = _words(facts["network"] or "network not named"), _output.size(facts["bytes"])
+    shards = f" in {len(facts['parts'])} shards" if facts["parts"] else ""
+    _output.line(f"{facts['file']}: base model{shards}, {network}, {facts['parameters']:,} parameters, {size}")
     if facts["sha256"]:
         _output.line(f"sha256 {facts['sha256']}")
-    _print_lineage(facts["merged"])
+    _print_receipts(facts["merged"])
     table = _output.table("Tensors", ["name", "dtype", "shape"])
     for name, tensor in facts["tensors"].items():
         table.add_row(name, tensor["dtype"], "x".join(map(str, tensor["shape"])) or "scalar")
@@ -274,36 +234,42 @@ def _print_base(facts: dict[str, Any]) -> None:
     _print_training(facts["training"])
 
 
-def _print_lineage(merged: Sequence[Any]) -> None:
-    """What was merged into a base, in order; other people's files may hold anything in the place of a receipt."""
+PRINTERS: dict[str, Callable[[Facts], None]] = {
+    "adapter": _print_adapter,
+    "pack": _print_pack,
+    "residue": _print_residue,
+    "base": _print_base,
+}
+
+
+def _print_receipts(merged: Sequence[Any]) -> None:
+    """Print the merges of a base, in order; other people's files may hold anything in place of a receipt."""
     for number, receipt in enumerate(merged, 1):
         _output.line(f"merged, receipt {number} of {len(merged)}:")
         for key, value in receipt.items() if isinstance(receipt, dict) else [("receipt", receipt)]:
-            if key in ("base_mismatch", "forced") and isinstance(value, list):
-                for line in value:
-                    _output.line(f"  {key}: {_words(line)}")
-            elif key == "changed" and isinstance(value, dict):
-                _output.line(f"  {key}: {len(value)} tensors ({known(value, limit=5)})")
-            else:
-                _output.line(f"  {key}: {_words(value)}")
+            lines = value if key in ("base_mismatch", "forced") and isinstance(value, list) else [value]
+            if key == "changed" and isinstance(value, dict):
+                lines = [f"{len(value)} tensors ({known(value, limit=5)})"]
+            for line in lines:
+                _output.line(f"  {key}: {_words(line)}")
 
 
-def _print_training(training: dict[str, Any]) -> None:
+def _print_training(training: Facts) -> None:
     results = training.get("results")
     for key, value in training.items():
         if key != "results" or not isinstance(value, dict):
             _output.line(f"{key}: {_words(value)}")
     if isinstance(results, dict):
-        _output.line(f"results: {_words({key: part for key, part in results.items() if not isinstance(part, dict)})}")
+        _output.line(f"results: {_words({key: each for key, each in results.items() if not isinstance(each, dict)})}")
         for when in ("before", "after"):
             if when in results:
                 _output.line(f"  {when}: {_words(results[when])}")
 
 
 def _words(value: Any) -> str:
-    """A JSON value on one line; the metadata of other people's files may hold anything."""
+    """Return a JSON value on one line, whatever it is."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(part)}" for key, part in value.items())
+        return ", ".join(f"{key} {_words(each)}" for key, each in value.items())
     if isinstance(value, list):
         return " ".join(map(_words, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -10,14 +10,13 @@ import click
 from loraio.cli import _options, _output
 
 if TYPE_CHECKING:
-    from loraio.merging.residue_files import Residue
-
+    from loraio.merging.on_files import MergedFile
 
 LARGE = 0.5
-"""A residue of more than this share of the base is remarked upon."""
+"""Share of the base above which the size of a residue gets a note."""
 
 
-@click.command(epilog=_options.example("loraio merge base.safetensors three.safetensors -o merged.safetensors"))
+@click.command(epilog=_options.example("loraio merge base.safetensors one.safetensors -o merged.safetensors"))
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
 @click.option(
@@ -25,52 +24,31 @@ LARGE = 0.5
     "--output",
     type=click.Path(),
     required=True,
-    help="The merged checkpoint to make: a file; of a parted base a folder, or an index in one, or *.safetensors.",
+    help="Merged checkpoint: a file; for a sharded base a folder, an index in a folder, or *.safetensors.",
 )
-@_options.strength_option
-@_options.mismatch_option
-@_options.alpha_option
-@_options.model_option
+@_options.adapter_options
 @click.option(
-    "--fast", is_flag=True, help="Sum in float32: no longer the nearest float, nor the bits of the attached adapter."
+    "--fast", is_flag=True, help="Sum in float32: faster, but not the nearest float nor the attached adapter's bits."
 )
 @click.option(
-    "--reversible",
-    is_flag=True,
-    help="Also write OUTPUT.residue, with which loraio unmerge gives BASE back without it.",
+    "--reversible", is_flag=True, help="Also write OUTPUT.residue, so that loraio unmerge does not need BASE."
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Threads.  [default: one for each processor, at most 4]",
-)
+@_options.workers_option
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace an existing output; merge what changes nothing, what was merged already, or onto a merged file.",
+    help="Replace an existing output; merge an adapter that changes nothing, that was merged already, or that was made "
+    "for the base before its merges.",
 )
 @_options.json_option
 def merge(
-    base: str,
-    adapter: str,
-    output: str,
-    strength: float,
-    allow_base_mismatch: bool,
-    fast: bool,
-    reversible: bool,
-    alpha: float | None,
-    model: str | None,
-    model_args: dict[str, Any] | None,
-    workers: int | None,
-    force: bool,
-    as_json: bool,
+    base: str, adapter: str, output: str, strength: float, fast: bool, force: bool, as_json: bool, **settings: Any
 ) -> None:
     """Fold ADAPTER into BASE for good.
 
-    Each weight becomes W + strength * scale * (B @ A), in float64 and rounded once. The weights of what was
-    written are verified before the file gets its name. A base in several parts gives the same
-    parts; one that was killed goes on where it was.
+    Each weight becomes W + strength * scale * (B @ A), summed in float64 and rounded once. The written weights are
+    verified before the file gets its name. A sharded base gives the same shards; after a kill, the same command
+    continues with the first unfinished shard.
     """
     import loraio
 
@@ -81,58 +59,47 @@ def merge(
             output,
             strength=strength,
             overwrite=force,
-            allow_base_mismatch=allow_base_mismatch,
             allow_noop=force,
             force=force,
             exact=not fast,
-            reversible=reversible,
-            workers=workers,
-            model=model,
-            model_args=model_args,
-            alpha=alpha,
             progress=progress,
+            **settings,
         )
-    weights = merged.weights
-    facts: dict[str, Any] = {"folded": weights.folded, "replaced": weights.replaced, "untouched": weights.untouched}
-    facts["max_ulp"] = weights.max_ulp
-    facts |= {"stripped": merged.stripped, "landing": asdict(merged.effect), "base_mismatch": list(merged.mismatch)}
-    facts |= {
-        "forced": list(merged.receipt.forced),
+    if as_json:
+        given = {"file": output, "sha256": merged.sha256, "strength": strength, "fast": fast}
+        _output.print_json("merge", {**given, **_facts(merged)})
+    else:
+        _print(merged, output, reference="the range of float32 sums" if fast else "the exact sum")
+
+
+def _facts(merged: MergedFile) -> dict[str, Any]:
+    residue = merged.residue
+    sizes = residue and {key: getattr(residue, key) for key in ("bytes", "bits_per_weight", "share")}
+    return {
+        **{key: getattr(merged.weights, key) for key in ("folded", "replaced", "untouched", "max_ulp")},
+        "stripped": merged.stripped,
+        "landing": asdict(merged.effect),
+        "base_mismatch": merged.mismatch,
+        "forced": merged.receipt.forced,
         "parts": [str(part) for part in merged.parts],
         "reused": merged.reused,
+        "residue": residue and {"file": str(residue.path), **(sizes or {})},
     }
-    facts["residue"] = _residue_facts(merged.residue)
-    _output.note_stripped(merged.stripped, as_json=as_json)
-    if merged.reused and not as_json:
-        _output.note(f"note: {merged.reused} of {len(merged.parts)} parts had been finished by an earlier run")
-    for line in () if as_json else merged.receipt.forced:
-        _output.note(f"note: forced: {line}")
-    for line in () if as_json else merged.mismatch:
-        _output.note(f"note: another base: {line}")
-    if as_json:
-        _output.print_json(
-            "merge", {"file": output, "sha256": merged.sha256, "strength": strength, "fast": fast, **facts}
-        )
-        return
-    reference = "what a float32 sum may be" if fast else "the exact sum"
-    _output.line(
-        f"{output}: {weights.folded} tensors folded, "
-        f"{f'{weights.replaced} replaced, ' if weights.replaced else ''}{weights.untouched} left bit-identical;"
-    )
+
+
+def _print(merged: MergedFile, output: str, *, reference: str) -> None:
+    weights, residue = merged.weights, merged.residue
+    _output.note_stripped(merged.stripped, as_json=False)
+    if merged.reused:
+        _output.notes([f"{merged.reused} of {len(merged.parts)} shards had been finished by an earlier run"])
+    _output.notes(f"forced: {line}" for line in merged.receipt.forced)
+    _output.notes(f"another base: {line}" for line in merged.mismatch)
+    replaced = f"{weights.replaced} replaced, " if weights.replaced else ""
+    _output.line(f"{output}: {weights.folded} tensors folded, {replaced}{weights.untouched} left bit-identical;")
     _output.line(f"the worst weight is {weights.max_ulp:.3g} ulp from {reference}")
     _output.line(str(merged.effect))
-    if merged.residue is not None:
-        kept = merged.residue
-        _output.line(
-            f"{kept.path}: {_output.size(kept.bytes)}, {kept.bits_per_weight:.3g} bits for each folded weight, "
-            f"{kept.share:.2%} of the base"
-        )
-        if kept.share > LARGE:
-            _output.note("note: little of the base is left: the residue is nearly as large as the base itself")
-
-
-def _residue_facts(residue: Residue | None) -> dict[str, Any] | None:
-    if residue is None:
-        return None
-    sizes = {"bytes": residue.bytes, "bits_per_weight": residue.bits_per_weight, "share": residue.share}
-    return {"file": str(residue.path), **sizes}
+    if residue is not None:
+        about = f"{_output.size(residue.bytes)}, {residue.bits_per_weight:.3g} bits for each folded weight"
+        _output.line(f"{residue.path}: {about}, {residue.share:.2%} of the base")
+        if residue.share > LARGE:
+            _output.notes(["little of the base is left: the residue is nearly as large as the base itself"])

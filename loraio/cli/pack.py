@@ -1,4 +1,4 @@
-"""``loraio pack``: many adapter files in one."""
+"""``loraio pack``: put many adapter files into one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loraio.cli import _options, _output
 def pack(files: tuple[str, ...], output: str, force: bool, as_json: bool) -> None:
     """Put adapter FILES, or all of a folder, into one file.
 
-    Each keeps its bytes, and its name without the ending; any of them is read without the others.
+    Each adapter keeps its bytes, and its file name without the ending. Each can be read without the others.
     """
     from loraio.formats import pack as packing
 

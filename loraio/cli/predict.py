@@ -1,4 +1,4 @@
-"""``loraio predict``: which digit an image shows."""
+"""``loraio predict``: read the digit in an image."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from typing import Any
 
 import click
 
-from loraio.cli import _options, _output
+from loraio.cli import _inputs, _options, _output
 
 
-@click.command(epilog=_options.example("loraio predict base.safetensors photo.jpg --adapter three.safetensors"))
+@click.command(epilog=_options.example("loraio predict base.safetensors photo.jpg --adapter one.safetensors"))
 @click.argument("base", type=click.Path())
 @click.argument("images", type=click.Path(), nargs=-1, required=True, metavar="IMAGE...")
 @click.option("--adapter", type=click.Path(), default=None, help="An adapter to attach.")
-@_options.strength_option
-@_options.mismatch_option
-@_options.alpha_option
-@_options.model_option
+@_options.adapter_options
 @_options.json_option
 def predict(
     base: str,
@@ -36,22 +33,16 @@ def predict(
     import torch
 
     import loraio
-    from loraio.bases.models import stripped_of
 
-    network = loraio.load_base(base, model=model, model_args=model_args)
-    loaded = None
-    if adapter is not None:
-        loaded = loraio.load(adapter, base=network, alpha=alpha, allow_base_mismatch=allow_base_mismatch)
-    stripped = stripped_of(network)
-    _output.note_stripped(stripped, as_json=as_json)
+    network, stripped = _inputs.load_network(base, model=model, model_args=model_args, as_json=as_json)
+    allowed: dict[str, Any] = {"allow_base_mismatch": allow_base_mismatch}
+    loaded = None if adapter is None else loraio.load(adapter, base=network, alpha=alpha, **allowed)
     pixels = torch.cat([loraio.read_image(image) for image in images])
     if loaded is None:
         outputs = loraio.predict(network, pixels)
     else:
-        _output.note_effects(
-            network, {str(adapter): loaded}, strength, allow_base_mismatch=allow_base_mismatch, as_json=as_json
-        )
-        with loraio.attach(network, loaded, strength, allow_base_mismatch=allow_base_mismatch):
+        _output.note_effects(network, {str(adapter): loaded}, strength, as_json=as_json, **allowed)
+        with loraio.attach(network, loaded, strength, **allowed):
             outputs = loraio.predict(network, pixels)
     rows: list[dict[str, Any]] = [
         {"image": image, "digit": int(shares.argmax()), "probabilities": shares.tolist()}

@@ -1,4 +1,4 @@
-"""``loraio pretrain``: a base model from nothing."""
+"""``loraio pretrain``: train a base network."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import Any
 
 import click
 
-from loraio.cli import _options, _output, _training
+from loraio.cli import _inputs, _options, _output, _training
 
 
-@click.command(epilog=_options.example("loraio pretrain -o base.safetensors --dataset digits --epochs 20"))
-@click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The base checkpoint to make.")
+@click.command(epilog=_options.example("loraio pretrain -o base.safetensors --dataset digits --epochs 12"))
+@click.option("-o", "--output", type=click.Path(dir_okay=False), required=True, help="The base checkpoint to write.")
 @_options.network_options(
-    default="digit-cnn",
-    text="Network by name: digit-cnn, torchvision:NAME, timm:NAME or package.module:callable.",
+    default="digit-cnn", text="Network: digit-cnn, torchvision:NAME, timm:NAME or package.module:callable."
 )
 @_training.image_options
-@click.option("--epochs", type=click.IntRange(min=1), default=1, show_default=True, help="Passes over the data set.")
+@click.option("--epochs", type=_options.Count(min=1), default=1, help="Passes over the data set.")
 @_options.batch_size_option
 @_options.lr_option
 @_options.seed_option
@@ -46,7 +45,7 @@ def pretrain(
     find_network(model, model_args)
     config = loraio.PretrainConfig(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     fresh = loraio.build_network(model, args=model_args, seed=seed)
-    data, held_out = (_training.read_images(fresh, dataset, split, settings) for split in ("train", "test"))
+    data, held_out = (_inputs.read_images(fresh, dataset, split, settings) for split in ("train", "test"))
     with _output.progress(lines=not as_json) as report:
         network = loraio.pretrain(model, config, data, network_args=model_args, on_progress=report)
     result = loraio.evaluate(network, held_out)
@@ -56,7 +55,5 @@ def pretrain(
         facts = {"file": output, "bytes": size, "network": model, "parameters": parameters}
         _output.print_json("pretrain", {**facts, "test": result.to_json()})
         return
-    _output.line(
-        f"{output}: {model}, {parameters:,} parameters, {_output.size(size)}; "
-        f"{result.accuracy:.2%} of {result.images:,} test images right"
-    )
+    about = f"{model}, {parameters:,} parameters, {_output.size(size)}"
+    _output.line(f"{output}: {about}; {result.accuracy:.2%} of {result.images:,} test images right")

@@ -1,4 +1,4 @@
-"""``loraio targets``: what an adapter would adapt, before it is trained."""
+"""``loraio targets``: show which weights an adapter would change, before it is trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from loraio.cli import _options, _output, _training
+from loraio.cli import _inputs, _options, _output, _training
+
+KEYS = ("layer", "groups", "shape", "kind", "rank", "alpha", "parameters")
 
 
 @click.command(epilog=_options.example("loraio targets base.safetensors --targets all --exclude fc --rank conv1=2"))
@@ -18,27 +20,18 @@ from loraio.cli import _options, _output, _training
 def targets(base: str, model: str | None, model_args: dict[str, Any] | None, as_json: bool, **settings: Any) -> None:
     """Show which weights of BASE would be adapted.
 
-    With their layers, ranks, and the numbers that the factors add; nothing is trained. The percentage is of the weight
-    itself: at 100 the factors hold as many numbers as the weight.
+    The table has their layers, ranks, and how many numbers the factors hold. Nothing is trained. The percentage is of
+    the weight itself: at 100 the factors hold as many numbers as the weight.
     """
     import loraio
-    from loraio.bases.models import stripped_of
 
-    network = loraio.load_base(base, model=model, model_args=model_args)
-    stripped = stripped_of(network)
-    _output.note_stripped(stripped, as_json=as_json)
+    network, stripped = _inputs.load_network(base, model=model, model_args=model_args, as_json=as_json)
     config = _training.config_of(settings)
     planned, whole = loraio.plan_targets(network, config), loraio.plan_whole(network, config)
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "layer": target.layer,
-            "groups": target.groups,
-            "shape": list(target.shape),
-            "kind": target.kind,
-            "rank": target.rank,
-            "alpha": target.alpha,
-            "parameters": target.parameters,
+            **{key: getattr(target, key) for key in KEYS},
             "percent": 100 * target.parameters / math.prod(target.shape),
         }
         for name, target in planned.items()

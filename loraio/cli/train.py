@@ -1,4 +1,4 @@
-"""``loraio train``: adapters on a frozen base."""
+"""``loraio train``: train adapters on a frozen base."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 
 import click
 
-from loraio.cli import _options, _output, _training
+from loraio.cli import _inputs, _options, _output, _training
 
 FILE_NAME = "digit-{}.safetensors"
-"""Name of each file that ``--digit all`` makes."""
+"""Name of each file that ``--digit all`` writes."""
 
 FILE_OPTIONS = ("log", "tensorboard", "checkpoint", "checkpoint_every", "resume")
-"""What becomes `loraio.RunFiles`."""
+"""Options for `loraio.RunFiles`."""
 
 IMAGE_OPTIONS = ("data_root", "image_size", "workers", "data_limit")
-"""What `_training.read_images` takes."""
+"""Options for `_inputs.read_images`."""
 
 
-@click.command(epilog=_options.example("loraio train base.safetensors --digit 3 -o three.safetensors --dataset digits"))
+@click.command(epilog=_options.example("loraio train base.safetensors --digit 1 -o one.safetensors --dataset digits"))
 @click.argument("base", type=click.Path())
 @click.option(
     "--digit",
-    type=_options.Digit(),
+    type=_options.Parsed("digit", _options.digit),
     metavar="N|all",
     default=None,
-    help="The class to adapt to, by number; all makes one file each.  [default: fit all classes with one adapter]",
+    help="Number of the class to adapt to; all writes a file for each.  [default: one adapter for all classes]",
 )
-@click.option("--class", "class_name", metavar="NAME", default=None, help="The class to adapt to, by name.")
-@click.option("-o", "--output", type=click.Path(), required=True, help="The adapter file; with --digit all a folder.")
+@click.option("--class", "class_name", metavar="NAME", default=None, help="Name of the class to adapt to.")
+@click.option("-o", "--output", type=click.Path(), required=True, help="Adapter to write; with --digit all a folder.")
 @_training.target_options
 @_training.course_options
 @_training.file_options
@@ -51,9 +51,8 @@ def train(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train LoRA factors on a frozen BASE and save them alone."""
+    """Train an adapter on a frozen BASE."""
     import loraio
-    from loraio.bases.models import stripped_of
     from loraio.files.folders import make_folder
     from loraio.files.sharded import checkpoint_files
 
@@ -70,10 +69,8 @@ def train(
     _check_outputs(base, output, every=every, may_replace=may_replace)
     if not every:
         files.check(inputs=(*checkpoint_files(base), output))
-    network = loraio.load_base(base, model=model, model_args=model_args)
-    stripped = stripped_of(network)
-    _output.note_stripped(stripped, as_json=as_json)
-    data, held_out = (_training.read_images(network, dataset, split, images) for split in ("train", "test"))
+    network, stripped = _inputs.load_network(base, model=model, model_args=model_args, as_json=as_json)
+    data, held_out = (_inputs.read_images(network, dataset, split, images) for split in ("train", "test"))
     chosen = data.class_number(class_name) if class_name is not None else digit if isinstance(digit, int) else None
     rows: list[dict[str, Any]] = []
 
@@ -102,16 +99,14 @@ def train(
         _output.print_json("train", {"base": base, "stripped": stripped, "parameters": parameters, "adapters": rows})
         return
     _print_rows(rows, f"{len(held_out):,} test images of {dataset}")
-    _output.line(
-        f"{parameters['adapted']:,} parameters in the adapted layers, {parameters['added']:,} added: "
-        f"{parameters['percent']:.3f} %"
-    )
+    added = f"{parameters['added']:,} added: {parameters['percent']:.3f} %"
+    _output.line(f"{parameters['adapted']:,} parameters in the adapted layers, {added}")
     if parameters["replaced"]:
         _output.line(f"{parameters['replaced']:,} numbers in tensors that are replaced whole")
 
 
 def _check_outputs(base: str, output: str, *, every: bool, may_replace: Callable[[int | str | None], bool]) -> None:
-    """Refuse before the training what could not be written after it."""
+    """Refuse outputs before the training that could not be written after it."""
     from loraio.errors import OutputError
     from loraio.files.atomic import check_output
     from loraio.files.sharded import checkpoint_files
@@ -122,7 +117,7 @@ def _check_outputs(base: str, output: str, *, every: bool, may_replace: Callable
     elif Path(output).is_file():
         raise OutputError(f"{output!r} is a file", hint="with --digit all the output is a folder")
     elif Path(output).is_dir():
-        check_output(Path(output) / FILE_NAME.format(0), overwrite=True)  # may files be made in it at all?
+        check_output(Path(output) / FILE_NAME.format(0), overwrite=True)  # can files be made in it?
         for file in sorted(Path(output).iterdir()):
             if found := re.fullmatch(FILE_NAME.format(r"(\d+)"), file.name):
                 check_output(file, overwrite=may_replace(found[1]), inputs=inputs)
@@ -132,8 +127,8 @@ def _check_outputs(base: str, output: str, *, every: bool, may_replace: Callable
 
 def _print_rows(rows: list[dict[str, Any]], images: str) -> None:
     columns = ("", "size", "misread,\nbase", "misread,\nadapter", "accuracy,\nbase", "accuracy,\nadapter")
-    own = "those of the adapter's own digit" if rows[0]["digit"] is not None else "of all classes"
-    table = _output.table(f"On {images}; misread: {own}", columns)
+    own = "of the adapter's own class" if rows[0]["digit"] is not None else "of all classes"
+    table = _output.table(f"On {images}; misread images are {own}", columns)
     for row in rows:
         n, both = row["digit"], (row["before"], row["after"])
         wrong = ["-" if one is None else str(sum(one["wrong"]) if n is None else one["wrong"][n]) for one in both]

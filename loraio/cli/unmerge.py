@@ -14,45 +14,29 @@ from loraio.cli import _options, _output
 )
 @click.argument("merged", type=click.Path())
 @click.argument("adapter", type=click.Path(), required=False)
-@click.option("--base", type=click.Path(), default=None, help="What MERGED was before: its tensors are the output's.")
+@click.option("--base", type=click.Path(), default=None, help="The base before the merge.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(),
     required=True,
-    help="The base to make: a file; of a parted one a folder, or an index in one, or *.safetensors.",
+    help="Base to write: a file; for a sharded one a folder, an index in a folder, or *.safetensors.",
 )
-@click.option("--all", "every", is_flag=True, help="Take all merges back, not the last one alone; with --base.")
-@click.option("--residue", type=click.Path(), default=None, help="The residue of the merge.  [default: MERGED.residue]")
+@click.option("--all", "every", is_flag=True, help="Take back all merges instead of the last one; needs --base.")
+@click.option("--residue", type=click.Path(), default=None, help="Residue of the merge.  [default: MERGED.residue]")
 @_options.alpha_option
 @_options.model_option
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Threads.  [default: one for each processor, at most 4]",
-)
+@_options.workers_option
 @_options.force_option
 @_options.json_option
 def unmerge(
-    merged: str,
-    adapter: str | None,
-    base: str | None,
-    output: str,
-    every: bool,
-    residue: str | None,
-    alpha: float | None,
-    model: str | None,
-    model_args: dict[str, Any] | None,
-    workers: int | None,
-    force: bool,
-    as_json: bool,
+    merged: str, adapter: str | None, base: str | None, output: str, force: bool, as_json: bool, **settings: Any
 ) -> None:
-    """Write what MERGED was before its last merge, bit for bit.
+    """Write the state of MERGED before its last merge, bit for bit.
 
-    With --base, which is proven to be the one; or with ADAPTER, the one that was merged last, and the residue that
-    loraio merge --reversible wrote. MERGED must be what its receipts left, and the output has the digest that the
-    receipt names before it gets its name.
+    Give --base, the base before the merge. Or give ADAPTER, the adapter that was merged last, and keep beside MERGED
+    the residue that loraio merge --reversible wrote. The receipts of MERGED must describe its weights. The output
+    gets its name once its digest is that of the receipt.
     """
     import loraio
 
@@ -60,18 +44,7 @@ def unmerge(
         raise click.UsageError("give ADAPTER or --base, one of the two")
     with _output.byte_progress(output, as_json=as_json) as progress:
         done = loraio.unmerge_file(
-            merged,
-            output,
-            base=base,
-            adapter=adapter,
-            residue=residue,
-            every=every,
-            overwrite=force,
-            workers=workers,
-            model=model,
-            model_args=model_args,
-            alpha=alpha,
-            progress=progress,
+            merged, output, base=base, adapter=adapter, overwrite=force, progress=progress, **settings
         )
     if as_json:
         facts: dict[str, Any] = {"file": output, "sha256": done.sha256, "parts": [str(part) for part in done.parts]}

@@ -131,7 +131,7 @@ def test_inspect_of_a_parted_base_imports_neither_torch_nor_numpy(
 ) -> None:
     done = python("-c", PROBE, "inspect", str(write_parts(three.factors, tmp_path)))
     assert done.returncode == 0, done.stderr
-    assert "in 2 parts" in done.stdout
+    assert "in 2 shards" in done.stdout
     assert done.stderr == "HEAVY\n"
 
 

@@ -216,7 +216,7 @@ def test_a_parted_base_is_what_it_is_in_one_file(
         assert {key: found[key] for key in found.keys() - differ} == {
             key: expected[key] for key in expected.keys() - differ
         }
-        assert f"{path}: base model in 2 parts, network not named, 113,162 parameters, " in run("inspect", path).stdout
+        assert f"{path}: base model in 2 shards, network not named, 113,162 parameters, " in run("inspect", path).stdout
     assert "base model, network not named" in run("inspect", whole).stdout
 
 

@@ -65,7 +65,7 @@ def test_a_fast_merge_says_so_in_the_file_and_is_verified_as_one(
     run: Run, run_json: RunJson, files: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "fast.safetensors"
-    assert "ulp from what a float32 sum may be" in run(*words("merge", files, "-o", path, "--fast")).stdout
+    assert "ulp from the range of float32 sums" in run(*words("merge", files, "-o", path, "--fast")).stdout
     checkpoint, exact = loraio.read_base(path), loraio.read_base(files / "merged.safetensors")
     assert checkpoint.document["merged"][0]["sums"] == "float32"
     assert not checkpoint.merged_exactly
@@ -106,7 +106,9 @@ def test_merge_gives_a_parted_base_s_parts_and_says_how_many_it_had_already(
     with monkeypatch.context() as patch:
         patch.setattr(FinishedShards, "forget", failing)
         assert "No space left" in run("merge", index, three, "-o", tmp_path / "m", code=1).stderr
-    assert "2 of 2 parts had been finished by an earlier run" in run("merge", index, three, "-o", tmp_path / "m").stderr
+    assert (
+        "2 of 2 shards had been finished by an earlier run" in run("merge", index, three, "-o", tmp_path / "m").stderr
+    )
     assert loraio.read_base(tmp_path / "m").document["sha256"] == merged
 
 

@@ -29,7 +29,7 @@ def small(width=4):
     )
 """
 
-NOTE = "note: names had the prefix 'module.', which was taken off\n"
+NOTE = "note: names had the prefix 'module.', which was removed\n"
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_network_of_ones_own_goes_the_whole_way(run: Run, run_json: RunJson, h
     assert loraio.read_base("merged.safetensors").network_args == {"width": 3}
     verify = ("verify", "base.safetensors", "three.safetensors", "merged.safetensors", "--model", "own_small:small")
     assert run_json(*verify, "--dataset", "digits")["ok"]
-    assert "which inputs 'own_small:small' takes is not known" in run(*verify, code=1).stderr
+    assert "the input shape of 'own_small:small' is not known" in run(*verify, code=1).stderr
 
 
 def test_the_program_finds_modules_of_the_current_folder(here: Path) -> None:
