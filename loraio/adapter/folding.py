@@ -116,6 +116,8 @@ class SlicedFold:
         from loraio.adapter.rounding import ready_to_round
 
         layer, groups, wide, same = self._layer, self._groups, self._wide, folded is self.weight
+        if folded.dtype == torch.float64:
+            return self._write_in_order(folded, start)
         direct = wide == folded.dtype == torch.float32 and (self._kind.writes_once or not same)
         if direct and _shares_memory(layer.to_matrix(folded, groups), folded):
             return self._write_directly(folded, start)
@@ -135,6 +137,15 @@ class SlicedFold:
             if not views:
                 result = layer.from_matrix(matrix, old.shape, groups)
             new.copy_(ready_to_round(result, folded.dtype) if in_halves else result)
+        return folded
+
+    def _write_in_order(self, folded: Tensor, start: int) -> Tensor:
+        """Sum float64 weights in a fixed order: no rounding hides in which order a library adds."""
+        for old, new, mine in self._parts(folded, start):
+            matrix = self._layer.to_matrix(old, self._groups)
+            with _no_autocast():
+                made = self._kind.fold_in_order(matrix, mine, scale=self._scale, strength=self._strength)
+            new.copy_(self._layer.from_matrix(made, old.shape, self._groups))
         return folded
 
     def _write_directly(self, folded: Tensor, start: int) -> Tensor:

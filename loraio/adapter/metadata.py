@@ -143,11 +143,12 @@ class Target:
     def fold(
         self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0, exact: bool = True
     ) -> Tensor:
-        """The new weight, for use: accumulated in float64, rounded once. Merge, attach and verify all use this.
+        """Return the new weight, summed in float64 and rounded once. Merge, attach and verify all use this.
 
-        On the CPU the bits depend on the values alone, not on where or in which order the weight lies in memory. A
-        compiled program, an accelerator or another library of matrix products sums in its own order: that may round one
-        weight in some 1e8 to the other side of a tie.
+        On the CPU the bits of a float64 weight depend on the values alone: its sums have one order on every processor
+        and for any number of threads. Narrower weights are summed by the library of matrix products, in an order of
+        its own. Rounding hides the order, unless a float64 sum lies beside a tie: with two orders about one float32
+        weight in 1e9 differs, one float16 weight in 1e13. Compiled programs and accelerators also have their own order.
 
         Args:
             weight: the base weight, ``shape``, any float dtype and device.

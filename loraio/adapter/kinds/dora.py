@@ -1,10 +1,11 @@
-"""DoRA: a low-rank change of a weight matrix's rows, whose lengths are learned apart."""
+"""DoRA: a low-rank change of a weight matrix, with the lengths of its rows learned separately."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from loraio.adapter.kinds.kind import Kind
 from loraio.adapter.kinds.lora import Lora, product_in_order
 
 if TYPE_CHECKING:
@@ -12,24 +13,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Dora:
+class Dora(Kind):
     """``m * V / |V|`` row by row, with ``V = W + scale * (B @ A)``; ``magnitude`` m is (out,).
 
-    The lengths are kept in float64, and |V| is computed in float64 for use: with B at zero the quotient m / |V| is 1
-    up to 1e-16, so that an untrained adapter gives the base weight's own float32 values. Gradients go through |V| too.
+    The lengths are stored in float64, and |V| is computed in float64 for use. With B at zero the quotient m / |V| is
+    1 up to 1e-16, so that an untrained adapter gives the base weight's own values. Gradients go through |V| too.
 
-    Strength moves between the base and the adapted weight in a straight line: ``W + strength * (W' - W)``.
+    Strength interpolates between the base and the adapted weight: ``W + strength * (W' - W)``.
 
     Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353, section 4.1.
     """
 
     name = "dora"
-    columns_apart = False  # a row's length is that of all its columns
-    writes_once = False
     _lora = Lora()
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Factor names and shapes.
+        """Return the factors' names and shapes.
 
         >>> Dora().shapes(64, 288, 4)
         {'lora_A': (4, 288), 'lora_B': (64, 4), 'magnitude': (64,)}
@@ -37,7 +36,7 @@ class Dora:
         return {**self._lora.shapes(out, fan_in, rank), "magnitude": (out,)}
 
     def init(self, weight: Tensor, rank: int, *, method: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """A and B as LoRA's, and the lengths of the weight's rows as they are.
+        """Start A and B as LoRA does, and the magnitudes at the lengths of the weight's rows.
 
         Args:
             weight: (out, fan_in), any float dtype and device.
@@ -52,43 +51,53 @@ class Dora:
             UnknownNameError: no such method.
         """
         factors = self._lora.init(weight, rank, method=method, generator=generator)
-        return {**factors, "magnitude": weight.detach().cpu().double().norm(dim=1)}
+        return {**factors, "magnitude": squares_in_order(weight.detach().cpu().double())[:, 0].sqrt()}
 
     def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
-        """The new matrix; weight and factors in one dtype, on one device. A row of zeros stays zero.
+        """Return the new matrix; weight and factors in one dtype, on one device. A row of zeros stays zero.
 
         >>> import torch
         >>> W, A, B = torch.ones(2, 4), torch.zeros(1, 4), torch.zeros(2, 1)
         >>> Dora().fold(W, {"lora_A": A, "lora_B": B, "magnitude": torch.tensor([2.0, 4.0])}, scale=1.0)[:, 0]
         tensor([1., 2.])
         """
+        import torch
+
         direction = self._lora.fold(weight, factors, scale=scale)
-        length: Tensor = direction.norm(dim=1, keepdim=True)
-        folded = direction * (factors["magnitude"][:, None] / length.masked_fill(length == 0, 1))
-        return folded if strength == 1 else weight + strength * (folded - weight)
+        in_order = weight.dtype == torch.float64  # as `fold_in_order`, so that an untrained adapter changes no bit
+        divisors = _positive(squares_in_order(direction)).sqrt() if in_order else _lengths(direction)
+        return _rescaled(weight, direction, divisors, factors["magnitude"], strength)
 
     def fold_(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> None:
-        """The same in place."""
+        """Fold in place."""
         if strength != 1:  # needs the old weight to the end
-            weight.copy_(self.fold(weight, factors, scale=scale, strength=strength))
+            direction = self._lora.fold(weight, factors, scale=scale)
+            weight.copy_(_rescaled(weight, direction, _lengths(direction), factors["magnitude"], strength))
             return
         self._lora.fold_(weight, factors, scale=scale)
-        length = weight.norm(dim=1, keepdim=True)
-        weight.mul_(factors["magnitude"][:, None] / length.masked_fill_(length == 0, 1))
+        weight.mul_(factors["magnitude"][:, None] / _lengths(weight))
+
+    def fold_in_order(
+        self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0
+    ) -> Tensor:
+        """Fold with the sums of the product and of the squares in a fixed order."""
+        direction = self._lora.fold_in_order(weight, factors, scale=scale)
+        divisors = _positive(squares_in_order(direction)).sqrt()
+        return _rescaled(weight, direction, divisors, factors["magnitude"], strength)
 
     def side_numbers(self, out: int) -> int:
-        """One for each row."""
+        """Return one number for each row."""
         return out
 
     def side(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor | None:
-        """The lengths |V|, which cannot be told from the new matrix."""
+        """Return the lengths |V|, which the new matrix does not show."""
         lengths: Tensor = self._lora.fold(weight, factors, scale=scale).norm(dim=1)
         return lengths
 
     def unfold(
         self, folded: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float, side: Tensor | None
     ) -> Tensor:
-        """``(W' - (t * q) * D) / ((1 - t) + t * q)``, with t the strength, q = m / |V| and D = scale * (B @ A)."""
+        """Return ``(W' - (t * q) * D) / ((1 - t) + t * q)`` for strength t, q = m / |V|, D = scale * (B @ A)."""
         assert side is not None
         moved = strength * (factors["magnitude"] / side.masked_fill(side == 0, 1))
         update = product_in_order(factors).mul_(scale).mul_(moved[:, None])
@@ -97,7 +106,7 @@ class Dora:
     def stays_finite(
         self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
     ) -> bool:
-        """No entry is larger than its row is long; between base and adapted weight are no larger ones than they are."""
+        """Bound each entry by the length of its row. Interpolation adds nothing to it."""
         changes = self._lora.stays_finite(peaks, rank=rank, scale=scale, strength=1.0, room=room)
         return changes and 0 <= strength <= 1 and peaks["magnitude"] < min(room, 1e140)  # it is divided by a length
 
@@ -110,10 +119,10 @@ class Dora:
         strength: float = 1.0,
         at: tuple[Any, Any] | None = None,
     ) -> tuple[Any, Any]:
-        """The same in NumPy by another route, and a bound on the rounding error of both.
+        """Compute in NumPy another way, and bound the rounding error of both ways.
 
-        An error in V moves a row by itself and by what it does to the row's length; the length's own sum of fan_in
-        squares adds (fan_in + 10) roundings (Higham 2002, section 3.1).
+        An error in V moves a row directly, and again through the row's length. The sum of fan_in squares adds
+        (fan_in + 10) roundings (Higham 2002, section 3.1).
         """
         import numpy as np
 
@@ -129,3 +138,32 @@ class Dora:
         most = max(1.0, abs(strength))
         error = abs(strength) * error + 4 * eps * (most * np.abs(weight) + abs(strength) * np.abs(folded))
         return (result, error) if at is None else (result[at], error[at])
+
+
+def _rescaled(weight: Tensor, direction: Tensor, divisors: Tensor, magnitude: Tensor, strength: float) -> Tensor:
+    folded = direction * (magnitude[:, None] / divisors)
+    return folded if strength == 1 else weight + strength * (folded - weight)
+
+
+def _lengths(matrix: Tensor) -> Tensor:
+    """Return the lengths of a matrix's rows, (out, 1), to divide by."""
+    return _positive(matrix.norm(dim=1, keepdim=True))
+
+
+def _positive(divisors: Tensor) -> Tensor:
+    return divisors.masked_fill(divisors == 0, 1)
+
+
+def squares_in_order(matrix: Tensor) -> Tensor:
+    """Return the sum of squares of each row, (out, 1), with the same bits on every machine.
+
+    The squares are added in halves: the first half of the columns to the second, and so on until one is left.
+    """
+    squares = matrix * matrix
+    while (columns := squares.shape[1]) > 1:
+        half = columns // 2
+        halves = squares[:, :half] + squares[:, half : 2 * half]
+        if columns % 2:
+            halves[:, :1] += squares[:, -1:]
+        squares = halves
+    return squares

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from loraio.adapter.kinds.kind import Kind
 from loraio.registry import lookup
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Lora:
+class Lora(Kind):
     """``W + scale * (B @ A)``, with ``lora_A`` (r, fan_in) and ``lora_B`` (out, r).
 
     Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685, section 4.1.
@@ -24,7 +25,7 @@ class Lora:
     writes_once = True
 
     def shapes(self, out: int, fan_in: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Factor names and shapes.
+        """Return the factors' names and shapes.
 
         >>> Lora().shapes(64, 288, 4)
         {'lora_A': (4, 288), 'lora_B': (64, 4)}
@@ -32,7 +33,7 @@ class Lora:
         return {"lora_A": (rank, fan_in), "lora_B": (out, rank)}
 
     def init(self, weight: Tensor, rank: int, *, method: str, generator: torch.Generator) -> dict[str, Tensor]:
-        """A from a seeded distribution, B zero: the product starts at zero and the network at its base.
+        """Draw A from a seeded distribution and set B to zero, so that the network starts at its base.
 
         Args:
             weight: (out, fan_in); only its shape counts.
@@ -54,7 +55,7 @@ class Lora:
         return {"lora_A": lora_A, "lora_B": torch.zeros(out, rank, dtype=torch.float32)}
 
     def fold(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> Tensor:
-        """``W + strength * scale * (B @ A)`` in one pass; weight and factors in one dtype, on one device.
+        """Return ``W + strength * scale * (B @ A)``; weight and factors in one dtype, on one device.
 
         >>> import torch
         >>> W, A, B = torch.zeros(4, 9), torch.ones(2, 9), torch.ones(4, 2)
@@ -64,27 +65,25 @@ class Lora:
         return weight.addmm(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
 
     def fold_(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0) -> None:
-        """The same in place."""
+        """Fold in place, in one pass."""
         weight.addmm_(factors["lora_B"], factors["lora_A"], alpha=scale * strength)
 
-    def side_numbers(self, out: int) -> int:
-        """None."""
-        return 0
-
-    def side(self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float) -> Tensor | None:
-        """None: the product of the factors is all that was added."""
-        return None
+    def fold_in_order(
+        self, weight: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float = 1.0
+    ) -> Tensor:
+        """Add the terms of the product from the first rank to the last, then their sum to the weight."""
+        return product_in_order(factors).mul_(strength * scale).add_(weight)
 
     def unfold(
         self, folded: Tensor, factors: Mapping[str, Tensor], *, scale: float, strength: float, side: Tensor | None
     ) -> Tensor:
-        """``W' - (strength * scale) * (B @ A)``, its terms added from the first rank to the last."""
+        """Return ``W' - (strength * scale) * (B @ A)``, its terms added from the first rank to the last."""
         return folded - product_in_order(factors).mul_(strength * scale)
 
     def stays_finite(
         self, peaks: Mapping[str, float], *, rank: int, scale: float, strength: float, room: float
     ) -> bool:
-        """An entry moves by at most ``|strength * scale| * r * max|B| * max|A|``."""
+        """Bound the change of an entry by ``|strength * scale| * r * max|B| * max|A|``."""
         product = rank * peaks["lora_A"] * peaks["lora_B"]
         return math.isfinite(product) and abs(strength * scale) * product < room
 
@@ -97,16 +96,15 @@ class Lora:
         strength: float = 1.0,
         at: tuple[Any, Any] | None = None,
     ) -> tuple[Any, Any]:
-        """The same in NumPy, with a bound on its rounding error for each element.
+        """Sum in NumPy, and bound the rounding error of each element.
 
-        The bound is that of any order of the r + 1 additions: (r + 3) roundings of the sum of the magnitudes,
-        once for this sum and once for the one that it is compared with (Higham 2002, Accuracy and Stability of
-        Numerical Algorithms, section 3.1).
+        The bound holds for any order of the r + 1 additions: (r + 3) roundings of the sum of the magnitudes, once
+        for this sum and once for the fold (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1).
         """
         import numpy as np
 
         A, B = (scale * strength) * factors["lora_A"], factors["lora_B"]
-        if at is None and A.dtype == np.float32:  # cheaper, and larger by the inequality of Cauchy and Schwarz
+        if at is None and A.dtype == np.float32:  # cheaper, and larger: Cauchy-Schwarz
             update, magnitude = B @ A, np.linalg.norm(B, axis=1)[:, None] * np.linalg.norm(A, axis=0)
         elif at is None:
             update, magnitude = B @ A, np.abs(B) @ np.abs(A)
@@ -121,7 +119,10 @@ class Lora:
 
 
 def product_in_order(factors: Mapping[str, Tensor]) -> Tensor:
-    """B @ A as one column times one row at a time, first to last: no two machines differ in a bit of it."""
+    """Return B @ A summed from the first rank to the last, with the same bits on every machine.
+
+    Each product and each addition is an operation of its own: a fused one rounds once, but not on every processor.
+    """
     import torch
 
     A, B = factors["lora_A"], factors["lora_B"]
@@ -133,13 +134,13 @@ def product_in_order(factors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _kaiming(lora_A: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform in +-1/sqrt(fan_in): He initialisation with a = sqrt(5), the start of torch's own layers."""
+    """Draw uniformly from +-1/sqrt(fan_in): He initialisation with a = sqrt(5), as torch's own layers start."""
     bound = lora_A.shape[1] ** -0.5
     return lora_A.uniform_(-bound, bound, generator=generator)
 
 
 def _gaussian(lora_A: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal with mean 0 and standard deviation 1: large steps, since the gradient of B grows with A."""
+    """Draw from a standard normal distribution. Steps are large, since the gradient of B grows with A."""
     return lora_A.normal_(generator=generator)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -48,13 +47,6 @@ def in_one_sum(target: Target, weight: Tensor, factors: dict[str, Tensor]) -> Te
     return layer.from_matrix(folded, weight.shape)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("layer", sorted(SHAPES))
 def test_slices_cover_a_weight_once_and_fit_a_block(layer: str, kind: str) -> None:
@@ -97,16 +89,6 @@ def test_the_bits_do_not_depend_on_where_and_how_the_weight_lies(layer: str, dty
         folded = target.fold(form, odd_factors, strength=0.7)
         assert folded.stride() == form.stride()
         assert folded.equal(expected)
-
-
-@pytest.mark.parametrize("layer", sorted(SHAPES))
-def test_the_bits_do_not_depend_on_the_threads(layer: str, threads: None) -> None:
-    target, weight, factors = case(layer, torch.float32)
-    found = []
-    for count in (1, 2, 3, 8):
-        torch.set_num_threads(count)
-        found.append(target.fold(weight.double(), factors, strength=0.7))
-    assert all(folded.equal(found[0]) for folded in found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -42,7 +42,7 @@ from loraio.errors import (
     OutputExistsError,
     VerificationError,
 )
-from loraio.files import atomic, tensorfile
+from loraio.files import atomic, copying, tensorfile
 from loraio.files.copying import PAGE, PIECE, copy_range
 from loraio.files.folders import working_folder
 from loraio.files.sharded import INDEX_SUFFIX
@@ -388,7 +388,7 @@ def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
         return real(words[0], words[1], 1000, *words[3:])
 
     monkeypatch.setattr(os, "copy_file_range", once)
-    monkeypatch.setattr(atomic, "PAGE", 1)  # nothing passes through memory without need
+    monkeypatch.setattr(copying, "PAGE", 1)  # nothing passes through memory without need
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
     loraio.merge_file(base, path, tmp_path / "m.safetensors", workers=1)
@@ -400,7 +400,7 @@ def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
 def test_a_disk_that_is_full_is_an_error_with_the_name_and_nothing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(atomic, "PAGE", 1)  # nothing passes through memory without need
+    monkeypatch.setattr(copying, "PAGE", 1)  # nothing passes through memory without need
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
     monkeypatch.setattr(os, "copy_file_range", refused(number))
