@@ -1,13 +1,13 @@
-"""The files of LyCORIS: kohya's layout, and methods of its own in it.
+"""Read and write files of LyCORIS: kohya's layout, with methods of its own.
 
-LoCon with and without DoRA, whole changes (``diff``) and normalisation layers are read as they are; LoHa and LoKr
-become plain pairs when asked to. Methods that multiply the weight, or go by it, have no form here.
+LoCon with and without DoRA, whole changes (``diff``) and normalisation layers are read as they are. LoHa and LoKr
+become plain pairs on request. Methods that multiply the weight, or depend on it, have no form here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,16 +16,18 @@ from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Added, Factors, ForeignLayer, Options
 from loraio.formats.kohya import ALPHA, DOWN, MID, PREFIXES, UP, Kohya, NamedWriting, check_kernel, has_only
-from loraio.formats.products import (
-    Product,
-    alpha_at,
-    hadamard,
-    kronecker,
-    nearest_pair,
-    relative_error,
-    whole,
-    with_core,
+from loraio.formats.lycoris_products import (
+    DIFF,
+    HADA,
+    HADA_CORES,
+    KERNELS,
+    KRON,
+    hadamard_rank,
+    kronecker_ranks,
+    matrix_shape,
+    product_of,
 )
+from loraio.formats.products import alpha_at, nearest_pair, relative_error
 from loraio.formats.reading import Reading
 from loraio.formats.report import settings, tensors
 from loraio.formats.sources import Source
@@ -33,13 +35,7 @@ from loraio.formats.sources import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DORA, _DIFF, _DIFF_BIAS = "dora_scale", "diff", "diff_b"
-
-_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-
-_HADA_CORES = ("hada_t1", "hada_t2")
-
-_KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_DORA, _DIFF_BIAS = "dora_scale", "diff_b"
 
 _NORM = {"w_norm": "weight", "b_norm": "bias"}
 
@@ -50,19 +46,19 @@ _OTHER_METHODS = {
     "lambda_layer": "T-LoRA goes by the time step",
     "bias_indices": "a sparse change of the weight beside the factors",
 }
-"""Slots of methods that no factors give, and why."""
+"""Slots of methods that factors cannot hold, and why."""
 
-_BY_SLOT_ALONE = (*_HADA, *_KRON, _DORA)
+_BY_SLOT_ALONE = (*HADA, *KRON, _DORA)
 
 _EPS = 2.0**-23
-"""What LyCORIS adds to the length of a row, in the float32 in which it holds DoRA's lengths."""
+"""The number that LyCORIS adds to the length of a row: DoRA's lengths are float32 there."""
 
 _NEAR = 2.0**-20
-"""The largest relative effect of it that is not worth a word: 8 units in the last place of float32."""
+"""The largest relative effect of it that is not reported: 8 units in the last place of float32."""
 
 
 class Lycoris(Kohya):
-    """LyCORIS, as its generic wrapper and its module for sd-scripts write it."""
+    """LyCORIS: its generic wrapper, and its module for sd-scripts."""
 
     name = "lycoris"
     tool = "LyCORIS"
@@ -72,12 +68,12 @@ class Lycoris(Kohya):
     ignores_dilation = False
 
     def recognise(self, source: Source) -> str | None:
-        """By a slot or a prefix that sd-scripts does not have, or by what the metadata call the module."""
+        """Find a slot or a prefix that sd-scripts does not have, or the name of the module in the metadata."""
         module = source.metadata.get("ss_network_module", "")
         for key, info in source.tensors.items():
             name, _, slot = key.partition(".")
             prefixed = name.startswith(tuple(f"{prefix}_" for prefix in PREFIXES))
-            if slot in _BY_SLOT_ALONE or (prefixed and slot in (_DIFF, *_NORM, *_OTHER_METHODS)):
+            if slot in _BY_SLOT_ALONE or (prefixed and slot in (DIFF, *_NORM, *_OTHER_METHODS)):
                 return f"the key {key!r}"
             if slot not in (DOWN, UP):
                 continue
@@ -90,7 +86,7 @@ class Lycoris(Kohya):
         return None
 
     def read_module(self, name: str, slots: Mapping[str, str], reading: Reading) -> None:
-        """All keys of one mangled name, of whatever method; the order is that in which LyCORIS asks."""
+        """Read all keys of one mangled name; the methods are tried in LyCORIS' order."""
         kind = "dora" if _DORA in slots else "lora"
         named = [f"{slots[slot]!r}: {why}" for slot, why in _OTHER_METHODS.items() if slot in slots]
         if named:
@@ -98,14 +94,17 @@ class Lycoris(Kohya):
         elif UP in slots or DOWN in slots:
             if has_only(slots, (DOWN, UP, MID, ALPHA, _DORA), "no slot of LoCon", reading):
                 self.read_pair(name, slots, reading, kind=kind)
-        elif _HADA[0] in slots:
-            if has_only(slots, (*_HADA, *_HADA_CORES, ALPHA, _DORA), "no slot of LoHa", reading):
-                self._read_hadamard(name, slots, reading, kind)
-        elif not slots.keys().isdisjoint(_KRON):
-            if has_only(slots, (*_KRON, ALPHA, _DORA), "no slot of LoKr", reading):
+        elif HADA[0] in slots:
+            if has_only(slots, (*HADA, *HADA_CORES, ALPHA, _DORA), "no slot of LoHa", reading):
+                rank = hadamard_rank(name, slots, reading)
+                if rank is not None:
+                    product = f"LoHa of rank {rank}; a pair of rank {rank**2} is exact"
+                    self.add_layer(name, slots, rank, reading, kind=kind, product=product)
+        elif not slots.keys().isdisjoint(KRON):
+            if has_only(slots, (*KRON, ALPHA, _DORA), "no slot of LoKr", reading):
                 self._read_kronecker(name, slots, reading, kind)
-        elif _DIFF in slots:
-            if has_only(slots, (_DIFF, _DIFF_BIAS, ALPHA), "no slot of a whole change", reading):
+        elif DIFF in slots:
+            if has_only(slots, (DIFF, _DIFF_BIAS, ALPHA), "no slot of a whole change", reading):
                 self._read_diff(name, slots, reading)
         elif "w_norm" in slots:
             if has_only(slots, (*_NORM, ALPHA), "no slot of a normalisation layer", reading):
@@ -114,24 +113,24 @@ class Lycoris(Kohya):
                     for slot, parameter in _NORM.items()
                     if slot in slots
                 ]
-                self._pass_over_alpha(slots, reading)
+                self._ignore_alpha(slots, reading)
         else:
             reading.refusals.append(f"{next(iter(slots.values()))!r} is no key that LyCORIS knows")
 
     def zero_alpha(self, key: str, rank: int, reading: Reading) -> int | None:
-        """LyCORIS takes it as r, attached and merged."""
+        """Take it as r, as LyCORIS does, attached and merged."""
         reading.lines += settings([key], "changed", f"0, which LyCORIS takes as r, {rank}")
         return rank
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """What LyCORIS' modules hold; since its release 4 those of grouped convolutions too."""
+        """Return the reason why LyCORIS' modules do not hold this; since release 4 they hold grouped convolutions."""
         return None if layer in self.layers else "LyCORIS has no LoCon for this layer type"
 
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """A pair as it is; of a product the pair that was asked for."""
-        if layer.product or _DIFF in values:
+        """Return a pair as it is; of a product the pair that was asked for."""
+        if layer.product or DIFF in values:
             made = self._from_product(layer, values, place, options)
         else:
             made = super().factors(layer, values, place, options)
@@ -150,7 +149,7 @@ class Lycoris(Kohya):
         return replace(made, values=factors, note="; ".join(note for note in notes if note))
 
     def write_layer(self, mangled: str, name: str, target: Target, place: TargetModule, writing: NamedWriting) -> None:
-        """A pair, with its lengths; or the whole change, where that was asked for."""
+        """Add a pair with its lengths, or the whole change on request."""
         if writing.options.as_full_delta:
             self._write_diff(mangled, name, target, place, writing)
             return
@@ -166,7 +165,7 @@ class Lycoris(Kohya):
         writing.lines += tensors([f"{name}.magnitude"], "changed" if note else "carried", note)
 
     def paths_of_whole(self, writing: NamedWriting) -> set[str]:
-        """Normalisation layers that it adapts too, of which weight and bias are replaced."""
+        """Return the normalisation layers that LyCORIS adapts too and that are replaced."""
         from torch import nn
 
         if writing.state is None:
@@ -179,7 +178,7 @@ class Lycoris(Kohya):
         }
 
     def write_whole(self, writing: NamedWriting) -> None:
-        """Normalisation layers as differences; biases go with whole changes; nothing else has a place."""
+        """Add normalisation layers as differences; biases go with whole changes, and nothing else has a place."""
         for path in sorted(self.paths_of_whole(writing)):
             self._write_norm(path, writing)
         names = sorted(set(writing.adapter.whole) - writing.held)
@@ -187,87 +186,34 @@ class Lycoris(Kohya):
         writing.lines += tensors(names, "lost", f"LyCORIS replaces no tensor of the base{hint}")
 
     def metadata(self, writing: NamedWriting) -> dict[str, str]:
-        """What LyCORIS' own training writes; it has no hashes."""
+        """Return the record that LyCORIS' own training writes; it has no hashes."""
         return self.record(writing)
 
-    def _read_hadamard(self, name: str, slots: Mapping[str, str], reading: Reading, kind: str) -> None:
-        missing = [slot for slot in _HADA if slot not in slots]
-        if missing or len(slots.keys() & set(_HADA_CORES)) == 1:
-            reading.refusals.append(f"{name!r}: {(missing or ['one of hada_t1 and hada_t2'])[0]} is missing")
-            return
-        shapes = [reading.shape(slots[slot]) for slot in _HADA]
-        cores = [reading.shape(slots[slot]) for slot in _HADA_CORES if slot in slots]
-        ranks = {
-            shape[0] if cores or slot.endswith("b") else shape[1]
-            for slot, shape in zip(_HADA, shapes, strict=True)
-            if len(shape) == 2
-        }
-        if [len(shape) for shape in shapes] != [2] * 4 or len(ranks) != 1 or 0 in ranks:
-            reading.refusals.append(f"{name!r}: {', '.join(_HADA)} of shapes {shapes} do not go together")
-            return
-        rank = ranks.pop()
-        outs = [shape[1] if cores else shape[0] for shape in shapes[::2]]
-        if (
-            len({*outs}) > 1
-            or shapes[1] != shapes[3]
-            or any(core[:2] != (rank, rank) for core in cores)
-            or len({*cores}) > 1
-        ):
-            reading.refusals.append(f"{name!r}: {', '.join(_HADA)} of shapes {[*shapes, *cores]} do not go together")
-            return
-        product = f"LoHa of rank {rank}; a pair of rank {rank**2} is exact"
-        self.add_layer(name, slots, rank, reading, kind=kind, product=product)
-
     def _read_kronecker(self, name: str, slots: Mapping[str, str], reading: Reading, kind: str) -> None:
-        shapes = {slot: reading.shape(key) for slot, key in slots.items() if slot in _KRON}
-        ranks, sizes = [], []
-        for half in ("lokr_w1", "lokr_w2"):
-            up, down = shapes.get(f"{half}_a"), shapes.get(f"{half}_b")
-            core = shapes.get("lokr_t2") if half == "lokr_w2" else None
-            if half in shapes and up is None and down is None and core is None and _is_whole(half, shapes[half]):
-                sizes.append(min(shapes[half][0], math.prod(shapes[half][1:])))
-                continue
-            inner = None if up is None or len(up) != 2 else up[0] if core is not None else up[1]
-            if (
-                up is None
-                or down is None
-                or len(up) != 2
-                or len(down) < 2
-                or inner != down[0]
-                or not inner
-                or half in shapes
-            ):
-                reading.refusals.append(f"{name!r}: {half} is neither whole nor a pair, of shapes {shapes}")
-                return
-            if core is not None and (core[:2] != (inner, inner) or len(down) != 2):
-                reading.refusals.append(f"{name!r}: lokr_t2 is {core}, its factors have rank {inner}")
-                return
-            ranks.append(inner)
-            sizes.append(inner)
-        if len({*ranks}) > 1 or 0 in sizes:
-            reading.refusals.append(f"{name!r}: lokr_w1 and lokr_w2 of shapes {shapes} do not go together")
+        ranks = kronecker_ranks(name, slots, reading)
+        if ranks is None:
             return
-        exact = math.prod(sizes)
-        product = f"LoKr{f' of rank {ranks[0]}' if ranks else ''}; a pair of rank {exact} is exact"
-        if ranks:
-            self.add_layer(name, slots, ranks[0], reading, kind=kind, product=product)
+        rank, exact = ranks
+        product = f"LoKr{f' of rank {rank}' if rank else ''}; a pair of rank {exact} is exact"
+        if rank:
+            self.add_layer(name, slots, rank, reading, kind=kind, product=product)
             return
-        # two whole matrices have no rank of their own, and LyCORIS' scale of them is 1 whatever alpha is
-        self._pass_over_alpha(slots, reading)
+        # two whole matrices have no rank of their own, and LyCORIS scales them by 1 at any alpha
+        self._ignore_alpha(slots, reading)
         own = {slot: key for slot, key in slots.items() if slot != ALPHA}
         reading.layers.append(ForeignLayer(name=name, slots=own, rank=exact, alpha=exact, kind=kind, product=product))
 
     def _read_diff(self, name: str, slots: Mapping[str, str], reading: Reading) -> None:
-        shape = reading.shape(slots[_DIFF])
+        shape = reading.shape(slots[DIFF])
         if len(shape) < 2 or 0 in shape:
-            reading.refusals.append(f"{slots[_DIFF]!r} is {shape}, the change of no weight of a layer")
+            reading.refusals.append(f"{slots[DIFF]!r} is {shape}, the change of no weight of a layer")
             return
         rank = min(shape[0], math.prod(shape[1:]))
-        self._pass_over_alpha(slots, reading)
+        self._ignore_alpha(slots, reading)
         own = {("bias" if slot == _DIFF_BIAS else slot): key for slot, key in slots.items() if slot != ALPHA}
         reading.layers.append(ForeignLayer(name=name, slots=own, rank=rank, alpha=rank))
 
-    def _pass_over_alpha(self, slots: Mapping[str, str], reading: Reading) -> None:
+    def _ignore_alpha(self, slots: Mapping[str, str], reading: Reading) -> None:
         if ALPHA in slots:
             reading.not_used[slots[ALPHA]] = "LyCORIS scales nothing by it here"
 
@@ -277,27 +223,17 @@ class Lycoris(Kohya):
         infinite = [layer.slots[slot] for slot, value in values.items() if not value.isfinite().all()]
         if infinite:
             raise AdapterError(f"{infinite[0]!r} holds NaN or infinity")
-        own, found = (place.weight.shape[0], place.weight[0].numel()), _matrix_shape(values)
+        own, found = (place.weight.shape[0], place.weight[0].numel()), matrix_shape(values)
         if own != found:
             raise AdapterError(f"it changes a weight of {found}, {place.name!r} of the base is {own}, as a matrix")
         exact = {slot: value.double() for slot, value in values.items()}
-        if _DIFF in values:
-            check_kernel(values[_DIFF].shape[2:], layer.slots[_DIFF], place)
-            product = whole(exact[_DIFF].flatten(1))
-        elif _HADA[0] in values:
-            for slot in _HADA_CORES:
-                if slot in values:
-                    check_kernel(values[slot].shape[2:], layer.slots[slot], place)
-            product = _hadamard(exact)
-        else:
-            for slot in ("lokr_w2", "lokr_t2", "lokr_w2_b"):
-                if slot in values:
-                    check_kernel(values[slot].shape[2:], layer.slots[slot], place)
-            product = _kronecker(exact)
+        for slot in KERNELS:
+            if slot in values:
+                check_kernel(values[slot].shape[2:], layer.slots[slot], place)
         assert layer.alpha is not None
         scale = layer.alpha / layer.rank
         asked = options.rank if options.approximate and options.rank is not None else layer.rank
-        pair = nearest_pair(product, asked)
+        pair = nearest_pair(product_of(exact), asked)
         alpha = layer.alpha if pair.rank == layer.rank else alpha_at(scale, pair.rank)
         wrong = self.misuse(place.module)
         notes = [pair.note]
@@ -326,7 +262,7 @@ class Lycoris(Kohya):
                 writing.tensors[key] = torch.zeros_like(writing.state[name], dtype=torch.float32)
 
     def _write_difference(self, name: str, key: str, writing: NamedWriting) -> None:
-        """What is added to a tensor that is replaced, in float32, with which LyCORIS computes."""
+        """Add the difference of a replaced tensor from the base's, in float32, in which LyCORIS computes."""
         import torch
 
         from loraio.adapter.rounding import round_once
@@ -351,7 +287,7 @@ class Lycoris(Kohya):
         base = state[name].double()
         factors = {short: factor.double() for short, factor in adapter.factors_of(name).items()}
         delta = target.fold(base, factors) - base if target.kind != "lora" else _change(target, factors)
-        writing.tensors[f"{mangled}.{_DIFF}"] = delta.float()
+        writing.tensors[f"{mangled}.{DIFF}"] = delta.float()
         error = relative_error(delta, delta.float().double())
         how = f"as the whole change, rounded once to float32, relative error {error:.2g}"
         writing.lines += tensors([f"{name}.{short}" for short in factors], "changed", how)
@@ -366,59 +302,14 @@ def _inside(path: str, last: str) -> str:
     return f"{path}.{last}" if path else last
 
 
-def _is_whole(half: str, shape: Sequence[int]) -> bool:
-    return len(shape) == 2 or (half == "lokr_w2" and len(shape) > 2)
-
-
-def _matrix_shape(values: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(out, fan_in) of the weight that a product changes, before it is made: a small file may ask for a huge one."""
-    shapes = {slot: tuple(value.shape) for slot, value in values.items()}
-    if _DIFF in shapes:
-        return shapes[_DIFF][0], math.prod(shapes[_DIFF][1:])
-    if _HADA[0] in shapes:
-        up, down, core = shapes["hada_w1_a"], shapes["hada_w1_b"], shapes.get("hada_t1")
-        return (up[0], down[1]) if core is None else (up[1], down[1] * math.prod(core[2:]))
-    out, fan_in = 1, 1
-    for half in ("lokr_w1", "lokr_w2"):
-        if half in shapes:
-            rows, columns = shapes[half][0], math.prod(shapes[half][1:])
-        else:
-            core = shapes.get("lokr_t2") if half == "lokr_w2" else None
-            rows = shapes[f"{half}_a"][0 if core is None else 1]
-            columns = math.prod(shapes[f"{half}_b"][1:]) * math.prod(core[2:] if core is not None else ())
-        out, fan_in = out * rows, fan_in * columns
-    return out, fan_in
-
-
-def _hadamard(values: Mapping[str, Tensor]) -> Product:
-    halves = []
-    for half in ("1", "2"):
-        up, down = values[f"hada_w{half}_a"], values[f"hada_w{half}_b"]
-        core = values.get(f"hada_t{half}")
-        halves.append((up, down) if core is None else (up.T, with_core(core, down)))
-    return hadamard(halves[0], halves[1])
-
-
-def _kronecker(values: Mapping[str, Tensor]) -> Product:
-    halves: list[Sequence[Tensor]] = []
-    for half in ("lokr_w1", "lokr_w2"):
-        if half in values:
-            halves.append([values[half].flatten(1)])
-            continue
-        up, down = values[f"{half}_a"], values[f"{half}_b"]
-        core = values.get("lokr_t2") if half == "lokr_w2" else None
-        halves.append([up, down.flatten(1)] if core is None else [up.T, with_core(core, down)])
-    return kronecker(halves[0], halves[1])
-
-
 def _change(target: Target, factors: Mapping[str, Tensor]) -> Tensor:
     return (target.scale * (factors["lora_B"] @ factors["lora_A"])).reshape(target.shape)
 
 
 def _short_rows(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> str:
-    """What LyCORIS' epsilon does to the shortest row, where that can be seen."""
+    """Return a note on the effect of LyCORIS' epsilon on the shortest row; empty if it is too small to matter."""
     if lora_A.shape != (lora_B.shape[1], weight[0].numel()) or len(lora_B) != len(weight):
-        return ""  # does not fit the base, which is said elsewhere
+        return ""  # does not fit the base, which is refused elsewhere
     changed = weight.detach().double().flatten(1) + scale * (lora_B.double() @ lora_A.double())
     lengths = changed.norm(dim=1)
     lengths = lengths[lengths > 0]
