@@ -1,1 +1,1 @@
-"""Adapter files of every tool, ours included."""
+"""Read, write, check and convert the adapter files of every tool, ours included."""

@@ -1,4 +1,4 @@
-"""Assemble an adapter from the tensors of another tool's file, with a line on what became of each."""
+"""Assemble an adapter from the tensors of another tool's file, with a line on the fate of each."""
 
 from __future__ import annotations
 

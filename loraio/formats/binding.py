@@ -127,7 +127,7 @@ def spellings(things: Iterable[T], spell: Callable[[T], Sequence[str]]) -> dict[
 
 
 def _fill_in_alphas(foreign: Foreign, options: Options, where: str) -> tuple[list[ForeignLayer], list[Line]]:
-    """Return the layers, all with an alpha, and a line where some had none."""
+    """Return the layers, all with an alpha, and a line if some had none."""
     silent = [layer for layer in foreign.layers if layer.alpha is None]
     unknown = [layer.name for layer in silent if layer.implied_alpha is None]
     if unknown and options.alpha is None:
@@ -196,9 +196,9 @@ def _account(foreign: Foreign, source: Source, assembly: Assembly, where: str) -
 
 
 def _finish(dialect: Dialect, foreign: Foreign, source: Source, assembly: Assembly) -> Adapter:
-    """Return the adapter; metadata of our own export return where they are still about the same adapter.
+    """Return the adapter, with the metadata of our own export if they still describe it.
 
-    Even where they are not, the adapter stays with the base that it was exported for.
+    If they do not, the adapter still belongs to the base that it was exported for.
     """
     kept = kept_metadata(source)
     if kept is not None:
@@ -224,7 +224,7 @@ def _finish(dialect: Dialect, foreign: Foreign, source: Source, assembly: Assemb
 
 
 def _is_about(kept: NativeMetadata, assembly: Assembly) -> bool:
-    """Return True if kept metadata agree with the file and the base, once the adapter belongs to its own base."""
+    """Return True if kept metadata agree with the file and the base."""
     same = assembly.targets == {name: replace(target, extra={}) for name, target in kept.targets.items()}
     return same and {(n, w.role, w.shape, w.dtype) for n, w in kept.whole.items()} == {
         (n, w.role, w.shape, w.dtype) for n, w in assembly.whole.items()

@@ -1,4 +1,4 @@
-"""Whether files are what was written: every byte against the digests that they hold. Needs no torch."""
+"""Compare files with the digests that they hold, byte for byte. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from loraio.formats import native, pack
 
 _CHUNK = 1 << 20
 _OTHERS = {"exported": "export", "residue": "residue"}
-"""What a document that is neither an adapter's nor a pack's is of, by a key that it has; else it is a base's."""
+"""The kind of a document that is neither an adapter's nor a pack's, by one of its keys; else it is a base's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What was found in one file, or one parted checkpoint.
+    """The result of checking one file, or one sharded checkpoint.
 
     Attributes:
-        path: the file; of a parted checkpoint the index.
-        kind: "adapter", "pack", "base", "residue", "export" (a file of another tool's layout that loraio wrote) or
-            "other"; "unreadable" where the header is refused.
-        bytes: of the file, and of all parts.
-        tensors: how many were compared with a digest.
-        complete: whether every bit is under a digest; files of format version 1 and of other tools have none, or few.
-        problems: what is wrong; nothing where all is as it was written.
+        path: the file; of a sharded checkpoint the index.
+        kind: "adapter", "pack", "base", "residue", "export" (a file that loraio wrote in another tool's layout) or
+            "other"; "unreadable" if the header is refused.
+        bytes: of the file, and of all shards.
+        tensors: the number of those compared with a digest.
+        complete: True if digests cover every bit; files of format version 1 and of other tools have none, or few.
+        problems: empty if the file is as it was written.
     """
 
     path: Path
@@ -43,26 +43,26 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong, as far as there are digests."""
+        """True if no digest differs."""
         return not self.problems
 
 
 def check(path: str | os.PathLike[str]) -> Checked:
     """Compare a file with the digests that it holds: its header, every tensor, every member of a pack.
 
-    An adapter's metadata are checked too, and a base checkpoint's own digest; of a file without digests only that its
-    header is in order.
+    An adapter's metadata are checked too, and a base checkpoint's own digest. Of a file without digests only the header
+    is checked.
 
     Args:
-        path: a safetensors file, or the index of a parted checkpoint, all parts of which are read.
+        path: a safetensors file, or the index of a sharded checkpoint; all its shards are read.
 
     Raises:
-        MissingFileError: it cannot be read.
+        MissingFileError: the file cannot be read.
     """
     path = Path(path)
     try:
         if path.name.endswith(INDEX_SUFFIX):
-            return _parted(read_sharded_header(path))
+            return _sharded(read_sharded_header(path))
         header = tensorfile.read_header(path)
         return _file(header)
     except MissingFileError:
@@ -74,25 +74,25 @@ def check(path: str | os.PathLike[str]) -> Checked:
 
 
 def checkable(folder: str | os.PathLike[str]) -> list[Path]:
-    """The files in a folder, and in those inside of it, that `check` takes, sorted; links are passed over.
+    """Return the files in a folder and its subfolders that `check` takes, sorted; links are ignored.
 
-    The parts of a checkpoint are not listed beside its index.
+    The shards of a checkpoint are not listed beside its index.
 
     Raises:
         MissingFileError: the folder cannot be read.
     """
     found: list[Path] = []
-    parts: set[Path] = set()
+    shards: set[Path] = set()
     for file in _files(Path(folder)):
         if file.name.endswith(INDEX_SUFFIX):
             found.append(file)
             try:
-                parts.update(file.parent / part for part in read_sharded_header(file).headers)
+                shards.update(file.parent / shard for shard in read_sharded_header(file).headers)
             except LoraioError:
-                continue  # `check` says why; what it calls its parts are checked one by one
+                continue  # `check` gives the reason, and its shards are checked one by one
         elif file.suffix in (".safetensors", ".residue"):
             found.append(file)
-    return sorted(file for file in found if file not in parts)
+    return sorted(file for file in found if file not in shards)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -157,29 +157,29 @@ def _pack(header: Header, *, sealed: bool) -> Checked:
     )
 
 
-def _parted(parted: ShardedHeader) -> Checked:
-    document = parted.document()
+def _sharded(sharded: ShardedHeader) -> Checked:
+    document = sharded.document()
     problems: list[str] = []
     known: dict[str, str] = {}
-    for header in parted.headers.values():
+    for header in sharded.headers.values():
         found = _digests(header)
         known |= found
         problems += _compared(found, header.digests or {}, header)
-    rows = ((name, info.dtype, info.shape, known[name]) for name, info in parted.tensors.items())
+    rows = ((name, info.dtype, info.shape, known[name]) for name, info in sharded.tensors.items())
     if "sha256" in document and state_digest(rows) != document["sha256"]:
         problems.append("the weights have another digest than the index says")
     return Checked(
-        path=parted.index,
+        path=sharded.index,
         kind="base",
-        bytes=parted.file_bytes,
-        tensors=sum(len(header.digests or {}) for header in parted.headers.values()),
+        bytes=sharded.file_bytes,
+        tensors=sum(len(header.digests or {}) for header in sharded.headers.values()),
         complete=bool(document) and document.get("format_version", 1) != 1,
         problems=tuple(problems),
     )
 
 
 def _digests(header: Header) -> dict[str, str]:
-    """SHA-256 of every tensor's bytes, a megabyte at a time."""
+    """Return the SHA-256 of every tensor's bytes, read a megabyte at a time."""
     start = 8 + header.header_bytes
     if header.data is not None:
         view = memoryview(header.data)[start:]

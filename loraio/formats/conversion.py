@@ -1,4 +1,4 @@
-"""Adapters from one dialect to another, file to file, with a line on every tensor and every setting."""
+"""Convert adapter files from one dialect to another, with a line on every tensor and every setting."""
 
 from __future__ import annotations
 
@@ -29,22 +29,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-PREFIXED = ("diffusers", "kohya", "lycoris")
-"""Dialects with a prefix in front of the names of modules."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What `convert` did, or would have done.
+    """The result of `convert`, or of its dry run.
 
     Attributes:
         source: dialect of the input.
-        reason: why it is taken for that.
+        reason: the evidence for that dialect.
         dialect: of the output.
-        read: what became of the input's tensors and settings; empty for a file of ours, of which all is kept.
-        written: what became of the adapter's in the output; empty where that is a file of ours.
-        mismatch: how the base that was given differs from the adapter's own, where that was allowed.
-        done: whether the output was written.
+        read: the fate of the input's tensors and settings; empty for a file of ours, which is kept whole.
+        written: the fate of the adapter's tensors and settings; empty if the output is a file of ours.
+        mismatch: differences of the given base from the adapter's own, if they were allowed.
+        done: True if the output was written.
     """
 
     source: str
@@ -57,7 +53,7 @@ class Conversion:
 
     @property
     def lost(self) -> bool:
-        """Whether anything has no place in the output."""
+        """True if anything has no place in the output."""
         return bool(self.read.lost or self.written.lost)
 
 
@@ -82,32 +78,32 @@ def convert(
 ) -> Conversion:
     """Write an adapter in another dialect.
 
-    Nothing is written where something would be lost, unless ``lossy``.
+    If something would be lost, nothing is written without ``lossy``.
 
     Args:
         path: an adapter of any dialect, a file or a folder.
-        output: what to make; for PEFT a folder.
+        output: the file to make; for PEFT a folder.
         to: "native", or a name in `loraio.formats.DIALECTS`.
         base: the base checkpoint, which files of other tools need.
-        model: the base's network, where its file does not state it, or where there is no base.
+        model: the base's network, if its file does not name it, or if there is no base.
         model_args: keyword options of the network.
-        alpha: of every layer, where the file does not say it.
-        enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
-        lossy: leave out what has no place in the output.
-        approximate: make pairs of factors of layers that are none (LoHa, LoKr), and say the error.
+        alpha: of every layer without an alpha in the file.
+        enable_lora: the flags of a MergedLinear of loralib, which its files do not hold.
+        lossy: leave out everything without a place in the output.
+        approximate: make pairs of factors of layers that are none (LoHa, LoKr), and report the error.
         rank: of those pairs; None for the file's own.
-        as_full_delta: write the whole change of each weight; for "lycoris", which has a form for it.
+        as_full_delta: write the whole change of each weight; only "lycoris" has a form for it.
         prefix: in front of the names of modules, for "kohya" and "lycoris" ("lora_te") and "diffusers" ("transformer").
-        allow_base_mismatch: go on where values or dtypes of the base are not those that the adapter says it was trained
-            on; files of other tools say none, unless loraio wrote them. The output stays with the adapter's own base.
+        allow_base_mismatch: accept a base with other values or dtypes than the adapter was trained on. Only our own
+            files, and those that loraio wrote for other tools, know them. The output belongs to the adapter's own base.
         dry_run: write nothing.
         overwrite: replace an existing output.
 
     Raises:
         UnknownNameError: no such dialect, or no such prefix.
-        ConfigError: an option that the dialect has no use for, or a rank without ``approximate``.
-        OutputError: a file of torch.save would have another name than one under which it is read.
-        BaseMismatchError: the adapter was made for another base than the one that is given.
+        ConfigError: an option that the dialect does not take, or a rank without ``approximate``.
+        OutputError: the name is none under which a file of torch.save would be read.
+        BaseMismatchError: the adapter was made for another base than the given one.
         LoraioError: as `loraio.load`, `loraio.load_base` and `loraio.save`.
     """
     dialect = None if to == "native" else lookup({"native": None, **DIALECTS}, to, what="dialect")
@@ -160,19 +156,20 @@ def _check(options: Options, to: str) -> None:
         raise ConfigError("a rank is for layers that are approximated", hint="--approximate (approximate=True)")
     if options.rank is not None and options.rank < 1:
         raise ConfigError(f"rank is {options.rank}, it must be at least 1")
-    if options.as_full_delta and to != "lycoris":
-        raise ConfigError(f"{to} has no form for the whole change of a weight", hint="--to lycoris")
-    if options.prefix is not None and to not in PREFIXED:
-        raise ConfigError(f"{to} has no prefix to choose", hint=f"--to {' or '.join(PREFIXED)}")
+    lacks = {"as_full_delta": "form for the whole change of a weight", "prefix": "prefix to choose"}
+    for option, what in lacks.items():
+        takers = sorted(name for name, dialect in DIALECTS.items() if option in dialect.takes)
+        if getattr(options, option) not in (None, False) and to not in takers:
+            raise ConfigError(f"{to} has no {what}", hint=f"--to {' or '.join(takers)}")
 
 
 def network_for_adapter(
     adapter: Adapter, *, model: str | None = None, model_args: Mapping[str, Any] | None = None
 ) -> nn.Module | None:
-    """The network that an adapter is for, by the name it states or the one given, with weights that mean nothing.
+    """Build the network of an adapter, by the given name or its own, with weights that mean nothing.
 
     Returns:
-        None where there is no name, or one of code that no file may run.
+        None if there is no name, or one of code that no file may run.
 
     Raises:
         LoraioError: there is no such network, or it cannot be built.
@@ -195,7 +192,7 @@ def load_for(
     alpha: int | float | None = None,
     allow_base_mismatch: bool = False,
 ) -> Adapter:
-    """Load an adapter for a base checkpoint; the base's network is built only where the adapter's dialect needs it.
+    """Load an adapter for a base checkpoint; the base's network is built only if the adapter's dialect needs it.
 
     Raises:
         LoraioError: as `loraio.load` and `loraio.load_base`.

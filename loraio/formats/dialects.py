@@ -1,7 +1,7 @@
-"""File dialects: how adapters lie in files. A new dialect is one file and one line in `DIALECTS`.
+"""Register the dialects of other tools, and identify files. A new dialect is one file and one line in `DIALECTS`.
 
-The native format is the hub: what another tool wrote becomes an `Adapter` when it is bound to a base, and an `Adapter`
-is what every dialect writes.
+The native format is the hub: another tool's file becomes an `Adapter` when it is bound to a base, and every dialect
+writes an `Adapter`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ DIALECTS: dict[str, Dialect] = {
     "minlora": MinLora(),  # before loralib, whose keys end alike
     "loralib": Loralib(),
 }
-"""Dialects of other tools. The first that recognises a file has it."""
+"""Dialects of other tools; the first that recognises a file gets it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a file or folder is.
+    """A file or folder, identified.
 
     Attributes:
-        source: what lies on the disk.
+        source: the file and its contents.
         dialect: of another tool; None for a file of ours.
-        reason: why we think so.
+        reason: the evidence.
     """
 
     source: Source
@@ -52,11 +52,11 @@ class Found:
 
 
 def identify(path: str | os.PathLike[str]) -> Found:
-    """What an adapter's file or folder is, judged by content; of safetensors the header alone, without torch.
+    """Return the dialect of a file or folder, by its content; of safetensors only the header is read, without torch.
 
     Raises:
         MissingFileError: no such file.
-        FormatError: its bytes are not what their container says, or it is no adapter of a known dialect.
+        FormatError: its bytes contradict its container, or it is no adapter of a known dialect.
     """
     source = open_source(path)
     found = recognised(source)
@@ -66,7 +66,7 @@ def identify(path: str | os.PathLike[str]) -> Found:
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether it is an adapter of a known dialect; a folder is none where no file has one of the usual names.
+    """Return True for an adapter of a known dialect; a folder needs a file with one of the usual names.
 
     Raises:
         MissingFileError, FormatError: as `identify`, for a file that cannot be read.
@@ -77,7 +77,7 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def recognised(source: Source) -> Found | None:
-    """As `identify`, of what was opened; None where it is no adapter of a known dialect."""
+    """Identify an open source; None if it is no adapter of a known dialect."""
     if source.header is not None and NATIVE.detect(source.header):
         return Found(source=source, dialect=None, reason="the loraio metadata describe targets")
     for dialect in DIALECTS.values():
@@ -88,6 +88,7 @@ def recognised(source: Source) -> Found | None:
 
 
 def otherwise(source: Source) -> str:
+    """Return the name of a file that is no adapter, for an error."""
     document = source.header.document() if source.header is not None else None
     if document is not None and "pack" in document:
         return "a pack of them"

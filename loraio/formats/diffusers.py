@@ -68,6 +68,7 @@ class Diffusers:
 
     name = "diffusers"
     container = "safetensors"
+    takes = ("prefix",)
 
     def recognise(self, source: Source) -> str | None:
         """Find slots of an earlier era, or PEFT's slots behind a pipeline's part or beside the metadata."""

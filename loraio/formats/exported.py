@@ -12,18 +12,18 @@ from loraio.formats.report import Line, settings
 from loraio.formats.sources import Source
 
 ORIGIN = "converted_from"
-"""Key under which an adapter's ``training`` holds what the file of another tool said besides its tensors."""
+"""Key in an adapter's ``training`` for the settings of another tool's file."""
 
 _DOCUMENT = "exported"  # key of the loraio metadata under which an exported file holds the native document
 
 
 def exported_document(adapter: Adapter) -> dict[str, Any]:
-    """The loraio document of an exported safetensors file: what other tools have no place for, and pass over."""
+    """Return the loraio document of an exported safetensors file, which other tools ignore."""
     return {"format_version": FORMAT_VERSION, _DOCUMENT: to_document(adapter)}
 
 
 def origin_of(adapter: Adapter, dialect: str) -> dict[str, Any]:
-    """The settings of the dialect's own file from which the adapter came; empty for others."""
+    """Return the settings of the dialect's file from which the adapter came; empty for other adapters."""
     origin = adapter.training.get(ORIGIN)
     if not isinstance(origin, Mapping) or origin.get("dialect") != dialect:
         return {}
@@ -32,13 +32,13 @@ def origin_of(adapter: Adapter, dialect: str) -> dict[str, Any]:
 
 
 def carried_lines(adapter: Adapter) -> list[Line]:
-    """Lines of what an exported safetensors file holds in its own metadata."""
+    """Return lines on the settings that an exported safetensors file keeps in our own metadata."""
     named = ["base", "training", *adapter.extra]
     return settings(named, "carried", f"in the header, under {METADATA_KEY!r}, which the other tool passes over")
 
 
 def kept_metadata(source: Source) -> NativeMetadata | None:
-    """Return the metadata that an export of ours holds; None where there is none."""
+    """Return the metadata that an export of ours holds; None if it has none."""
     document = source.header.document() if source.header is not None else None
     if document is None or _DOCUMENT not in document:
         return None

@@ -173,6 +173,11 @@ class Dialect(Protocol):
         """The output: "folder" (safetensors and a configuration), "safetensors" or "pickle"."""
         ...
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The names of those `Options` that only some dialects take when they write."""
+        ...
+
     def recognise(self, source: Source) -> str | None:
         """Return the reason why the file is of this dialect, by its content, never its name; None if it is not."""
         ...

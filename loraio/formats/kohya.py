@@ -55,6 +55,7 @@ class Kohya:
 
     name = "kohya"
     container = "safetensors"
+    takes: tuple[str, ...] = ("prefix",)
     tool = "sd-scripts"
     prefix = "lora_unet"
     network_module = "networks.lora"

@@ -37,21 +37,21 @@ def load(
 
     Args:
         path: the file; of a PEFT adapter the folder.
-        base: the network with the base's weights, from `loraio.load_base` for example. Files of other tools need it:
-            they do not say which layers they are for. Files of ours do not, and pass over it.
-        alpha: of every layer, where a file of another tool does not say it.
-        enable_lora: which parts of the output a MergedLinear of loralib was made with; its files do not say it.
-        allow_base_mismatch: go on where a file that loraio wrote for another tool was made for another base than this:
-            where values or dtypes are others; names and shapes must fit. A file of another tool does not know its base,
-            and of a file of ours it is asked where the adapter is used.
+        base: the network with the base's weights, for example from `loraio.load_base`. Files of other tools need it to
+            find their layers. Our own files do not, and ignore it.
+        alpha: of every layer without an alpha in another tool's file.
+        enable_lora: the flags of a MergedLinear of loralib, which its files do not hold.
+        allow_base_mismatch: accept a file that loraio wrote for another tool and another base, if only values or dtypes
+            differ; names and shapes must fit. Other tools' files do not know their base, and our own are compared with
+            it when the adapter is used.
 
     Raises:
         MissingFileError: no such file.
-        FormatError: its bytes are not what the format says, or it is no adapter.
-        AdapterError: what it says contradicts itself or cannot be held here, or a factor holds NaN or infinity.
-        BaseMismatchError: layers of a file of another tool are not in the base; all are listed. Or it was written by
-            loraio, for another base.
-        ConfigError: a file of another tool, and no base.
+        FormatError: its bytes break the format, or it is no adapter.
+        AdapterError: the file contradicts itself or cannot be held here, or a factor holds NaN or infinity.
+        BaseMismatchError: layers of another tool's file are not in the base; all are listed. Or loraio wrote it for
+            another base.
+        ConfigError: another tool's file, and no base.
     """
     options = Options(alpha=alpha, enable_lora=enable_lora, allow_base_mismatch=allow_base_mismatch)
     adapter, _ = load_reported(path, base=base, options=options)
@@ -61,7 +61,7 @@ def load(
 def load_reported(
     path: str | os.PathLike[str], *, base: nn.Module | None, options: Options
 ) -> tuple[Adapter, Report | None]:
-    """As `load`, and what became of every tensor and setting; None of a file of ours, of which all is kept."""
+    """Load an adapter as `load` does, with the fate of every tensor and setting; None for our own files."""
     found = identify(path)
     if found.dialect is None:
         assert found.source.header is not None
@@ -75,11 +75,11 @@ def load_reported(
 
 
 def load_bytes(data: bytes, path: str | os.PathLike[str]) -> Adapter:
-    """As `load`, of a whole adapter file of ours in memory.
+    """Load an adapter file of ours from memory.
 
     Args:
         data: all bytes of the file.
-        path: where they are from, for errors only.
+        path: the origin of the bytes, for errors only.
 
     Raises:
         FormatError, AdapterError: as `load`.
@@ -121,15 +121,15 @@ def write(
 ) -> None:
     """Write an adapter in the dialect of another tool; the same adapter always gives the same bytes.
 
-    It is written whole or not at all; of a folder see `loraio.files.folders.staged_folder`, the configuration comes
-    last.
+    The output is written whole or not at all; for a folder see `loraio.files.folders.staged_folder`, with the
+    configuration last.
 
     Args:
         dialect: of the tool.
-        encoded: what it made of the adapter.
+        encoded: the adapter in that dialect.
         path: the file or folder to make.
         overwrite: replace existing files.
-        inputs: files that the output must not be.
+        inputs: files that the output must not replace.
 
     Raises:
         OutputExistsError: a file is there already and ``overwrite`` is false.

@@ -20,8 +20,7 @@ from loraio.files.strictjson import canonical_json
 from loraio.files.tensorfile import METADATA_KEY, Header
 
 FORMAT_VERSION = 2
-"""Of files that are written; those of version 1, which say everything in each target and have no digests, are read too.
-"""
+"""Version of files that are written. Version 1, without digests and without common keys, is read too."""
 
 _DOCUMENT_KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -43,7 +42,7 @@ _TARGET_KEYS: dict[str, type | tuple[type, ...]] = {
 }
 _TARGET_OPTIONS: dict[str, type | tuple[type, ...]] = {"sketch": (list, str)}
 _COMMON = ("kind", "rank", "alpha", "scale_rule", "dtype", "layer", "groups")
-"""What a target need not say where most targets say the same."""
+"""Keys that most targets may share."""
 _BASE_OPTIONS: dict[str, type | tuple[type, ...]] = {
     "network_args": dict,
     "heads": dict,
@@ -52,7 +51,7 @@ _BASE_OPTIONS: dict[str, type | tuple[type, ...]] = {
 _WHOLE_KEYS: dict[str, type | tuple[type, ...]] = {"role": str, "shape": list, "dtype": str, "base_sha256": str}
 _WHOLE_OPTIONS: dict[str, type | tuple[type, ...]] = {"base_shape": list}
 _DOCUMENT_OPTIONS: dict[str, type | tuple[type, ...]] = {"common": dict, "whole": dict}
-"""Keys that may be missing, and are not written where they would be empty."""
+"""Keys that may be missing, and are not written if they are empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +71,11 @@ class Native:
     name = "native"
 
     def detect(self, header: Header) -> bool:
-        """Whether the file's loraio metadata describes targets."""
+        """Return True if the file's loraio metadata describe targets."""
         return "targets" in (header.document() or {})
 
     def read(self, header: Header) -> Adapter:
-        """The adapter; see `loraio.load`."""
+        """Return the adapter; see `loraio.load`."""
         metadata = read_metadata(header)
         tensors = tensorfile.read_tensors(header)
         names = [f"{name}.{short}" for name, target in metadata.targets.items() for short in target.factor_shapes]
@@ -106,10 +105,10 @@ class Native:
 
 
 def to_document(adapter: Adapter) -> dict[str, Any]:
-    """The JSON document of an adapter, as it stands under the header key ``loraio``.
+    """Return the JSON document of an adapter, for the header key ``loraio``.
 
     Raises:
-        AdapterError: an ``extra`` has a key that is not extra.
+        AdapterError: an ``extra`` has a key of the format.
     """
     targets = {}
     for name, target in adapter.targets.items():
@@ -137,7 +136,7 @@ def to_document(adapter: Adapter) -> dict[str, Any]:
 
 
 def _common(targets: Mapping[str, Target]) -> dict[str, Any]:
-    """What most targets say, and more than one; of values that are as frequent, that of the first name."""
+    """Return the values that most targets share, and more than one; of equally frequent ones that of the first name."""
     common = {}
     for key in _COMMON:
         values = [getattr(target, key) for _, target in sorted(targets.items())]
@@ -149,12 +148,12 @@ def _common(targets: Mapping[str, Target]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """What tells values apart in the file: an integer is another one than the fraction that equals it."""
+    """Return a value's text in the file, which tells 4 from 4.0."""
     return json.dumps(value)
 
 
 def _packed(sketch: Sequence[float]) -> str | list[float]:
-    """A sketch in base64, of which each number has six digits; as it is where one has more."""
+    """Return a sketch of six-digit numbers in base64; any other as it is."""
     try:
         raw = struct.pack(f"<{len(sketch)}f", *sketch)
     except OverflowError:  # beyond binary32
@@ -186,7 +185,7 @@ def _whole_entry(whole: WholeTensor) -> dict[str, Any]:
 
 
 def read_metadata(header: Header) -> NativeMetadata:
-    """What the header alone says: metadata and tensor shapes, checked against each other. Needs no torch.
+    """Check the metadata and tensor shapes of a header against each other, and return the metadata. Needs no torch.
 
     Raises:
         FormatError: no loraio metadata, an unknown version, a key missing or of a wrong type, a tensor's dtype.
@@ -212,7 +211,7 @@ def read_metadata(header: Header) -> NativeMetadata:
 
 
 def read_document(document: Any, *, where: str) -> NativeMetadata:
-    """What a document of this format says, without the tensors that it is about.
+    """Return the metadata in a document of this format, not compared with tensors.
 
     Raises:
         FormatError, AdapterError, UnknownNameError: as `read_metadata`.
@@ -291,5 +290,5 @@ def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
 
 
 def _located(error: LoraioError, where: str) -> LoraioError:
-    """The same error, with the file's name."""
+    """Return the error with the file's name."""
     return type(error)(error.message, problems=error.problems, where=where, hint=error.hint)

@@ -1,4 +1,4 @@
-"""Many adapter files in one: a pack. Any of them is read without the others; see `loraio/docs/format.md`, section 8.
+"""Put many adapter files into one pack, and read each without the others; see `loraio/docs/format.md`, section 8.
 
 A pack is a safetensors file with one tensor of bytes for each adapter file, so that the strict reader of
 `loraio.files.tensorfile` guards it too. Nothing here needs torch.
@@ -27,17 +27,17 @@ from loraio.formats.native import read_metadata
 from loraio.registry import lookup
 
 PACK_VERSION = 2
-"""Of packs that are written; those of version 1, which have no digest of the index, are read too."""
+"""Version of packs that are written. Version 1, without a digest of the index, is read too."""
 
 SUFFIX = ".safetensors"
-"""The ending of adapter files; what stands before it is the adapter's name."""
+"""The ending of adapter files; the adapter's name stands before it."""
 
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One adapter file in a pack: where its bytes are, counted from the pack's first, and their digest."""
+    """One adapter file in a pack: the offset of its bytes from the pack's first, their number and their digest."""
 
     begin: int
     size: int
@@ -62,7 +62,7 @@ class Pack:
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
-    """What tells that a file was written to or replaced: device, inode, size and the time of the last write."""
+    """Return device, inode, size and time of the last write, which change if a file is written to or replaced."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -70,12 +70,12 @@ def stamp_of(status: os.stat_result) -> tuple[int, ...]:
 
 
 def is_pack(header: Header) -> bool:
-    """Whether a safetensors file with this header is a pack, judged by content."""
+    """Return True if a safetensors file with this header is a pack."""
     return "pack" in (header.document() or {})
 
 
 def read_index(path: str | os.PathLike[str]) -> Pack:
-    """The index of a pack; reads the header and nothing else.
+    """Read the index of a pack, from the header alone.
 
     Raises:
         MissingFileError: there is no such file.
@@ -90,7 +90,7 @@ def read_index(path: str | os.PathLike[str]) -> Pack:
 
 
 def check_index(header: Header, *, stamp: tuple[int, ...]) -> Pack:
-    """The index in a pack's header.
+    """Return the index in a pack's header.
 
     Args:
         header: of the pack.
@@ -136,12 +136,12 @@ def check_index(header: Header, *, stamp: tuple[int, ...]) -> Pack:
 
 
 def read_member(pack: Pack, name: str) -> bytes:
-    """The bytes of one adapter file, as they were before it was packed; no other member is read.
+    """Read the bytes of one adapter file, as they were before packing; no other member is read.
 
     Raises:
         UnknownNameError: no such member.
         MissingFileError: the pack cannot be read any more.
-        FormatError: the pack was changed since its index was read, or the bytes are not those that were packed.
+        FormatError: the pack changed since its index was read, or the bytes have another digest.
     """
     member = lookup(pack.members, name, what="adapter in the pack")
     where = f"{str(pack.path)!r}"
@@ -161,7 +161,7 @@ def read_member(pack: Pack, name: str) -> bytes:
 
 
 def read_range(descriptor: int, begin: int, size: int) -> bytes:
-    """``size`` bytes of an open file from ``begin`` on; fewer where it ends before."""
+    """Read ``size`` bytes of an open file from ``begin`` on; fewer if it ends before."""
     parts = []
     while size > 0 and (part := os.pread(descriptor, min(size, 1 << 30), begin)):
         parts.append(part)
@@ -173,12 +173,12 @@ def read_range(descriptor: int, begin: int, size: int) -> bytes:
 
 
 def pack(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, overwrite: bool = False) -> Pack:
-    """Put adapter files into one, byte by byte, each under its name without the ending.
+    """Put adapter files into one pack, byte for byte, each under its name without the ending.
 
-    The same files always give the same pack, in whatever order they come.
+    The same files always give the same pack, in any order.
 
     Args:
-        files: adapter files, or one folder, whose adapters are taken and whose base models are passed over.
+        files: adapter files, or one folder with adapters; its base models are ignored.
         output: the pack to make.
         overwrite: replace an existing file.
 
@@ -186,7 +186,7 @@ def pack(files: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]
         the index of the pack.
 
     Raises:
-        ConfigError: nothing to pack, or names that cannot stand together; all are listed.
+        ConfigError: nothing to pack, or names that clash; all are listed.
         FormatError, AdapterError: a file is no adapter.
         OutputExistsError, OutputError: as `loraio.save`.
     """
@@ -209,11 +209,11 @@ def unpack(
     names: Sequence[str] = (),
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write members of a pack into a folder, each the file that it was, byte by byte.
+    """Write members of a pack into a folder, byte for byte the files that were packed.
 
     Args:
         packed: the pack.
-        output: the folder; made where it is not there.
+        output: the folder; it is made if it does not exist.
         names: of the members; all of them when empty.
         overwrite: replace existing files.
 
@@ -222,10 +222,10 @@ def unpack(
 
     Raises:
         UnknownNameError: no such member; nothing was written.
-        OutputExistsError: a file is there already, or one whose name differs in nothing but case and the like, which
-            is never replaced; nothing was written.
+        OutputExistsError: a file exists, or one with nearly the same name (as in another case), which is never
+            replaced; nothing was written.
         FormatError: a member is damaged; those before it are written.
-        OutputError: a link stands in the place of a file, which would lead out of the folder, or the system refused to
+        OutputError: a link, which may lead out of the folder, stands in the place of a file, or the system refused to
             write.
     """
     index = read_index(packed)
@@ -246,10 +246,10 @@ def unpack(
 
 
 def _places(folder: Path, names: Iterable[str], *, overwrite: bool) -> dict[str, Path]:
-    """The file of each member in the folder; where it is there in another normal form, that one.
+    """Return the file of each member in the folder; an existing file in another normal form is used.
 
     Raises:
-        OutputExistsError: it is there, and ``overwrite`` is false; or a file that is the same one to some systems is.
+        OutputExistsError: the file exists and ``overwrite`` is false, or one that some systems take for the same.
         OutputError: a link is in its place, or the folder cannot be read.
     """
     there: dict[str, list[str]] = {}
@@ -284,7 +284,7 @@ def _places(folder: Path, names: Iterable[str], *, overwrite: bool) -> dict[str,
 
 
 def listed_files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The plain ``*.safetensors`` files of a folder, unsorted; neither links, nor hidden files, nor what is deeper.
+    """Yield the plain ``*.safetensors`` files of a folder, unsorted, without links, hidden files and subfolders.
 
     Raises:
         MissingFileError: the folder cannot be read.
@@ -299,7 +299,7 @@ def listed_files(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _adapter_files(files: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
-    """Paths by the names that they get in the pack."""
+    """Return the paths by their names in the pack."""
     paths = [Path(file) for file in files]
     if len(paths) == 1 and paths[0].is_dir():
         paths = [Path(entry.path) for entry in listed_files(paths[0])]
@@ -322,7 +322,7 @@ def _is_adapter(header: Header) -> bool:
 
 
 def _examined(path: Path) -> tuple[int, str]:
-    """Size and digest of a file that must be an adapter."""
+    """Return size and digest of a file that must be an adapter."""
     header = tensorfile.read_header(path)
     if not _is_adapter(header):
         raise FormatError(f"{str(path)!r} is not an adapter")
@@ -345,7 +345,7 @@ def _copied(path: Path, output: BinaryIO | None) -> tuple[int, str]:
 
 
 def _header(members: Mapping[str, tuple[int, str]]) -> bytes:
-    """The pack's header, laid out as the safetensors library lays one out."""
+    """Return the pack's header, laid out as the safetensors library does."""
     index = {name: sha256 for name, (_, sha256) in members.items()}
     document = {"format_version": PACK_VERSION, "pack": index}
     header: dict[str, object] = {"__metadata__": tensorfile.metadata_of(document, {}, None, where="the pack")}

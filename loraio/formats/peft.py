@@ -46,6 +46,7 @@ class Peft:
 
     name = "peft"
     container = "folder"
+    takes = ()
 
     def recognise(self, source: Source) -> str | None:
         """Find ``peft_type`` in a configuration, or keys that only PEFT's models have."""

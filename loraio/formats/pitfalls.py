@@ -1,4 +1,4 @@
-"""Name the layers that another tool's own forward pass gets wrong, or passes over."""
+"""Name the layers that another tool's own forward pass gets wrong or ignores."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def misuse(module: nn.Module, *, dilation: bool = True) -> str | None:
-    """What a tool's own forward pass gets wrong on this convolution, where it copies kernel, stride and padding only.
+    """Return the fault of a tool that copies only kernel, stride and padding of a convolution; None if it has none.
 
     Args:
         module: of the base.
-        dilation: whether it leaves that out too.
+        dilation: True if the tool ignores dilation too.
     """
     kernel: Sequence[int] = getattr(module, "kernel_size", ())
     steps: Sequence[int] = getattr(module, "dilation", ())
@@ -31,18 +31,18 @@ def misuse(module: nn.Module, *, dilation: bool = True) -> str | None:
 
 
 def passed_over(module: nn.Module) -> str | None:
-    """What a tool that wraps layers' forward passes gets wrong on a layer of which attention takes the weight alone."""
+    """Return the fault of a tool that wraps forward passes on a layer of which attention takes the weight alone."""
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "passes over the out_proj of an attention layer"
     return None
 
 
 def is_pipeline(network: nn.Module, parts: Iterable[str]) -> bool:
-    """Whether a network is a whole pipeline: all its modules with tensors are parts of one, by their names.
+    """Return True if a network is a whole pipeline: each module with tensors has the name of a part of one.
 
     Args:
         network: the base.
-        parts: names of parts that adapters are for; a "vae" may be beside them.
+        parts: names of parts that have adapters; a "vae" may be beside them.
     """
     names = {name for name, module in network.named_children() if module.state_dict()}
     return bool(names) and names <= {*parts, "vae"}

@@ -1,6 +1,6 @@
-"""Changes of a weight that are no plain pair of factors, and the pairs that give them: exactly, or nearest at a rank.
+"""Turn changes of a weight that are no plain pair of factors into pairs: exactly, or nearest at a rank.
 
-Everything here is float64. An entry that is one product of two float32 numbers is exact in it.
+Everything here is float64, in which the product of two float32 numbers is exact.
 
 Hyeon-Woo et al. 2022, FedPara, arXiv:2108.06098 (Hadamard products); Edalati et al. 2022, KronA, arXiv:2212.10650
 (Kronecker products); Tucker 1966, Some mathematical notes on three-mode factor analysis (cores).
@@ -23,8 +23,8 @@ class Product:
 
     Attributes:
         delta: (out, fan_in).
-        rank: R, of the pair that its structure gives; possibly more than the rank that a matrix can have.
-        pair: makes that pair, (out, R) and (R, fan_in), whose product is the delta but for rounding.
+        rank: R, of the pair that its structure gives; it may exceed the rank that a matrix can have.
+        pair: makes that pair, (out, R) and (R, fan_in); its product is the delta up to rounding.
     """
 
     delta: Tensor
@@ -34,12 +34,12 @@ class Product:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A plain pair of factors in the place of a product.
+    """A plain pair of factors instead of a product.
 
     Attributes:
         up: (out, rank), float32 or float64.
         down: (rank, fan_in).
-        note: how near it is.
+        note: the kind of the pair, with its error.
     """
 
     up: Tensor
@@ -53,12 +53,12 @@ class Pair:
 
 
 def whole(delta: Tensor) -> Product:
-    """Any matrix: with an identity on its shorter side."""
+    """Return any matrix as a product with an identity on its shorter side."""
     return Product(delta=delta, rank=min(delta.shape), pair=lambda: _as_pair([delta]))
 
 
 def hadamard(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Product:
-    """The entry by entry product of two low-rank matrices, each (out, r) and (r, fan_in).
+    """Return the entry by entry product of two low-rank matrices, each (out, r) and (r, fan_in).
 
     Column (j, k) of the pair is the product of column j of the first and column k of the second.
 
@@ -78,7 +78,7 @@ def hadamard(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Pro
 
 
 def kronecker(first: Sequence[Tensor], second: Sequence[Tensor]) -> Product:
-    """The Kronecker product of two matrices, each given whole or as a pair (rows, r) and (r, columns).
+    """Return the Kronecker product of two matrices, each given whole or as a pair (rows, r) and (r, columns).
 
     >>> import torch
     >>> product = kronecker([torch.ones(2, 3).double()], [torch.ones(4, 1).double(), torch.ones(1, 5).double()])
@@ -95,14 +95,14 @@ def kronecker(first: Sequence[Tensor], second: Sequence[Tensor]) -> Product:
 
 
 def with_core(core: Tensor, down: Tensor) -> Tensor:
-    """A core (r, s, kernel...) and what it is multiplied with, (s, in), as one factor (r, in * kernel)."""
+    """Multiply a core (r, s, kernel...) into a factor (s, in); return one factor (r, in * kernel)."""
     import torch
 
     return torch.einsum("ab...,bi->ai...", core.double(), down.double()).flatten(1)
 
 
 def nearest_pair(product: Product, rank: int) -> Pair:
-    """The product as a pair: exact where that takes no more than the rank, else the nearest one at it.
+    """Return the product as a pair: the exact one if its rank suffices, else the nearest at that rank.
 
     Args:
         product: the change.
@@ -123,13 +123,13 @@ def nearest_pair(product: Product, rank: int) -> Pair:
 
 
 def narrow(values: Tensor) -> Tensor:
-    """As float32 where that loses nothing."""
+    """Return the values as float32 if that loses nothing."""
     small = values.float()
     return small if small.double().equal(values) else values
 
 
 def relative_error(exact: Tensor, found: Tensor) -> float:
-    """The Frobenius norm of the difference over that of the exact values; 0 where both are zero."""
+    """Return the Frobenius norm of the difference over that of the exact values; 0 if both are zero."""
     difference = (exact - found).norm().item()
     return difference / exact.norm().item() if difference else 0.0
 

@@ -1,4 +1,4 @@
-"""What a conversion does to every tensor and every setting, as data."""
+"""Report the fate of every tensor and every setting in a conversion, as data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FATES = ("carried", "changed", "lost")
-"""Carried as it is; carried in another form, or changed as said; without a place in the other dialect."""
+"""Carried as it is; carried in another form; without a place in the other dialect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,9 +16,9 @@ class Line:
 
     Attributes:
         what: "tensor" or "setting".
-        name: as its file has it.
+        name: in its file.
         fate: one of `FATES`.
-        how: what became of it, or why it has no place.
+        how: the change, or the reason why it has no place.
     """
 
     what: str
@@ -33,34 +33,34 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All lines of one step, tensors first and by name."""
+    """All lines of one step: tensors first, then settings, each by name."""
 
     lines: tuple[Line, ...] = ()
 
     @classmethod
     def of(cls, lines: Iterable[Line]) -> Report:
-        """The lines in the one order they have."""
+        """Sort lines into a report."""
         return cls(lines=tuple(sorted(lines, key=lambda line: (line.what != "tensor", line.name))))
 
     def of_fate(self, fate: str) -> tuple[Line, ...]:
-        """The lines of one fate."""
+        """Return the lines of one fate."""
         return tuple(line for line in self.lines if line.fate == fate)
 
     @property
     def lost(self) -> tuple[Line, ...]:
-        """What has no place in the other dialect."""
+        """The lines on things without a place in the other dialect."""
         return self.of_fate("lost")
 
     def to_json(self) -> list[dict[str, str]]:
-        """A list of objects with ``what``, ``name``, ``fate`` and ``how``."""
+        """Return a list of objects with ``what``, ``name``, ``fate`` and ``how``."""
         return [{"what": line.what, "name": line.name, "fate": line.fate, "how": line.how} for line in self.lines]
 
 
 def tensors(names: Iterable[str], fate: str, how: str = "") -> list[Line]:
-    """A line of the same fate for each tensor."""
+    """Return a line of the same fate for each tensor."""
     return [Line(what="tensor", name=name, fate=fate, how=how) for name in names]
 
 
 def settings(values: Mapping[str, Any] | Iterable[str], fate: str, how: str = "") -> list[Line]:
-    """A line of the same fate for each setting."""
+    """Return a line of the same fate for each setting."""
     return [Line(what="setting", name=name, fate=fate, how=how) for name in values]

@@ -1,4 +1,4 @@
-"""What lies on the disk, before anyone says what it is: names and shapes of tensors, metadata, a configuration."""
+"""Open an adapter's file or folder of any dialect: names and shapes of tensors, metadata, a configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = "adapter_config.json"
-"""The file beside the tensors that says what they are for."""
+"""The configuration beside the tensors."""
 
 WEIGHTS = (
     "adapter_model.safetensors",
@@ -30,21 +30,21 @@ WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin",
 )
-"""Names of the tensors' file in an adapter's folder; the first that is there is read."""
+"""Names of the tensors' file in an adapter's folder; the first that exists is read."""
 
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """An adapter's file, or its folder, of whatever dialect. Of safetensors nothing but the header was read.
+    """An adapter's file or folder, of any dialect. Of safetensors only the header was read.
 
     Attributes:
-        path: as it was named.
+        path: as the user named it.
         file: the one with the tensors.
-        tensors: dtype code and shape of each, by name; the offsets of those from ``torch.save`` mean nothing.
-        metadata: the strings in a safetensors header; empty where there are none.
-        config: what `CONFIG` in the same folder says; None where there is none.
+        tensors: dtype code and shape of each, by name; offsets of tensors from ``torch.save`` mean nothing.
+        metadata: the strings in a safetensors header.
+        config: the contents of `CONFIG` in the same folder; None if there is none.
         header: of a safetensors file.
         loaded: the tensors from ``torch.save``.
     """
@@ -59,20 +59,20 @@ class Source:
 
     @property
     def file_bytes(self) -> int:
-        """Length of the file with the tensors."""
+        """The length of the file with the tensors."""
         return self.header.file_bytes if self.header is not None else self.file.stat().st_size
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors, on the CPU."""
+        """Read all tensors onto the CPU."""
         if self.header is not None:
             return tensorfile.read_tensors(self.header)
         return dict(self.loaded or {})
 
     def number(self, name: str) -> int | float:
-        """The value of a tensor with one element, such as an alpha; read without torch from safetensors.
+        """Return the value of a tensor with one element, such as an alpha; safetensors are read without torch.
 
         Raises:
-            FormatError: it has another number of elements, or no dtype of a number.
+            FormatError: it has another number of elements, or its dtype is no number.
         """
         info = self.tensors[name]
         where = f"{str(self.file)!r}"
@@ -100,12 +100,12 @@ class Source:
 
 
 def is_adapter_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a folder in which an adapter's file lies under one of its usual names."""
+    """Return True if a folder holds an adapter's file under one of the usual names."""
     return any((Path(path) / name).is_file() for name in (CONFIG, *WEIGHTS))
 
 
 def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The files that make up an adapter: its own, and the configuration beside it, or those of its folder."""
+    """Return the files of an adapter: its own and the configuration beside it, or those of its folder."""
     path = Path(path)
     if path.is_dir():
         return tuple(file for name in (CONFIG, *WEIGHTS) if (file := path / name).is_file())
@@ -114,11 +114,11 @@ def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """A file of tensors, or a folder that holds one under a usual name.
+    """Open a file of tensors, or a folder that holds one under a usual name.
 
     Raises:
         MissingFileError: there is no such file, or none in the folder.
-        FormatError: the bytes are not what their container says.
+        FormatError: the bytes contradict their container.
     """
     path = Path(path)
     file = path
@@ -143,7 +143,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 def source_of(header: Header, *, path: Path | None = None, config: Mapping[str, Any] | None = None) -> Source:
-    """As `open_source`, of a header that was read."""
+    """Return the source with this header."""
     return Source(
         path=path or header.path,
         file=header.path,

@@ -42,6 +42,7 @@ class StateDictDialect:
     keys: re.Pattern[str]
     telling: re.Pattern[str]
     container = "pickle"
+    takes = ()
 
     def recognise(self, source: Source) -> str | None:
         """Find a key that only this dialect has."""
