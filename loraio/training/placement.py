@@ -12,6 +12,9 @@ from loraio.errors import ConfigError
 from loraio.training.batches import in_order
 from loraio.training.evaluation import preserved_modes
 
+SAME = 1e-3
+"""Largest difference of outputs that are summed in another order, as a share of the largest output."""
+
 
 def device_of(name: str) -> torch.device:
     """Return the device of that name.
@@ -30,10 +33,6 @@ def device_of(name: str) -> torch.device:
         found = f"there are {count} of them" if count else "torch sees no GPU"
         raise ConfigError(f"no CUDA device {name!r}: {found}", hint="--device cpu, or --device auto")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-SAME = 1e-3
-"""Largest difference of outputs that are summed in another order, as a share of the largest output."""
 
 
 def takes_channels_last(model: nn.Module, images: Tensor) -> bool:

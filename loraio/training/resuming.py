@@ -7,7 +7,6 @@ ended, it may be removed.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from loraio.errors import BaseMismatchError, ConfigError, DataError, FormatError, LoraioError, MissingFileError
+from loraio.errors import BaseMismatchError, ConfigError, DataError, FormatError, LoraioError
 from loraio.files.atomic import staged
 from loraio.files.pickles import load_weights_only
 from loraio.files.tensors import tensor_sha256
@@ -129,11 +128,8 @@ class SideFile:
             )
 
 
-def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    where = f"{os.fspath(path)!r}"
-    if not Path(path).exists():
-        raise MissingFileError(f"{where} does not exist", hint="without --resume the run starts anew")
-    state = load_weights_only(Path(path), what="not a side file of a training run")
+def _read(path: Path) -> dict[str, Any]:
+    state, where = load_weights_only(path, what="not a side file of a training run"), f"{str(path)!r}"
     if not isinstance(state, dict) or "loraio_run" not in state:
         raise FormatError("not a side file of a training run", where=where, hint="--checkpoint FILE writes one")
     if state["loraio_run"] != VERSION or not {"identity", "run"} <= state.keys():

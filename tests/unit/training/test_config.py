@@ -66,21 +66,12 @@ def test_an_unknown_name_is_answered_with_the_nearest(setting: dict[str, Any], n
         loraio.TrainConfig(**setting)
 
 
-def test_the_edges_of_the_ranges_are_allowed() -> None:
+def test_the_edges_of_the_ranges_are_allowed_and_targets_become_a_tuple() -> None:
     config = loraio.TrainConfig(digit=0, rank=1, alpha=0.5, focus=1, steps=1, batch_size=1, seed=MAX_SEED)
     assert replace(config, seed=0, focus=1e-9).seed == 0
-
-
-def test_targets_become_a_tuple() -> None:
     assert loraio.TrainConfig(targets=["conv1", "fc"]).targets == ("conv1", "fc")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("config", OWN)
-def test_a_config_does_not_change(config: type) -> None:
     with pytest.raises(FrozenInstanceError):
-        config().seed = 2
-    assert config() == config()
-    assert config(seed=2) != config()
+        config.seed = 2  # type: ignore[misc]
 
 
 def test_a_rank_or_alpha_of_a_pattern_is_checked_and_named() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,24 +11,15 @@ from loraio.errors import ConfigError
 from loraio.training import placement
 
 
-@pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A machine that says it has so many GPUs."""
-
-    def have(count: int) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-
-    return have
-
-
-def test_devices_have_names_and_missing_ones_are_refused(gpus: Callable[[int], None]) -> None:
-    gpus(0)
+def test_devices_have_names_and_missing_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert placement.device_of("cpu") == torch.device("cpu")
     assert placement.device_of("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="no CUDA device 'cuda': torch sees no GPU"):
         placement.device_of("cuda")
-    gpus(2)
+    gpus = 2
     assert placement.device_of("auto") == torch.device("cuda", 0)
     assert placement.device_of("cuda") == torch.device("cuda", 0)
     assert placement.device_of("cuda:1") == torch.device("cuda", 1)

@@ -154,19 +154,13 @@ def test_a_side_file_of_another_run_is_refused_by_name(
     changed = replace(few, images=few.images.roll(1, 0))
     settings = ("steps is 13, there it was 12", "lr is 0.5, there it was 0.001")
     data = ("the data set is 'digits', test; there it was 'digits', train",)
+    both = ("seed is 2, there it was 1", *data)
     for base, config, dataset, error, message, problems in (
         (model, replace(CONFIG, lr=0.5, steps=13), few, ConfigError, "other settings", settings),
         (model, CONFIG, others, DataError, "other data", data),
         (model, CONFIG, changed, DataError, "other data", ("the data set is other images or labels",)),
         (WithDropout(), CONFIG, few, BaseMismatchError, "the base model's digest is", None),
-        (
-            model,
-            replace(CONFIG, seed=2),
-            others,
-            ConfigError,
-            "other settings and data",
-            ("seed is 2, there it was 1", *data),
-        ),
+        (model, replace(CONFIG, seed=2), others, ConfigError, "other settings and data", both),
     ):
         with pytest.raises(error, match=message) as caught:
             loraio.train(base, config, dataset, files=side)

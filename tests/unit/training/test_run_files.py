@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 from torch import nn
@@ -73,38 +74,18 @@ def test_a_full_disk_is_an_output_error(
     loraio.attach(base, loraio.new_adapter(base, CONFIG)).detach()
 
 
-class FakeWriter:
-    """The methods of TensorBoard's class that are used."""
-
-    made: list[FakeWriter] = []  # noqa: RUF012
-
-    def __init__(self, log_dir: str, purge_step: int) -> None:
-        self.folder, self.purge_step, self.closed = log_dir, purge_step, False
-        self.scalars: list[tuple[str, float, int]] = []
-        self.made.append(self)
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.scalars.append((name, value, step))
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def test_tensorboard_gets_the_same_figures(
     base: nn.Module, few: loraio.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = FakeWriter  # type: ignore[attr-defined]
+    module.SummaryWriter = Mock()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(FakeWriter, "made", [])
     files = loraio.RunFiles(log=tmp_path / "log.csv", tensorboard=tmp_path / "board")
     loraio.train(base, CONFIG, few, files=files)
-    (writer,) = FakeWriter.made
-    assert (writer.folder, writer.purge_step, writer.closed) == (str(tmp_path / "board"), 1, True)
-    expected = [
-        (n, row[n], row["step"]) for row in rows(tmp_path / "log.csv") for n in COLUMNS[1:] if row[n] is not None
-    ]
-    assert writer.scalars == expected
+    found = rows(tmp_path / "log.csv")
+    figures = [call().add_scalar(n, row[n], row["step"]) for row in found for n in COLUMNS[1:] if row[n] is not None]
+    opened = call(log_dir=str(tmp_path / "board"), purge_step=1)
+    assert module.SummaryWriter.mock_calls == [opened, *figures, call().close()]
 
 
 def test_without_tensorboard_the_error_says_what_to_install(
