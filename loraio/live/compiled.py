@@ -21,35 +21,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Adapted = tuple[Tensor, Callable[[Tensor], bool]]
-"""An adapted weight in memory of its own, and a function that tells for the base weight whether it is so still."""
+from loraio.live.rollback import Rollback
+from loraio.live.weight_cache import CachedWeight
 
 
 class Slot:
-    """Where compiled graphs read one adapted weight from.
+    """The place from which compiled graphs read one adapted weight.
 
     Attributes:
+        place: the `loraio.live.places.Place` of the weight.
         tensor: the adapted weight, of the base weight's shape, dtype, device and strides.
+        part: the part that made it.
+        cached: what tells if it is current; None where that cannot be told.
         token: a number by which a graph knows the slot.
     """
 
-    def __init__(self, stack: Any) -> None:
-        """Fill it.
+    place: Any
+    part: Any = None
+    tensor: Tensor
+    cached: CachedWeight | None
 
-        Args:
-            stack: the weight's ``ParametrizationList``. What is on top has a method ``adapted(base) -> Adapted``.
-        """
+    def __init__(self) -> None:
         _define_operator()
-        self._stack = stack
         self.token = next(_TOKENS)
         _SLOTS[self.token] = self
-        self.fill()
 
-    def fill(self) -> Tensor:
-        """Compute the weight and put it in the place of the one before."""
-        adapted: Adapted = self._stack[0].adapted(self._stack.original)
-        self.tensor, self._is_current = adapted
-        return adapted[0]
+    def put(self, cached: CachedWeight | None, rollback: Rollback) -> None:
+        """Put another adapted weight in the place of the one before."""
+        rollback.set(vars(self), "part", self.place.part)
+        rollback.set(vars(self), "tensor", self._tensor(cached))
+        rollback.set(vars(self), "cached", cached)
+
+    def _tensor(self, cached: CachedWeight | None) -> Tensor:
+        if cached is not None and cached.folded is not cached.weight:
+            return cached.folded
+        with torch.no_grad():
+            adapted: Tensor = self.place.part(self.place.base).detach().clone()
+            return adapted
 
     def fits(self, base: Tensor) -> bool:
         """Whether what lies here is of the base weight's form: someone may have assigned another one."""
@@ -68,27 +76,24 @@ class Slot:
         return tensor
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow the base weight to another device or dtype; what lies here is computed anew before its next use."""
-        self.tensor, self._is_current = fn(self.tensor), _never
+        """Follow the base weight to another device or dtype; the next use computes the weight anew."""
+        self.tensor, self.cached = fn(self.tensor), None
 
     def refresh(self, tensor: Tensor) -> None:
-        """Write to a tensor that was read from here what it would be now, if it is no longer so."""
-        if not self._is_current(self._stack.original):
-            tensor.copy_(self.fill())
+        """Bring a tensor that was read from here up to date, if anything was written to since."""
+        if self.cached is None or not self.cached.is_current():
+            self.put(self.place.snapshots.current.adapted(self.place), Rollback())
+            tensor.copy_(self.tensor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         """A copy of the model has slots of its own."""
         twin = Slot.__new__(Slot)
         memo[id(self)] = twin
         twin.token = next(_TOKENS)
-        twin.tensor, twin._is_current = self.tensor.clone(), _never
-        twin._stack = copy.deepcopy(self._stack, memo)
+        twin.tensor, twin.cached = self.tensor.clone(), None
+        twin.place = copy.deepcopy(self.place, memo)
         _SLOTS[twin.token] = twin
         return twin
-
-
-def _never(base: Tensor) -> bool:
-    return False
 
 
 _TOKENS = itertools.count(1)

@@ -86,7 +86,7 @@ def _whole_misfits(model: nn.Module, adapter: Adapter, placed: Collection[str]) 
     return problems
 
 
-class Fitting:
+class KnownFit:
     """An adapter that fits the model, and what follows for others for as long as the model is the same.
 
     What is asked of an adapter follows from its targets' metadata alone; the factors, strength and rank may be others.
@@ -115,8 +115,8 @@ class Fitting:
             and self._mark.unchanged()
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Fitting:
-        return Fitting(None, nn.Module())
+    def __deepcopy__(self, memo: dict[int, Any]) -> KnownFit:
+        return KnownFit(None, nn.Module())
 
 
 def _base_facts(adapter: Adapter) -> tuple[Any, ...]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, MutableMapping
+from threading import get_ident
 from typing import Any, NoReturn, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 from loraio.bases.attached import carries_adapter
 from loraio.errors import StateError
 from loraio.live.training_step import forward_for
-from loraio.live.weight_cache import reader
 
 FROZEN = "_loraio_frozen"
 """In a class, the sign of one whose ``training`` is always False."""
@@ -43,8 +44,10 @@ class _Common(type):
             super().__delattr__(name)
 
 
-def give_class(module: nn.Module, names: Iterable[str], *, forward: Callable[..., Any] | None = None) -> None:
-    """Give a module the class for having these tensors parametrized.
+def parametrized_class(
+    module: nn.Module, names: Iterable[str], *, forward: Callable[..., Any] | None = None
+) -> type[nn.Module]:
+    """Return the class that a module needs to have these tensors parametrized.
 
     Args:
         module: the module, parametrized already or not.
@@ -58,7 +61,7 @@ def give_class(module: nn.Module, names: Iterable[str], *, forward: Callable[...
         forward = forward or vars(cls).get("forward")
         if not isinstance(cls, _Common):  # torch's; a deep copy of the module shares it
             names = {*names, *cast(nn.ModuleDict, module.parametrizations)}
-    module.__class__ = _parametrized(plain, names, forward)
+    return _parametrized(plain, names, forward)
 
 
 def _parametrized(cls: _Class, names: Iterable[str], forward: Callable[..., Any] | None) -> _Class:
@@ -75,22 +78,33 @@ def _parametrized(cls: _Class, names: Iterable[str], forward: Callable[..., Any]
     return made
 
 
-def _computed(name: str) -> property:
-    """A tensor that is computed where it is parametrized, and else is what it is in any module."""
+def place_key(name: str) -> str:
+    """Return the name of a module's attribute that holds the `loraio.live.places.Place` of a tensor."""
+    return f"_loraio_place_{name}"
 
-    def compute(module: Any) -> Tensor:
-        stack = _stack(module, name)
-        if stack is None:
-            return cast(Tensor, vars(module)[name] if name in vars(module) else module.__getattr__(name))
-        if not parametrize._cache_enabled:
-            return cast(Tensor, stack())
-        if torch._C._get_tracing_state() is not None:
-            raise RuntimeError("a model cannot be traced while parametrizations are cached")
-        cache: MutableMapping[Any, Any] = parametrize._cache
-        key = id(module), name
-        if key not in cache:
-            cache[key] = stack()
-        return cast(Tensor, cache[key])
+
+def _computed(name: str) -> property:
+    """Make the property for a tensor: computed where it is parametrized, and else as in any module."""
+    key = place_key(name)
+
+    def read(module: Any) -> Tensor:
+        place = None if is_compiling() else vars(module).get(key)
+        # a replica of torch.nn.DataParallel has the place of the module that it was made of
+        if place is None or place.module is not module:
+            return read_from_tree(module, name)
+        running = place.snapshots.running.get(get_ident())
+        if running is None:
+            return cast(Tensor, place.read(place.snapshots.current))
+        cached = running.weights and running.weights.get(place.name)
+        # of what was checked when the pass began only this is checked again
+        if (
+            cached
+            and cached.weight._version == cached.version
+            and cached.given._version == cached.given_version
+            and not torch.is_grad_enabled()
+        ):
+            return cast(Tensor, cached.given)
+        return cast(Tensor, place.read(running.snapshot))
 
     def assign(module: Any, value: Tensor) -> None:
         stack = _stack(module, name)
@@ -99,7 +113,30 @@ def _computed(name: str) -> property:
         else:
             stack.right_inverse(value)
 
-    return property(reader(name, compute), assign)
+    return property(read, assign)
+
+
+def read_from_tree(module: Any, name: str) -> Tensor:
+    """Return a tensor as the module tree has it now."""
+    stack = _stack(module, name)
+    if stack is None:
+        if name in vars(module):
+            return cast(Tensor, vars(module)[name])
+        try:
+            return cast(Tensor, module.__getattr__(name))
+        except AttributeError:  # another thread can have parametrized it just now
+            stack = _stack(module, name)
+            if stack is None:
+                raise
+    if not parametrize._cache_enabled:
+        return cast(Tensor, stack())
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("a model cannot be traced while parametrizations are cached")
+    cache: MutableMapping[Any, Any] = parametrize._cache
+    key = id(module), name
+    if key not in cache:
+        cache[key] = stack()
+    return cast(Tensor, cache[key])
 
 
 def _stack(module: nn.Module, name: str) -> Any:
@@ -107,12 +144,11 @@ def _stack(module: nn.Module, name: str) -> Any:
     return None if stacks is None else stacks._modules.get(name)
 
 
-def freeze_statistics(module: nn.Module) -> None:
-    """Let a layer compute as in eval mode, whatever its mode is set to, and leave its running statistics alone.
+def frozen_class(cls: _Class) -> _Class:
+    """Return a class whose layers compute as in eval mode, whatever their mode, and leave running statistics alone.
 
-    Its class gets one on top whose ``training`` is always False; what the flag is set to is kept for afterwards.
+    It goes on top of the layer's own; its ``training`` is always False, and what the flag is set to is stored.
     """
-    cls = type(module)
     made = _FROZEN.get(cls)
     if made is None:
         own: dict[str, Any] = {
@@ -125,16 +161,11 @@ def freeze_statistics(module: nn.Module) -> None:
         if forward is not None:
             own["forward"] = forward
         made = _FROZEN[cls] = type(cls.__name__, (cls,), own)
-    module.__class__ = made
-
-
-def release_statistics(module: nn.Module) -> None:
-    """Undo `freeze_statistics`: the layer follows its mode again, as it was set last."""
-    module.__class__ = class_beneath(type(module), FROZEN)
+    return made
 
 
 def mode_of(module: nn.Module) -> bool:
-    """Training mode as it was set last, also where `freeze_statistics` hides it."""
+    """Training mode as it was set last, also where `frozen_class` hides it."""
     mode: bool = vars(module)["training"]
     return mode
 

@@ -1,4 +1,8 @@
-"""How a part of an adapter goes onto a tensor of a module, and how the module comes out as it was."""
+"""Put the parts of an adapter onto the tensors of a model, and give each module its own tensors back.
+
+Forward passes in other threads may run meanwhile. So dicts of modules are replaced, never changed, and in between any
+two steps each tensor can be read.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,24 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from loraio.live.module_classes import give_class
+from loraio.live.compiled import Slot
+from loraio.live.module_classes import parametrized_class, place_key, read_from_tree
 from loraio.live.parametrization import AdapterPart, FoldedWeight
-from loraio.live.rollback import Undo
+from loraio.live.rollback import Rollback
 from loraio.live.training_step import forward_for, keep_freed_memory
-from loraio.live.weight_cache import reading_key
+from loraio.live.weight_cache import CachedWeight
 
 
-def parametrization_list(part: AdapterPart, tensor: Tensor) -> parametrize.ParametrizationList:
-    """``ParametrizationList([part], tensor, unsafe=True)`` in a sixth of the time, and without its ``set_``.
+def parametrization_list(part: AdapterPart | None, tensor: Tensor) -> parametrize.ParametrizationList:
+    """Make ``ParametrizationList([part], tensor, unsafe=True)`` in a sixth of the time, and without its ``set_``.
 
     Args:
-        part: has no right inverse, and keeps shape and dtype.
+        part: has no right inverse, and keeps shape and dtype; None for one that comes later.
         tensor: a Parameter or buffer.
     """
     stack = parametrize.ParametrizationList.__new__(parametrize.ParametrizationList)
     nn.ModuleList.__init__(stack)
-    stack._modules["0"] = part
+    stack._modules["0"] = cast(Any, part)
     vars(stack).update(unsafe=True, is_tensor=True, ntensors=1)
     if isinstance(tensor, nn.Parameter):
         stack._parameters["original"] = tensor
@@ -33,101 +38,103 @@ def parametrization_list(part: AdapterPart, tensor: Tensor) -> parametrize.Param
     return stack
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """Where a part of an adapter sits.
+    """A tensor of the model that adapters are put on.
 
     Attributes:
-        module: the module.
-        parameter: its tensor's name in it, a parameter's or a buffer's.
+        name: of the tensor in the model.
+        module: the module that has it.
+        parameter: its name in the module, a parameter's or a buffer's.
         order: names of the module's parameters and then of its buffers before anything was put on.
-        sizes: attributes of the module that go with the tensor's shape, as (name, value of the base, value now).
+        stack: the parametrizations on it; ours is the only one.
+        snapshots: the `loraio.live.snapshots.Snapshots` of the model.
+        slot: where compiled graphs read the adapted weight; None where nothing was reserved.
     """
 
+    name: str
     module: nn.Module
     parameter: str
     order: tuple[str, ...]
-    sizes: tuple[tuple[str, int, int], ...] = ()
+    stack: parametrize.ParametrizationList
+    snapshots: Any
+    slot: Slot | None = None
 
     @property
     def occupied(self) -> bool:
-        """Whether the tensor is still parametrized; someone else may have taken everything off."""
-        stacks = self.module._modules.get("parametrizations")  # not by attribute: torch looks those up in Python
-        return stacks is not None and self.parameter in stacks._modules
-
-    @property
-    def stack(self) -> parametrize.ParametrizationList:
-        """The parametrizations on the weight; ours is the only one."""
-        stacks = cast(nn.ModuleDict, self.module._modules["parametrizations"])
-        return cast(parametrize.ParametrizationList, stacks._modules[self.parameter])
+        """True while the tensor is parametrized by us; someone else can take everything off."""
+        return self._stacks.get(self.parameter) is self.stack
 
     @property
     def base(self) -> Tensor:
         """The base's tensor."""
-        stack = self.stack
-        return cast(Tensor, stack._parameters.get("original", stack._buffers.get("original")))
+        return cast(Tensor, self.stack._parameters.get("original", self.stack._buffers.get("original")))
 
     @property
     def part(self) -> AdapterPart:
-        """What is on the tensor."""
+        """The part that is on the tensor in the module tree."""
         return cast(AdapterPart, self.stack._modules["0"])
 
-    def note(self, undo: Undo) -> None:
-        """Note all that `put_on` and `take_off` change."""
-        undo.note_module(self.module)
-        if parametrize.is_parametrized(self.module):
-            undo.note_module(cast(nn.ModuleDict, self.module.parametrizations))
-        if self.occupied:
-            undo.note_module(self.stack)
+    @property
+    def _stacks(self) -> dict[str, nn.Module | None]:
+        stacks = self.module._modules.get("parametrizations")  # not by attribute: torch looks those up in Python
+        return {} if stacks is None else stacks._modules
 
-    def exchange(self, part: AdapterPart, undo: Undo) -> None:
-        """Put another part in the place of the one on the tensor, in one step."""
-        held = self.stack._modules
-        undo.note(held)
-        held["0"] = part
+    def read(self, snapshot: Any) -> Tensor:
+        """Return the tensor as the adapter of a snapshot makes it."""
+        part: AdapterPart | None = snapshot.parts.get(self.name)
+        if not self.occupied or parametrize._cache_enabled or len(self.stack._modules) != 1:
+            return read_from_tree(self.module, self.parameter)
+        if part is None:  # of a pass that began before there was one
+            return self.base
+        if isinstance(part, FoldedWeight) and not part.needs_gradients(self.base):
+            cached: CachedWeight | None = snapshot.cache.weight(self.name, self.stack, part)
+            if cached is not None:
+                return cached.for_use()
+        tensor: Tensor = self.stack() if self.part is part else part(self.base)
+        return tensor
 
-    def put_on(self, part: AdapterPart) -> None:
-        """Parametrize the tensor, which must be a plain Parameter or buffer.
+    def put_on(self, part: AdapterPart, rollback: Rollback) -> None:
+        """Parametrize the tensor, a plain Parameter or buffer, which stays where it is until `hide_base`.
 
-        As torch's ``register_parametrization`` does, but for the class that the module gets; shape and dtype are
-        checked already.
+        As torch's ``register_parametrization`` does, but for the class that the module gets.
         """
-        module, name = self.module, self.parameter
-        held = module._parameters if name in module._parameters else module._buffers
-        tensor = cast(Tensor, held[name])
-        stack = parametrization_list(part, tensor)
-        thin = isinstance(part, FoldedWeight) and part.steps_thinly and name == "weight"
-        forward = forward_for(type(module)) if thin else None
-        names = {*self._parametrized(), name}
-        give_class(module, names, forward=forward)
-        if len(names) == 1:
-            module.parametrizations = nn.ModuleDict()
-        del held[name]
-        cast(nn.ModuleDict, module.parametrizations)[name] = stack
+        module = self.module
+        has_step = isinstance(part, FoldedWeight) and part.has_training_step and self.parameter == "weight"
+        forward = forward_for(type(module)) if has_step else None
+        self.stack._modules["0"] = part
+        rollback.set(vars(module), place_key(self.parameter), self)
+        rollback.set_class(module, parametrized_class(module, {*self._stacks, self.parameter}, forward=forward))
+        self._set_stacks({**self._stacks, self.parameter: self.stack}, rollback)
         if forward is not None:
             keep_freed_memory()
-        self.resize(part.enabled)
 
-    def _parametrized(self) -> list[str]:
-        """Names of the module's tensors that are."""
-        module = self.module
-        return list(cast(nn.ModuleDict, module.parametrizations)) if parametrize.is_parametrized(module) else []
+    def hide_base(self, rollback: Rollback) -> None:
+        """Take the base's tensor from among the module's own."""
+        for kind in ("_parameters", "_buffers"):
+            held = vars(self.module)[kind]
+            if self.parameter in held:
+                rollback.set(vars(self.module), kind, {key: held[key] for key in held if key != self.parameter})
 
-    def resize(self, enabled: bool) -> None:
-        """Let the module's attributes say the size of the tensor that it has now."""
-        for name, base, own in self.sizes:
-            setattr(self.module, name, own if enabled else base)
-
-    def take_off(self) -> None:
+    def take_off(self, rollback: Rollback) -> None:
         """Give the module its own tensor back, in its old place among the others."""
-        self.resize(False)
-        give_class(self.module, self._parametrized())
-        parametrize.remove_parametrizations(self.module, self.parameter, leave_parametrized=False)
-        if self._parametrized():
-            give_class(self.module, self._parametrized())
-        vars(self.module).pop(reading_key(self.parameter), None)
-        held: Any
-        for held in (self.module._parameters, self.module._buffers):  # the weight came back behind the bias
-            order = [key for key in self.order if key in held]
-            order += [key for key in held if key not in self.order]
-            held.update({key: held.pop(key) for key in order})
+        module = self.module
+        kind = "_parameters" if "original" in self.stack._parameters else "_buffers"
+        held = {**vars(module)[kind], self.parameter: self.base}
+        order = [*(key for key in self.order if key in held), *(key for key in held if key not in self.order)]
+        rollback.set(vars(module), kind, {key: held[key] for key in order})
+        left = {key: stack for key, stack in self._stacks.items() if key != self.parameter}
+        rollback.set_class(module, parametrized_class(module, left) if left else type(module).__bases__[0])
+        self._set_stacks(left, rollback)
+        rollback.remove(vars(module), place_key(self.parameter))
+
+    def _set_stacks(self, stacks: dict[str, nn.Module | None], rollback: Rollback) -> None:
+        module = self.module
+        present = module._modules.get("parametrizations")
+        if present is not None and stacks:
+            rollback.set(vars(present), "_modules", stacks)
+            return
+        others = {key: child for key, child in module._modules.items() if key != "parametrizations"}
+        if stacks:
+            others["parametrizations"] = nn.ModuleDict(cast(Any, stacks))
+        rollback.set(vars(module), "_modules", others)

@@ -1,4 +1,4 @@
-"""What was before a change, for the case that not all of it can be made."""
+"""Take back the steps of a change that could not be made to its end."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ from typing import Any
 
 from torch import nn
 
+_ABSENT = object()
 
-class Undo:
-    """Dicts and classes as they were when they were noted; what is about to change is noted first."""
+
+class Rollback:
+    """Makes the steps of a change and remembers what was there before each.
+
+    A forward pass in another thread may run between any two steps, and between any two steps that are taken back.
+    """
 
     def __init__(self) -> None:
-        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._steps: list[tuple[Any, Any, Any]] = []
 
-    @property
-    def noted(self) -> bool:
-        """Whether anything was noted."""
-        return bool(self._dicts)
+    def set(self, held: dict[Any, Any], key: Any, value: Any) -> None:
+        """Set a value in a dict."""
+        self._steps.append((held, key, held.get(key, _ABSENT)))
+        held[key] = value
 
-    def note(self, *held: dict[Any, Any]) -> None:
-        """Keep what is in dicts, in its order; the values themselves are not copied."""
-        for each in held:
-            self._dicts.append((each, dict(each)))
+    def remove(self, held: dict[Any, Any], key: Any) -> None:
+        """Remove a key from a dict if it is there."""
+        self._steps.append((held, key, held.get(key, _ABSENT)))
+        held.pop(key, None)
 
-    def note_module(self, module: nn.Module) -> None:
-        """Keep a module's class, attributes, parameters, buffers and submodules."""
-        self._classes.append((module, type(module)))
-        self.note(vars(module), module._parameters, module._buffers, module._modules)
+    def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        """Give a module another class."""
+        self._steps.append((module, None, type(module)))
+        module.__class__ = cls
 
     def run(self) -> None:
-        """Let everything be as it was when it was noted first."""
-        for module, cls in reversed(self._classes):
-            module.__class__ = cls
-        for held, before in reversed(self._dicts):
-            held.clear()
-            held.update(before)
+        """Take back all steps, the last one first."""
+        for held, key, before in reversed(self._steps):
+            if isinstance(held, nn.Module):
+                held.__class__ = before
+            elif before is _ABSENT:
+                held.pop(key, None)
+            else:
+                held[key] = before

@@ -23,6 +23,7 @@ parametrized weight, whenever anything is out of the ordinary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -308,8 +309,9 @@ def _pair_of(module: Any, x: Any) -> tuple[Pair, dict[Any, Route]] | None:
     stack = None if stacks is None else stacks._modules.get("weight")
     if stack is None or len(stack._modules) != 1 or parametrize._cache_enabled or _is_transformed() or x.is_nested:
         return None
-    part, weight = stack._modules["0"], stack._parameters.get("original")
-    if not part.steps_thinly:  # an adapter of another kind took the place of the one that the layer's class is made for
+    part, weight = _part_of(module, stack), stack._parameters.get("original")
+    # the layer can have got its class for an adapter of another kind, which was on before
+    if not part.has_training_step:
         return None
     lora_A, lora_B = part._parameters["lora_A"], part._parameters["lora_B"]
     wanted = lora_A.requires_grad or lora_B.requires_grad
@@ -320,6 +322,15 @@ def _pair_of(module: Any, x: Any) -> tuple[Pair, dict[Any, Route]] | None:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def _part_of(module: Any, stack: Any) -> Any:
+    """Return the part on the layer's weight: of the snapshot that this pass uses, where it uses one."""
+    place = vars(module).get("_loraio_place_weight")
+    running = None if place is None else place.snapshots.running.get(get_ident())
+    if running is None or place.module is not module:
+        return stack._modules["0"]
+    return running.snapshot.parts.get(place.name, stack._modules["0"])
 
 
 def _is_transformed() -> bool:

@@ -5,7 +5,7 @@ usage: python scripts/bench/swap.py [--networks NAME ...] [--rounds N] [--json]
 Two adapters of rank 8 on every convolution and linear layer, float32, batch 1, eval mode, no gradients, one thread.
 Each time the adapter that is on gives way to the other one, and an image goes through the network. Without PEFT there
 is nothing to hold it against but a plain forward pass, whose ratio is given in any case. An adapter that was on the
-model lately still has its folded weights, as far as `loraio.live.swap_cache.KEPT_BYTES` go; "a new one" is an adapter
+model lately still has its folded weights, as far as `loraio.live.swap_cache.CACHED_BYTES` go; "a new one" is an adapter
 that
 the model has not had before, whose weights are folded at the forward pass.
 

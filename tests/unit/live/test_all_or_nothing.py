@@ -24,22 +24,20 @@ import loraio
 from loraio.adapter import folding
 from loraio.files.tensors import tensor_bytes
 from loraio.live import module_classes
-from loraio.live.parametrization import AdapterPart
 
 PACKAGE = str(Path(loraio.__file__).parent)
 CHANGING = (
     "attachment.py",
-    "kept.py",
+    "weight_cache.py",
+    "swap_cache.py",
     "parametrization.py",
-    "sharing.py",
-    "undoing.py",
-    "slots.py",
+    "places.py",
+    "snapshots.py",
+    "rollback.py",
+    "compiled.py",
     "bank.py",
-    "merging.py",
+    "in_memory.py",
 )
-CACHES = ("_kept",)
-"""What parts of an adapter may remember of weights that they computed, and check before each use."""
-
 Line = tuple[str, int]
 
 
@@ -107,11 +105,11 @@ class Everything:
             self._add(f"{path}'s class", type(module))
             for name, value in vars(type(module)).items():
                 self._add(f"{path}'s class: {name}", value)
-            for name, value in vars(module).items():
+            for name, value in sorted(vars(module).items()):
                 if isinstance(value, dict):
                     for key, inside in value.items():
                         self._add(f"{path}.{name}[{key!r}]", inside)
-                elif not name.startswith("_loraio_read_") and not (isinstance(module, AdapterPart) and name in CACHES):
+                else:
                     self._add(f"{path}.{name}", value)
             if getattr(module, "slot", None) is not None:
                 self._add(f"{path}'s slot", module.slot.tensor)
@@ -119,8 +117,9 @@ class Everything:
             self._add(name, tensor)
         if live is not None:
             for name, value in vars(live).items():
-                if name not in ("_recent", "_fitting"):
+                if name not in ("_swap_cache", "_known_fit"):
                     self._add(f"handle.{name}", value)
+            self._add("the snapshot", live._snapshots.current)
             for name, place in live._places.items():
                 self._add(f"place of {name}", place)
         tensors = [*model.parameters(), *model.buffers()]
@@ -295,7 +294,7 @@ def test_merge_in_place_is_done_to_the_end_or_not_begun(
         loraio.merge({name: tensor.clone() for name, tensor in base.items()}, adapters["lora"], in_place=True)
     outcomes = []
     for moment, (file, _) in enumerate(tracer.lines):
-        if Path(file).name in ("merging.py", "overwriting.py", "folding.py"):
+        if Path(file).name in ("in_memory.py", "in_place.py", "folding.py"):
             state = {name: tensor.clone() for name, tensor in base.items()}
             with Tracer(moment, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
                 loraio.merge(state, adapters["lora"], in_place=True)

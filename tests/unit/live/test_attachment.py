@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 
 import loraio
 from loraio.errors import BaseMismatchError, ConfigError, StateError
-from loraio.live import attachment
 from loraio.live.parametrization import AdapterPart
+from loraio.live.snapshot_builder import SnapshotBuilder
 
 
 class Snapshot:
@@ -273,14 +273,14 @@ def test_an_exception_inside_attach_or_swap_changes_nothing(
 ) -> None:
     images = digits_test.images[:16]
     with monkeypatch.context() as patch:
-        patch.setattr(attachment.Attachment, "_part", failing_method(failing_call))
+        patch.setattr(SnapshotBuilder, "_part", failing_method(failing_call))
         with pytest.raises(MemoryError):
             loraio.attach(base, three)
     before.assert_same()
     with loraio.attach(base, three) as live:
         expected = outputs(base, images)
         with monkeypatch.context() as patch:
-            patch.setattr(attachment.Attachment, "_part", failing_method(failing_call))
+            patch.setattr(SnapshotBuilder, "_part", failing_method(failing_call))
             with pytest.raises(MemoryError):
                 live.swap(seven)
         assert live.adapter is three
@@ -288,11 +288,11 @@ def test_an_exception_inside_attach_or_swap_changes_nothing(
 
 
 def failing_method(at: int) -> Any:
-    """`Attachment._part`, which raises once, at its ``at``-th call."""
-    real = attachment.Attachment._part
+    """`SnapshotBuilder._part`, which raises once, at its ``at``-th call."""
+    real = SnapshotBuilder._part
     left = {"calls": at}
 
-    def method(self: attachment.Attachment, *args: Any) -> AdapterPart:
+    def method(self: SnapshotBuilder, *args: Any) -> AdapterPart:
         left["calls"] -= 1
         if left["calls"] == -1:
             raise MemoryError

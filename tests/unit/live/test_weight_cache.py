@@ -300,7 +300,7 @@ def test_adapters_that_were_on_a_model_are_held_within_a_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     size = sum(4 * base.get_parameter(name).numel() for name in three.targets)
-    monkeypatch.setattr(loraio.live.swap_cache, "KEPT_BYTES", 2 * size)  # with their factors two are more
+    monkeypatch.setattr(loraio.live.swap_cache, "CACHED_BYTES", 2 * size)  # with their factors two are more
     with loraio.attach(base, three) as live:
         for adapter in (three, seven, three, seven):
             live.swap(adapter)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import multiprocessing
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +20,8 @@ from torch import Tensor, nn
 
 import loraio
 from loraio.errors import StateError
-from loraio.live.locking import Sharing
-from loraio.live.rollback import Undo
+from loraio.live.rollback import Rollback
+from loraio.live.snapshots import Snapshot, Snapshots
 
 
 @pytest.fixture
@@ -54,6 +58,12 @@ class Passes:
         except BaseException as error:
             self.errors.append(error)
             raise
+
+    def wait_for_some(self) -> None:
+        """Wait until each thread has begun a pass and ended it."""
+        goal = [count + 2 for count in self.counts]
+        while any(map(int.__lt__, self.counts, goal)) and not self.errors:
+            time.sleep(0)
 
     def __enter__(self) -> Passes:
         for thread in self._threads:
@@ -127,10 +137,14 @@ def test_whatever_the_handle_does_is_seen_as_a_whole(model: nn.Module, adapters:
     allowed = expected(model, *changes)
     plain = small_base()
     with Passes(lambda: outputs(model)) as passes:
-        for _ in range(200):
+        for _ in range(10):
             for change in changes:
                 change()
+                passes.wait_for_some()
+            for change in changes * 10:
+                change()
         live.detach()
+        passes.wait_for_some()
     assert passes.answers == allowed | {answer(outputs(plain))}
 
 
@@ -168,31 +182,64 @@ def test_a_change_from_within_a_pass_is_refused(model: Small, adapters: dict[str
     live.detach()
 
 
-def test_a_pass_inside_of_a_pass_does_not_wait_for_a_change(model: Small, adapters: dict[str, loraio.Adapter]) -> None:
+def test_a_swap_does_not_wait_for_a_pass_and_the_pass_keeps_its_adapter_to_the_end(
+    model: Small, adapters: dict[str, loraio.Adapter]
+) -> None:
     live = loraio.attach(model, adapters["lora"])
+    before = outputs(model)
+    with paused_pass(model) as found:
+        live.swap(adapters["other"])
+        live.disable()
+        live.enable()
+        live.strength = 0.5
+        after = outputs(model)
+    assert all(each.equal(before) for each in found)
+    assert len(found) == 2
+    assert not after.equal(before)
+    assert outputs(model).equal(after)
+
+
+@contextmanager
+def paused_pass(model: Small) -> Iterator[list[Tensor]]:
+    """Hold a pass of another thread in the middle, where it makes another pass; the answers of both."""
     inside, go_on = threading.Event(), threading.Event()
     found: list[Tensor] = []
 
     def again(*_: Any) -> None:
-        if not inside.is_set():
+        if threading.current_thread() is passing and not inside.is_set():
             inside.set()
             go_on.wait(60)
             found.append(outputs(model))
 
-    model.fc.register_forward_hook(again)
+    hook = model.conv.register_forward_hook(again)
     passing = threading.Thread(target=lambda: found.append(outputs(model)))
     passing.start()
     assert inside.wait(60)
-    swapping = threading.Thread(target=lambda: live.swap(adapters["other"]))
-    swapping.start()
-    swapping.join(0.2)
-    assert swapping.is_alive()  # waits for the pass
+    yield found
     go_on.set()
-    for thread in (passing, swapping):
-        thread.join(60)
-        assert not thread.is_alive()
-    assert found[0].equal(found[1])
-    assert not outputs(model).equal(found[0])
+    passing.join(60)
+    assert not passing.is_alive()
+    hook.remove()
+
+
+@pytest.mark.parametrize("change", ["detach", "new targets"])
+def test_a_change_of_classes_waits_for_the_passes_that_run_and_not_for_later_ones(
+    model: Small, adapters: dict[str, loraio.Adapter], change: str
+) -> None:
+    live = loraio.attach(model, adapters["dora"])
+    before = outputs(model)
+    work = live.detach if change == "detach" else lambda: live.swap(adapters["head"])
+    with paused_pass(model) as found:
+        changing = threading.Thread(target=work)
+        changing.start()
+        changing.join(0.2)
+        assert changing.is_alive()
+        meanwhile = outputs(model)
+    changing.join(60)
+    assert not changing.is_alive()
+    assert all(each.equal(before) for each in found)
+    assert outputs(model).equal(before) is False
+    assert meanwhile.equal(outputs(small_base()) if change == "detach" else before)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -245,33 +292,102 @@ def test_nothing_of_it_is_left_and_signatures_stay(model: Small, adapters: dict[
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_backward_hooks")
 
 
-def test_an_exception_after_the_release_is_taken_back_too() -> None:
-    """A signal can come when the change is done and its turn is over, before the caller gets an answer."""
-    sharing = Sharing()
-    held = {"value": 1}
+def test_an_exception_after_the_release_is_taken_back_too(adapters: dict[str, loraio.Adapter]) -> None:
+    """A signal can come when the change is published and its lock released, before the caller gets an answer."""
+    snapshots = Snapshots(Snapshot(adapter=adapters["lora"], strength=1.0))
+    held, first = {"value": 1}, snapshots.current
 
-    class Turn:
+    class Lock:
         """The lock, which is interrupted once, when it is free already."""
 
         def __init__(self) -> None:
-            self.lock: Any = threading.RLock()
-            self.interrupts = 1
-            self.acquire, self._is_owned = self.lock.acquire, self.lock._is_owned
+            self.lock, self.interrupts = threading.RLock(), 1
 
-        def release(self) -> None:
+        def __enter__(self) -> None:
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
             self.lock.release()
             if self.interrupts:
                 self.interrupts -= 1
                 raise KeyboardInterrupt
 
-    def change(undo: Undo) -> None:
-        undo.note(held)
-        held["value"] = 2
+    def make(before: Snapshot, rollback: Rollback) -> Snapshot:
+        rollback.set(held, "value", 2)
+        return replace(before, strength=2.0)
 
-    sharing._turn = Turn()
+    snapshots._changes = Lock()  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
-        sharing.change(change)
+        snapshots.change(make)
     assert held == {"value": 1}
-    sharing.change(change)
+    assert snapshots.current is first
+    snapshots.change(make)
     assert held == {"value": 2}
-    assert sharing.during(lambda: INPUT.shape) == (2, 1, 5, 5)
+    assert snapshots.current.strength == 2
+    assert snapshots.run(lambda: INPUT.shape) == (2, 1, 5, 5)
+
+
+# forked children
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="of POSIX alone")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
+@pytest.mark.parametrize("busy", ["changing", "passing"])
+def test_a_forked_child_runs_and_changes_the_model(
+    model: Small, adapters: dict[str, loraio.Adapter], busy: str
+) -> None:
+    live = loraio.attach(model, adapters["dora"])
+    allowed = expected(model, *(lambda name=name: live.swap(adapters[name]) for name in ("head", "dora", "lora")))
+    plain = answer(outputs(small_base()))
+
+    def work() -> Tensor:
+        if busy == "changing":
+            for name in ("head", "dora", "lora"):
+                live.swap(adapters[name])
+        return outputs(model)
+
+    def child() -> None:
+        assert answer(outputs(model)) in allowed
+        for name in ("dora", "lora"):
+            live.swap(adapters[name])
+            assert live.adapter is adapters[name]
+            assert answer(outputs(model)) in allowed
+        live.detach()
+        assert answer(outputs(model)) == plain
+
+    with Passes(work, 3):
+        children = [multiprocessing.get_context("fork").Process(target=child) for _ in range(4)]
+        for process in children:
+            process.start()
+        for process in children:
+            process.join(60)
+    assert [process.exitcode for process in children] == [0] * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="of POSIX alone")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
+def test_a_forked_child_takes_back_the_change_that_another_thread_was_making(
+    model: Small, adapters: dict[str, loraio.Adapter]
+) -> None:
+    live = loraio.attach(model, adapters["dora"])
+    before = outputs(model)
+
+    def child() -> None:
+        assert live.attached
+        assert list(model.fc._parameters) == ["bias"]
+        assert outputs(model).equal(before)
+        live.swap(adapters["head"])
+        live.detach()
+        assert outputs(model).equal(outputs(small_base()))
+
+    with paused_pass(model):
+        changing = threading.Thread(target=live.detach)  # has let the base through, and waits
+        changing.start()
+        while live._snapshots._pass_ended is None:
+            time.sleep(0.01)
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join(60)
+    changing.join(60)
+    assert process.exitcode == 0
+    assert not live.attached
