@@ -13,7 +13,7 @@ from loraio.errors import LoraioError
 from loraio.files.atomic import staged
 from loraio.files.copying import signature_of
 from loraio.files.strictjson import read_json
-from loraio.merging.streaming import Fold, Written
+from loraio.merging.checkpoint_writer import Fold, Written
 from loraio.merging.weight_check import FoldCheck
 
 RECEIPT = "receipt.json"
@@ -51,7 +51,7 @@ class FinishedShards:
 
         Args:
             file: its name.
-            source: `loraio.merging.streaming.Inputs.signature` of the base's part.
+            source: `loraio.merging.checkpoint_writer.Inputs.signature` of the base's part.
         """
         part = self._parts.get(file)
         if part is None or part["source"] != source or part["file"] != _signature(self._folder / file):

@@ -40,10 +40,7 @@ from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_sha256
 from loraio.formats import dialects
 from loraio.formats.conversion import load_for
 from loraio.formats.sources import adapter_files
-from loraio.merging.effect import MergeEffect
-from loraio.merging.finished_shards import FinishedShards
-from loraio.merging.residue_files import Residue, ResidueWriter, index_text, residue_beside
-from loraio.merging.streaming import (
+from loraio.merging.checkpoint_writer import (
     Fold,
     Folding,
     SourceDiffersError,
@@ -56,6 +53,9 @@ from loraio.merging.streaming import (
     worker_count,
     write_tensors,
 )
+from loraio.merging.effect import MergeEffect
+from loraio.merging.finished_shards import FinishedShards
+from loraio.merging.residue_files import Residue, ResidueWriter, index_text, residue_beside
 from loraio.merging.weight_check import FoldCheck, WeightReport
 from loraio.version import __version__
 

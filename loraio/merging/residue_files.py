@@ -28,8 +28,8 @@ from loraio.files.copying import Inputs, Stored, write_all
 from loraio.files.integrity import PENDING, is_sha256
 from loraio.files.tensorfile import Header
 from loraio.files.tensors import TORCH_DTYPES, tensor_bytes
+from loraio.merging.checkpoint_writer import TensorPlan, copy_tensor, read_bytes
 from loraio.merging.residues import LENGTHS, block_length, residue_of, restored
-from loraio.merging.streaming import TensorPlan, copy_tensor, read_bytes
 
 FORMAT_VERSION = 2
 """Version of the metadata of a residue file."""
@@ -284,7 +284,7 @@ def read_residue(path: str | os.PathLike[str]) -> ResidueFile:
 
 
 class Unfolding:
-    """A merge taken back: the base weight from the folded one and its residue; a `loraio.merging.streaming.Change`.
+    """A merge taken back: the base weight from the folded one and its residue; a `loraio.merging.checkpoint_writer.Change`.
 
     Args:
         adapter: what was folded in.

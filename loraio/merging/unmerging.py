@@ -37,8 +37,7 @@ from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensorfile import Header
 from loraio.files.tensors import TORCH_DTYPES, dtype_code
 from loraio.formats.conversion import load_for
-from loraio.merging.residue_files import ResidueFile, Unfolding, digest_of, index_text, read_residue, residue_beside
-from loraio.merging.streaming import (
+from loraio.merging.checkpoint_writer import (
     TensorPlan,
     Written,
     counting,
@@ -47,6 +46,7 @@ from loraio.merging.streaming import (
     worker_count,
     write_tensors,
 )
+from loraio.merging.residue_files import ResidueFile, Unfolding, digest_of, index_text, read_residue, residue_beside
 
 Groups = Mapping[str, Mapping[str, TensorPlan]]
 

@@ -47,7 +47,7 @@ from loraio.files.copying import PAGE, PIECE, copy_range
 from loraio.files.folders import working_folder
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_bytes
-from loraio.merging import on_files, streaming, weight_check
+from loraio.merging import checkpoint_writer, on_files, weight_check
 from loraio.merging.finished_shards import RECEIPT, FinishedShards
 from loraio.merging.weight_check import check_fold
 
@@ -204,8 +204,8 @@ def test_a_change_too_small_to_be_squared_is_a_change() -> None:
     base = torch.full((8,), 1e-30, dtype=torch.bfloat16)
     found = base.clone()
     found[3] = torch.nextafter(base[3], base[3] * 2)
-    assert streaming.Fold.of(weight_check.FoldCheck(), base, found).change > 0
-    assert streaming.Fold.of(weight_check.FoldCheck(), base, base).change == 0
+    assert checkpoint_writer.Fold.of(weight_check.FoldCheck(), base, found).change > 0
+    assert checkpoint_writer.Fold.of(weight_check.FoldCheck(), base, base).change == 0
 
 
 # Copies
@@ -314,7 +314,7 @@ def test_a_disk_without_the_room_says_so_before_anything_is_written(
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
     monkeypatch.setattr(atomic, "_fallocate", full)
-    monkeypatch.setattr(streaming, "_each", None)
+    monkeypatch.setattr(checkpoint_writer, "_each", None)
     before = names_in(tmp_path)
     with pytest.raises(OutputError, match=os.strerror(errno.ENOSPC)):
         loraio.merge_file(base, path, tmp_path / "m.safetensors")
@@ -358,7 +358,7 @@ def test_what_a_disk_refuses_early_is_not_forgotten(tmp_path: Path, monkeypatch:
         real(*words)
 
     monkeypatch.setattr(os, "fdatasync", broken)
-    monkeypatch.setattr(streaming, "write_all", waiting)
+    monkeypatch.setattr(checkpoint_writer, "write_all", waiting)
     monkeypatch.setattr(atomic, "EARLY", 0)
     monkeypatch.setattr(atomic, "PAUSE", 0.001)
     before = names_in(tmp_path)
@@ -445,7 +445,7 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
 ) -> None:
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
-    real, changes, lock = streaming.copy_range, [], threading.Lock()
+    real, changes, lock = checkpoint_writer.copy_range, [], threading.Lock()
 
     def disturbed(*words: Any, **options: Any) -> int:
         with lock:  # one of the workers does it
@@ -453,7 +453,7 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
                 changes.append(change(base))
         return real(*words, **options)
 
-    monkeypatch.setattr(streaming, "copy_range", disturbed)
+    monkeypatch.setattr(checkpoint_writer, "copy_range", disturbed)
     with pytest.raises((FormatError, loraio.errors.MissingFileError), match=r"changed while|cannot be read") as caught:
         loraio.merge_file(base, path, tmp_path / "m.safetensors", allow_base_mismatch=allow)
     assert repr(str(base)) in str(caught.value)
@@ -462,12 +462,12 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
 
 def test_a_copy_that_went_wrong_is_told_from_another_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, adapter = case()
-    real = streaming.copy_range
+    real = checkpoint_writer.copy_range
 
     def wrong(source: FileIO, begin: int, target: FileIO, place: int, count: int, **options: Any) -> int:
         return real(source, begin - (count > 1000), target, place, count, **options)
 
-    monkeypatch.setattr(streaming, "copy_range", wrong)
+    monkeypatch.setattr(checkpoint_writer, "copy_range", wrong)
     base, path = saved(state, adapter, tmp_path / "single")
     parts, _ = parted(state, adapter, tmp_path / "base")
     for allow in (False, True):
@@ -495,13 +495,13 @@ def test_a_tensor_of_another_shape_takes_the_place_of_the_base_s(tmp_path: Path)
         for name, info in header.tensors.items()
     }
     head = tensor((3, 5), torch.float64, 3)
-    plans["half"] = streaming.TensorPlan(dtype="F64", shape=(3, 5), source=head)
+    plans["half"] = checkpoint_writer.TensorPlan(dtype="F64", shape=(3, 5), source=head)
     (tmp_path / "m").touch()
-    written = streaming.write_tensors(
+    written = checkpoint_writer.write_tensors(
         plans,
         tmp_path / "m",
         metadata=lambda _: {"a": "b"},
-        change=streaming.Folding(adapter=adapter, strength=1.0, exact=True),
+        change=checkpoint_writer.Folding(adapter=adapter, strength=1.0, exact=True),
         inputs=streaming.Inputs(),
         workers=2,
         progress=streaming.Progress(),
@@ -668,8 +668,8 @@ def test_a_receipt_for_other_contents_is_not_believed(tmp_path: Path, monkeypatc
 
 
 def test_a_receipt_keeps_what_json_cannot(tmp_path: Path) -> None:
-    fold = streaming.Fold(length=math.nan, moved=math.inf)
-    written = {"w": streaming.Written(sha256="0", source_sha256="1", fold=fold)}
+    fold = checkpoint_writer.Fold(length=math.nan, moved=math.inf)
+    written = {"w": checkpoint_writer.Written(sha256="0", source_sha256="1", fold=fold)}
     (tmp_path / "part").touch()
     FinishedShards(tmp_path, {"a": 1}).add("part", [1], written)
     found = FinishedShards(tmp_path, {"a": 1}).get("part", [1])

@@ -36,7 +36,7 @@ from loraio.errors import (
 from loraio.files import tensorfile
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensors import dtype_code
-from loraio.merging import residue_files, streaming
+from loraio.merging import checkpoint_writer, residue_files
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -599,13 +599,13 @@ def test_progress_ends_at_all_that_was_to_do(chain: Path) -> None:
 
 
 def test_a_base_that_changes_meanwhile_is_noticed(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = streaming.Inputs.check
+    real = checkpoint_writer.Inputs.check
 
-    def late(self: streaming.Inputs) -> None:
+    def late(self: checkpoint_writer.Inputs) -> None:
         rewritten(chain / "base", "fc.weight")
         real(self)
 
-    monkeypatch.setattr(streaming.Inputs, "check", late)
+    monkeypatch.setattr(checkpoint_writer.Inputs, "check", late)
     with pytest.raises(FormatError, match="changed while it was being read"):
         loraio.unmerge_file(chain / "once", chain / "a", base=chain / "base")
     assert not (chain / "a").exists()
