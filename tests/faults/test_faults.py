@@ -31,7 +31,7 @@ from loraio.errors import LoraioError
 from loraio.exporting import export
 from loraio.files import tensorfile
 from loraio.formats.dialects import DIALECTS
-from loraio.merging import residue_files, streaming
+from loraio.merging import checkpoint_writer, residue_writer
 from loraio.training.resuming import SideFile
 
 FUNCTIONS = (
@@ -129,8 +129,8 @@ class Faults:
                 patch.setattr(os, name, wrapped(name))
             patch.setattr(io, "open", opened)
             patch.setattr(builtins, "open", opened)
-            patch.setattr(streaming, "FileIO", File)
-            patch.setattr(residue_files, "FileIO", File)
+            patch.setattr(checkpoint_writer, "FileIO", File)
+            patch.setattr(residue_writer, "FileIO", File)
             yield
 
 

@@ -42,14 +42,17 @@ from loraio.errors import (
     OutputExistsError,
     VerificationError,
 )
-from loraio.files import atomic, copying, tensorfile
-from loraio.files.copying import PAGE, PIECE, copy_range
+from loraio.files import atomic, tensorfile
+from loraio.files.copying import PAGE, PIECE, Inputs, Progress, copy_range
 from loraio.files.folders import working_folder
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_bytes
-from loraio.merging import checkpoint_writer, on_files, weight_check
+from loraio.merging import checkpoint_writer, on_files, plans, weight_check
 from loraio.merging.finished_shards import RECEIPT, FinishedShards
+from loraio.merging.folds import Fold, Folding
+from loraio.merging.plans import TensorPlan, stored
 from loraio.merging.weight_check import check_fold
+from loraio.merging.workers import _openblas, one_thread_each
 
 
 def in_memory(state: State, adapter: Adapter, path: Path, strength: float = 1.0) -> bytes:
@@ -158,7 +161,7 @@ def test_outputs_that_are_inputs_or_no_place_for_parts_are_refused(tmp_path: Pat
     single, _ = saved(state, adapter, tmp_path / "single")
     with pytest.raises(OutputError, match="is an index, and the base is one file"):
         loraio.merge_file(single, path, tmp_path / f"x{INDEX_SUFFIX}")
-    with pytest.raises(ConfigError, match="0 workers"):
+    with pytest.raises(ConfigError, match="not 0 workers"):
         loraio.merge_file(single, path, tmp_path / "x.safetensors", workers=0)
     assert files_of(base) == before
 
@@ -204,8 +207,8 @@ def test_a_change_too_small_to_be_squared_is_a_change() -> None:
     base = torch.full((8,), 1e-30, dtype=torch.bfloat16)
     found = base.clone()
     found[3] = torch.nextafter(base[3], base[3] * 2)
-    assert checkpoint_writer.Fold.of(weight_check.FoldCheck(), base, found).change > 0
-    assert checkpoint_writer.Fold.of(weight_check.FoldCheck(), base, base).change == 0
+    assert Fold.of(weight_check.FoldCheck(), base, found).change > 0
+    assert Fold.of(weight_check.FoldCheck(), base, base).change == 0
 
 
 # Copies
@@ -314,7 +317,7 @@ def test_a_disk_without_the_room_says_so_before_anything_is_written(
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
     monkeypatch.setattr(atomic, "_fallocate", full)
-    monkeypatch.setattr(checkpoint_writer, "_each", None)
+    monkeypatch.setattr(checkpoint_writer, "run_each", None)
     before = names_in(tmp_path)
     with pytest.raises(OutputError, match=os.strerror(errno.ENOSPC)):
         loraio.merge_file(base, path, tmp_path / "m.safetensors")
@@ -347,7 +350,7 @@ def test_a_large_file_is_flushed_while_it_is_written(tmp_path: Path, monkeypatch
 def test_what_a_disk_refuses_early_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
-    told, real = threading.Event(), streaming.write_all
+    told, real = threading.Event(), checkpoint_writer.write_all
 
     def broken(_: int) -> None:
         told.set()
@@ -368,9 +371,9 @@ def test_what_a_disk_refuses_early_is_not_forgotten(tmp_path: Path, monkeypatch:
 
 
 def test_products_of_numpy_take_one_thread_each_while_workers_share_the_processors() -> None:
-    found = [get for get, _ in streaming._openblas()]
+    found = [get for get, _ in _openblas()]
     before = [get() for get in found]
-    with streaming.one_thread_each():
+    with one_thread_each():
         assert torch.get_num_threads() == 1
         assert [get() for get in found] == [1] * len(found)
     assert [get() for get in found] == before
@@ -388,7 +391,7 @@ def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
         return real(words[0], words[1], 1000, *words[3:])
 
     monkeypatch.setattr(os, "copy_file_range", once)
-    monkeypatch.setattr(copying, "PAGE", 1)  # nothing passes through memory without need
+    monkeypatch.setattr(atomic, "PAGE", 1)  # nothing passes through memory without need
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
     loraio.merge_file(base, path, tmp_path / "m.safetensors", workers=1)
@@ -400,7 +403,7 @@ def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
 def test_a_disk_that_is_full_is_an_error_with_the_name_and_nothing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(copying, "PAGE", 1)  # nothing passes through memory without need
+    monkeypatch.setattr(atomic, "PAGE", 1)  # nothing passes through memory without need
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
     monkeypatch.setattr(os, "copy_file_range", refused(number))
@@ -445,7 +448,7 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
 ) -> None:
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
-    real, changes, lock = checkpoint_writer.copy_range, [], threading.Lock()
+    real, changes, lock = plans.copy_range, [], threading.Lock()
 
     def disturbed(*words: Any, **options: Any) -> int:
         with lock:  # one of the workers does it
@@ -453,7 +456,7 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
                 changes.append(change(base))
         return real(*words, **options)
 
-    monkeypatch.setattr(checkpoint_writer, "copy_range", disturbed)
+    monkeypatch.setattr(plans, "copy_range", disturbed)
     with pytest.raises((FormatError, loraio.errors.MissingFileError), match=r"changed while|cannot be read") as caught:
         loraio.merge_file(base, path, tmp_path / "m.safetensors", allow_base_mismatch=allow)
     assert repr(str(base)) in str(caught.value)
@@ -462,17 +465,17 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
 
 def test_a_copy_that_went_wrong_is_told_from_another_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, adapter = case()
-    real = checkpoint_writer.copy_range
+    real = plans.copy_range
 
     def wrong(source: FileIO, begin: int, target: FileIO, place: int, count: int, **options: Any) -> int:
         return real(source, begin - (count > 1000), target, place, count, **options)
 
-    monkeypatch.setattr(checkpoint_writer, "copy_range", wrong)
+    monkeypatch.setattr(plans, "copy_range", wrong)
     base, path = saved(state, adapter, tmp_path / "single")
     parts, _ = parted(state, adapter, tmp_path / "base")
     for allow in (False, True):
         for source, output in [(base, "m.safetensors"), (parts, "m")]:
-            with pytest.raises(VerificationError, match="is not what the base holds"):
+            with pytest.raises(VerificationError, match="differs from what the base holds"):
                 loraio.merge_file(source, path, tmp_path / output, allow_base_mismatch=allow)
             assert not [name for name in names_in(tmp_path) if name.startswith((".", "m"))]
 
@@ -484,27 +487,23 @@ def test_a_tensor_of_another_shape_takes_the_place_of_the_base_s(tmp_path: Path)
     state, adapter = case()
     base, _ = saved(state, adapter, tmp_path)
     header = tensorfile.read_header(base)
-    start = header.file_bytes - max(info.end for info in header.tensors.values())
-    plans = {
-        name: streaming.TensorPlan(
-            dtype=info.dtype,
-            shape=info.shape,
-            source=streaming.Stored(path=base, begin=start + info.begin, size=info.end - info.begin),
-            folded=name in adapter.targets,
+    planned = {
+        name: TensorPlan(
+            dtype=info.dtype, shape=info.shape, source=stored(header, name), folded=name in adapter.targets
         )
         for name, info in header.tensors.items()
     }
     head = tensor((3, 5), torch.float64, 3)
-    plans["half"] = checkpoint_writer.TensorPlan(dtype="F64", shape=(3, 5), source=head)
+    planned["half"] = TensorPlan(dtype="F64", shape=(3, 5), source=head)
     (tmp_path / "m").touch()
     written = checkpoint_writer.write_tensors(
-        plans,
+        planned,
         tmp_path / "m",
         metadata=lambda _: {"a": "b"},
-        change=checkpoint_writer.Folding(adapter=adapter, strength=1.0, exact=True),
-        inputs=streaming.Inputs(),
+        change=Folding(adapter=adapter, strength=1.0, exact=True),
+        inputs=Inputs(),
         workers=2,
-        progress=streaming.Progress(),
+        progress=Progress(),
         where="m",
     )
     expected = {**loraio.merge(state, adapter), "half": head}
@@ -654,7 +653,7 @@ def test_a_receipt_for_other_contents_is_not_believed(tmp_path: Path, monkeypatc
     base, path = parted(state, adapter, tmp_path / "base", count=2)
     work = tmp_path / ".m.merging"
     with monkeypatch.context() as patch:
-        patch.setattr(on_files._Merge, "_index", refused(errno.ENOSPC))
+        patch.setattr(on_files, "merged_index", refused(errno.ENOSPC))
         with pytest.raises(OutputError, match="No space left"):
             loraio.merge_file(base, path, tmp_path / "m")
     receipt = json.loads((work / RECEIPT).read_text())
@@ -668,7 +667,7 @@ def test_a_receipt_for_other_contents_is_not_believed(tmp_path: Path, monkeypatc
 
 
 def test_a_receipt_keeps_what_json_cannot(tmp_path: Path) -> None:
-    fold = checkpoint_writer.Fold(length=math.nan, moved=math.inf)
+    fold = Fold(length=math.nan, moved=math.inf)
     written = {"w": checkpoint_writer.Written(sha256="0", source_sha256="1", fold=fold)}
     (tmp_path / "part").touch()
     FinishedShards(tmp_path, {"a": 1}).add("part", [1], written)
@@ -693,7 +692,6 @@ loraio.merge_file(*sys.argv[1:], overwrite=True)
 """
 
 
-@pytest.mark.slow
 def test_a_merge_that_is_killed_at_any_moment_leaves_nothing_or_all_and_can_be_repeated(tmp_path: Path) -> None:
     state, adapter = case()
     state |= {f"more{number}": tensor((1500, 1000), torch.float64, number) for number in range(6)}
@@ -740,7 +738,6 @@ print((max(peak, anonymous()) - start) // 1024)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     used = []

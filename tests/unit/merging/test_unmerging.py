@@ -34,9 +34,10 @@ from loraio.errors import (
     VerificationError,
 )
 from loraio.files import tensorfile
+from loraio.files.copying import Inputs
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensors import dtype_code
-from loraio.merging import checkpoint_writer, residue_files
+from loraio.merging import residue_files, residue_writer
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -338,12 +339,20 @@ def no_residue_at_all(folder: Path) -> dict[str, Any]:
     return {"residue": folder / "base"}
 
 
-def newer_residue(folder: Path) -> dict[str, Any]:
+def with_version(folder: Path, version: int) -> dict[str, Any]:
     path = folder / "once.residue"
     header = tensorfile.read_header(path)
-    document = {**(header.document() or {}), "format_version": 3}
+    document = {**(header.document() or {}), "format_version": version}
     tensorfile.write(tensorfile.read_tensors(header), path, document=document, overwrite=True)
     return {}
+
+
+def newer_residue(folder: Path) -> dict[str, Any]:
+    return with_version(folder, 4)
+
+
+def older_residue(folder: Path) -> dict[str, Any]:
+    return with_version(folder, 2)
 
 
 def lying_residue(folder: Path) -> dict[str, Any]:
@@ -438,9 +447,9 @@ REFUSALS: list[tuple[Spoil, type[LoraioError], str]] = [
     (damaged_residue, FormatError, "the residue is not that of receipt 1 of 1, or it is damaged"),
     (residue_of_another_file, FormatError, "the residue is not that of receipt 1 of 1, or it is damaged"),
     (no_residue_at_all, FormatError, "is not a residue of a merge"),
-    (newer_residue, FormatError, "residue version 3, this loraio reads version 2"),
+    (newer_residue, FormatError, r"residue version 4, this loraio reads version 2\n(?s:.*)a newer loraio"),
     (lying_residue, FormatError, "strength is 0.25, the receipt has 1.0"),
-    (odd_residue, FormatError, "a residue that loraio did not write"),
+    (odd_residue, FormatError, "this residue was not written by loraio"),
     (residue_of_other_tensors, FormatError, "'conv2.weight' is not in the checkpoint"),
     (wrong_adapter, AdapterError, "is not that of receipt 1 of 1"),
     (base_as_adapter, FormatError, "is not an adapter but a base model"),
@@ -455,7 +464,7 @@ REFUSALS: list[tuple[Spoil, type[LoraioError], str]] = [
     (both, ConfigError, "one of the two"),
     (residue_with_base, ConfigError, "with the adapter, not with the base"),
     (every_with_adapter, ConfigError, "only with the base"),
-    (no_workers, ConfigError, "0 workers do no work"),
+    (no_workers, ConfigError, "there must be at least one worker"),
 ]
 
 
@@ -492,15 +501,15 @@ def test_a_pickle_has_no_receipts(chain: Path, trained_base: nn.Module) -> None:
 def test_a_residue_that_does_not_restore_is_not_kept(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = residue_files.restored
+    real = residue_writer.restored
 
     def wrong(*words: Any, **options: Any) -> torch.Tensor:
         made = real(*words, **options).clone()
         made.view(-1)[-1] += 1
         return made
 
-    monkeypatch.setattr(residue_files, "restored", wrong)
-    with pytest.raises(VerificationError, match="cannot be had back from its residue; nothing was written"):
+    monkeypatch.setattr(residue_writer, "restored", wrong)
+    with pytest.raises(VerificationError, match="cannot be restored from its residue; nothing was written"):
         loraio.merge_file(files / "base.safetensors", files / "three.safetensors", tmp_path / "m", reversible=True)
     assert names_in(tmp_path) == []
 
@@ -508,14 +517,14 @@ def test_a_residue_that_does_not_restore_is_not_kept(
 def test_a_residue_that_reads_back_wrong_is_not_kept(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = residue_files.read_bytes
+    real = residue_writer.read_bytes
 
     def wrong(*words: Any) -> torch.Tensor:
         raw = real(*words)
         raw[0] ^= 1
         return raw
 
-    monkeypatch.setattr(residue_files, "read_bytes", wrong)
+    monkeypatch.setattr(residue_writer, "read_bytes", wrong)
     with pytest.raises(VerificationError, match="reads back wrong; nothing was written"):
         loraio.merge_file(files / "base.safetensors", files / "three.safetensors", tmp_path / "m", reversible=True)
     assert names_in(tmp_path) == []
@@ -599,13 +608,13 @@ def test_progress_ends_at_all_that_was_to_do(chain: Path) -> None:
 
 
 def test_a_base_that_changes_meanwhile_is_noticed(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint_writer.Inputs.check
+    real = Inputs.check
 
-    def late(self: checkpoint_writer.Inputs) -> None:
+    def late(self: Inputs) -> None:
         rewritten(chain / "base", "fc.weight")
         real(self)
 
-    monkeypatch.setattr(checkpoint_writer.Inputs, "check", late)
+    monkeypatch.setattr(Inputs, "check", late)
     with pytest.raises(FormatError, match="changed while it was being read"):
         loraio.unmerge_file(chain / "once", chain / "a", base=chain / "base")
     assert not (chain / "a").exists()
