@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from loraio.errors import ConfigError
 from loraio.files.copying import Progress, StoppedError
@@ -33,39 +31,18 @@ def worker_count(workers: int | None) -> int:
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """The workers share the processors; each operation keeps to the one of its worker.
+    """Keep each operation of torch and of NumPy to the thread of its worker.
 
-    For products of NumPy too: the threads of its OpenBLAS wait for each other by running in circles, and several
-    workers that call it at once wait for its threads.
+    NumPy's OpenBLAS has one set of threads, which wait in a busy loop: workers that call it at once slow each other
+    down.
     """
-    counts = [(torch.get_num_threads, torch.set_num_threads), *_openblas()]
-    before = [get() for get, _ in counts]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        for _, put in counts:
-            put(1)
-        yield
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield
     finally:
-        for (_, put), count in zip(counts, before, strict=True):
-            put(count)
-
-
-@functools.cache
-def _openblas() -> list[tuple[Callable[[], int], Callable[[int], None]]]:
-    """How many threads NumPy's OpenBLAS has, and how to set that; nothing where NumPy has another library."""
-    modules = (sys.modules.get(f"numpy.{core}._multiarray_umath") for core in ("_core", "core"))
-    module = next((module for module in modules if module is not None), None)
-    if module is None:
-        return []
-    try:
-        library = ctypes.CDLL(module.__file__)  # and those that it is linked with
-    except OSError:
-        return []
-    names = [f"{start}{{}}_num_threads{end}" for start in ("scipy_openblas_", "openblas_") for end in ("64_", "")]
-    return [
-        (getattr(library, name.format("get")), getattr(library, name.format("set")))
-        for name in names
-        if hasattr(library, name.format("set")) and hasattr(library, name.format("get"))
-    ]
+        torch.set_num_threads(before)
 
 
 def counting(report: Callable[[int, int], None] | None, total: int) -> Progress:

@@ -23,6 +23,7 @@ import torch
 from checkpoints import State, adapter_of, case, files_of, names_in, parted, saved
 from safetensors.torch import save, save_file
 from strategies import tensor
+from threadpoolctl import threadpool_info
 from torch import nn
 
 import loraio
@@ -52,7 +53,7 @@ from loraio.merging.finished_shards import RECEIPT, FinishedShards
 from loraio.merging.folds import Fold, Folding
 from loraio.merging.plans import TensorPlan, stored
 from loraio.merging.weight_check import check_fold
-from loraio.merging.workers import _openblas, one_thread_each
+from loraio.merging.workers import one_thread_each
 
 
 def in_memory(state: State, adapter: Adapter, path: Path, strength: float = 1.0) -> bytes:
@@ -370,13 +371,16 @@ def test_what_a_disk_refuses_early_is_not_forgotten(tmp_path: Path, monkeypatch:
     assert names_in(tmp_path) == before
 
 
+def blas_threads() -> list[int]:
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
 def test_products_of_numpy_take_one_thread_each_while_workers_share_the_processors() -> None:
-    found = [get for get, _ in _openblas()]
-    before = [get() for get in found]
+    before = torch.get_num_threads(), blas_threads()
+    assert before[1]
     with one_thread_each():
-        assert torch.get_num_threads() == 1
-        assert [get() for get in found] == [1] * len(found)
-    assert [get() for get in found] == before
+        assert (torch.get_num_threads(), blas_threads()) == (1, [1] * len(before[1]))
+    assert (torch.get_num_threads(), blas_threads()) == before
 
 
 def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
