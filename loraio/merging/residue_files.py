@@ -14,7 +14,7 @@ from loraio.files import tensorfile
 from loraio.files.integrity import is_sha256
 from loraio.files.tensorfile import Header
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the metadata and the blocks of a residue file."""
 
 SUFFIX = ".residue"
@@ -81,10 +81,11 @@ def read_residue(path: str | os.PathLike[str]) -> ResidueFile:
         )
     version = document.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
+        older = isinstance(version, int) and not isinstance(version, bool) and version < FORMAT_VERSION
         raise FormatError(
             f"residue version {version!r}, this loraio reads version {FORMAT_VERSION}",
             where=where,
-            hint="a newer loraio",
+            hint="--base BASE (base= in Python), or the loraio that wrote it" if older else "a newer loraio",
         )
     said = document[KEY]
     if not isinstance(said, dict):

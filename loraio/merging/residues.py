@@ -1,16 +1,15 @@
-"""Residues: what has to be kept of a weight so that it can be had back, bit for bit, from the weight folded.
+"""Keep what restores a base weight from the folded weight, bit for bit: its residue.
 
-The old weight is predicted from the new one and the factors. Of the prediction only the difference to the old weight is
-kept, in steps from float to float: mostly none, because two roundings to nearest undo each other unless the folded
-weight lies in a coarser part of the floats. Any difference can be told, so nothing rests on the prediction but the
-size. But it must be the same wherever the residue is read, and so it is made of single IEEE operations in a fixed
-order, which no processor and no library of matrix products does in its own way.
+The old weight is predicted from the new one and the factors. The residue is the difference between prediction and old
+weight, counted in steps from float to float. It is mostly zero: two roundings to nearest undo each other unless the
+folded weight lies in a coarser part of the floats. Any difference can be coded, so a bad prediction costs only size.
+But the prediction must be the same on every machine. It is made of single IEEE operations in a fixed order, because
+libraries of matrix products order their sums differently on different processors.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
+import bz2
 from typing import Any
 
 import numpy as np
@@ -27,27 +26,18 @@ from loraio.files.tensors import tensor_bytes
 
 Words = NDArray[Any]
 
-LENGTHS = 4
-"""Each block begins with this many lengths in bytes, of four bytes each, of its parts."""
-
-PLAIN = 128
-"""Differences below this are one byte each; of larger ones the byte says how many bits the number has, which follow."""
-
-FAR = 255
-"""A byte in the gaps that says: so many more, and then goes on."""
-
-LEVEL = 9
-"""Of the deflate coder, as far as it matters with Huffman codes alone."""
+LENGTH = 4
+"""Each block begins with its length, in so many bytes, little-endian."""
 
 
 def residue_of(part: Adapter, base: Tensor, folded: Tensor, strength: float) -> bytes:
-    """A block from which `restored` makes the base weight.
+    """Return a block from which `restored` makes the base weight.
 
     Args:
         part: an adapter of one target, as `loraio.adapter.parts_of` gives them.
         base: the base weight, or the slice of it that ``part`` is for.
         folded: that weight with the adapter folded in, or anything else of its shape and dtype.
-        strength: that of the fold.
+        strength: strength of the fold.
     """
     ((name, target),) = part.targets.items()
     layer, kind = LAYER_TYPES[target.layer], KINDS[target.kind]
@@ -58,21 +48,24 @@ def residue_of(part: Adapter, base: Tensor, folded: Tensor, strength: float) -> 
 
 
 def restored(part: Adapter, folded: Tensor, strength: float, block: bytes, *, where: str) -> Tensor:
-    """The base weight, given its residue; arguments as `residue_of`.
+    """Return the base weight, given its residue; arguments as `residue_of`.
 
     Raises:
-        FormatError: the block is none of a weight of this shape and dtype.
+        FormatError: the block is not one for a weight of this shape and dtype.
     """
     ((_, target),) = part.targets.items()
     numbers = KINDS[target.kind].side_numbers(target.matrix_shape[0])
-    side, rest = _taken_apart(block, numbers, where)
-    return decode(rest, predicted(part, folded, strength, side), where=where)
+    start = LENGTH + 8 * numbers
+    if block_length(block[:LENGTH], where=where) != len(block) or len(block) < start:
+        raise _damaged(where)
+    side = torch.from_numpy(np.frombuffer(block[LENGTH:start], dtype="<f8").astype(np.float64)) if numbers else None
+    return decode(block[start:], predicted(part, folded, strength, side), where=where)
 
 
 def predicted(part: Adapter, folded: Tensor, strength: float, side: Tensor | None) -> Tensor:
-    """The base weight as it seems from the folded one; shape and dtype of ``folded``, the same bits everywhere.
+    """Predict the base weight from the folded one; shape and dtype of ``folded``, the same bits on every machine.
 
-    Where that is not a finite number it is the folded weight itself.
+    Where the prediction is not finite, it is the folded weight.
     """
     ((name, target),) = part.targets.items()
     layer, kind = LAYER_TYPES[target.layer], KINDS[target.kind]
@@ -84,83 +77,56 @@ def predicted(part: Adapter, folded: Tensor, strength: float, side: Tensor | Non
     return torch.where(old.isfinite(), old, folded)
 
 
-# The coder
+# Coding: a block is its length in four bytes, the side numbers, and the compressed differences.
 
 
 def encode(base: Tensor, guess: Tensor, side: Tensor | None = None) -> bytes:
-    """The differences of two tensors of a float dtype and shape, and numbers that go with them.
+    """Return a block with the differences of two tensors of one float dtype and shape, and with side numbers.
 
-    What differs at all is mostly rare and small. Of each number that differs two bytes are coded: how many stood before
-    it that do not, and the difference itself, with its sign in the lowest bit. Both go through Huffman codes (RFC
-    1951); the lower bits of large differences are as good as random, and stand as they are.
+    The differences are whole numbers, mostly zero. Their lowest bytes come first, then the next bytes, and so on: each
+    of these planes compresses well by itself.
     """
     steps = steps_between(base, guess)
-    at = np.flatnonzero(steps)
-    values = steps[at]
-    bits = _bit_lengths(values)
-    large = values >= PLAIN
-    symbols = np.where(large, PLAIN + bits, values).astype(np.uint8)
-    parts = [
-        b"" if side is None else bytes(tensor_bytes(side).numpy().data),
-        _deflated(_gaps(at)),
-        _deflated(symbols),
-        _low_bits(values[large], bits[large]),
-    ]
-    lengths = np.array([len(part) for part in parts], dtype="<u4").tobytes()
-    return b"".join([lengths, *parts])
+    planes = np.ascontiguousarray(steps.view(np.uint8).reshape(len(steps), steps.itemsize).T)
+    numbers = b"" if side is None else bytes(tensor_bytes(side).numpy().data)
+    rest = numbers + bz2.compress(planes.tobytes())
+    return (LENGTH + len(rest)).to_bytes(LENGTH, "little") + rest
 
 
-def decode(parts: tuple[bytes, bytes, bytes], guess: Tensor, *, where: str) -> Tensor:
-    """The tensor of which `encode` told the differences to ``guess``.
+def decode(coded: bytes, guess: Tensor, *, where: str) -> Tensor:
+    """Return the tensor that `encode` was given, from its compressed differences to ``guess``.
 
     Raises:
-        FormatError: the parts do not belong together, or to a tensor of this size.
+        FormatError: these are not differences for a tensor of this size.
     """
-    gaps, symbols, low = parts
-    count = guess.numel()
-    distances = _inflated(gaps, 2 * count, where)
-    ends = np.flatnonzero(distances != FAR)
-    found = _inflated(symbols, count, where)
-    if len(ends) != len(found) or (len(distances) and distances[-1] == FAR):
+    count, width = guess.numel(), guess.dtype.itemsize
+    coder = bz2.BZ2Decompressor()
+    try:
+        planes = coder.decompress(coded, count * width + 1)  # a few bytes may stand for very many
+    except (OSError, EOFError) as error:
+        raise _damaged(where) from error
+    if not coder.eof or coder.unused_data or len(planes) != count * width:
         raise _damaged(where)
-    runs = np.diff(ends, prepend=-1) - 1
-    at = np.cumsum(runs * FAR + distances[ends].astype(np.int64) + 1) - 1
-    width = guess.dtype.itemsize
-    large = found > PLAIN
-    bits = found[large].astype(np.int64) - PLAIN
-    if (len(at) and at[-1] >= count) or not found.all() or (bits > 8 * width).any() or (found == PLAIN).any():
-        raise _damaged(where)
-    values = found.astype(_unsigned(width))
-    values[large] = _from_low_bits(low, bits, _unsigned(width), where)
-    steps = np.zeros(count, dtype=_unsigned(width))
-    steps[at] = values
+    digits = np.frombuffer(planes, dtype=np.uint8).reshape(width, count)
+    steps = np.ascontiguousarray(digits.T).view(_unsigned(width)).reshape(count)
     raw = torch.from_numpy(_stepped(tensor_bytes(guess), steps))
     return raw.view(torch.uint8).view(guess.dtype).view(guess.shape)
 
 
+def block_length(head: bytes, *, where: str) -> int:
+    """Return the length of a block, given its first `LENGTH` bytes.
+
+    Raises:
+        FormatError: it is shorter than that.
+    """
+    length = int.from_bytes(head, "little")
+    if len(head) < LENGTH or length < LENGTH:
+        raise _damaged(where)
+    return length
+
+
 def _damaged(where: str) -> FormatError:
     return FormatError("the residue is damaged: it does not belong to a weight of this shape", where=where)
-
-
-def _taken_apart(block: bytes, numbers: int, where: str) -> tuple[Tensor | None, tuple[bytes, bytes, bytes]]:
-    """The numbers that go with a block, and its coded parts."""
-    head = 4 * LENGTHS
-    lengths = np.frombuffer(block[:head], dtype="<u4").tolist() if len(block) >= head else []
-    if len(lengths) != LENGTHS or head + sum(lengths) != len(block) or lengths[0] != 8 * numbers:
-        raise _damaged(where)
-    parts, position = [], head
-    for length in lengths:
-        parts.append(block[position : position + length])
-        position += length
-    side = torch.from_numpy(np.frombuffer(parts[0], dtype="<f8").astype(np.float64)) if numbers else None
-    return side, (parts[1], parts[2], parts[3])
-
-
-def block_length(head: bytes, *, where: str) -> int:
-    """How long a block is, head and all, given its first bytes."""
-    if len(head) < 4 * LENGTHS:
-        raise _damaged(where)
-    return 4 * LENGTHS + int(np.frombuffer(head[: 4 * LENGTHS], dtype="<u4").sum(dtype=np.int64))
 
 
 def _unsigned(width: int) -> Any:
@@ -168,7 +134,7 @@ def _unsigned(width: int) -> Any:
 
 
 def _ordered(raw: Tensor, width: int) -> Words:
-    """The bits of floats as whole numbers that are ordered as the floats are."""
+    """Map the bits of floats to whole numbers in the order of the floats."""
     bits: Words = raw.numpy().view(_unsigned(width))
     sign = bits.dtype.type(1 << (8 * width - 1))
     made: Words = np.where(bits & sign, ~bits, bits | sign)
@@ -176,7 +142,7 @@ def _ordered(raw: Tensor, width: int) -> Words:
 
 
 def steps_between(base: Tensor, guess: Tensor) -> Words:
-    """How many floats ``base`` is above ``guess``, flat, modulo their number, with the sign in the lowest bit."""
+    """Count the floats from ``guess`` up to ``base``, flat, modulo their number, with the sign in the lowest bit."""
     width = base.dtype.itemsize
     apart = _ordered(tensor_bytes(base), width) - _ordered(tensor_bytes(guess), width)
     negative = apart >> (8 * width - 1)
@@ -184,73 +150,10 @@ def steps_between(base: Tensor, guess: Tensor) -> Words:
 
 
 def _stepped(guess: Tensor, steps: Words) -> Words:
-    """The inverse of `steps_between`."""
+    """Invert `steps_between`."""
     width = steps.itemsize
     apart = (steps >> 1) ^ (0 - (steps & 1))
     ordered = _ordered(guess, width) + apart
     sign = ordered.dtype.type(1 << (8 * width - 1))
     made: Words = np.where(ordered & sign, ordered ^ sign, ~ordered)
     return made
-
-
-def _gaps(at: Words) -> Words:
-    """How many stand between places, in bytes: `FAR` for as many each, and then the rest."""
-    between = np.diff(at, prepend=-1) - 1
-    ends = np.cumsum(between // FAR + 1)
-    made: Words = np.full(ends[-1] if len(ends) else 0, FAR, dtype=np.uint8)
-    made[ends - 1] = between % FAR
-    return made
-
-
-def _bit_lengths(values: Words) -> Words:
-    """How many binary digits whole numbers have."""
-    found = np.zeros(len(values), dtype=np.int64)
-    rest = values.copy()
-    for shift in (32, 16, 8, 4, 2, 1):
-        if shift < 8 * values.itemsize:
-            high = rest >> shift
-            has = high > 0
-            found[has] += shift
-            rest = np.where(has, high, rest)
-    total: Words = found + (rest > 0)
-    return total
-
-
-def _planes(bits: Words) -> Iterator[tuple[int, Words]]:
-    """Which numbers have a digit to tell at each place: all but the highest, which is one."""
-    for place in range(int(bits.max(initial=1)) - 1):
-        yield place, np.flatnonzero(bits > place + 1)
-
-
-def _low_bits(values: Words, bits: Words) -> bytes:
-    digits = [(values[which] >> place).astype(np.uint8) & 1 for place, which in _planes(bits)]
-    return np.packbits(np.concatenate([np.empty(0, np.uint8), *digits])).tobytes()
-
-
-def _from_low_bits(low: bytes, bits: Words, dtype: Any, where: str) -> Words:
-    if len(low) != -(-int((bits - 1).sum()) // 8):
-        raise _damaged(where)
-    digits, position = np.unpackbits(np.frombuffer(low, dtype=np.uint8)), 0
-    values: Words = np.ones(len(bits), dtype=dtype) << (bits - 1).astype(dtype)
-    for place, which in _planes(bits):
-        values[which] |= digits[position : position + len(which)].astype(dtype) << dtype.type(place)
-        position += len(which)
-    return values
-
-
-def _deflated(data: Words) -> bytes:
-    coder = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(data.tobytes()) + coder.flush() if len(data) else b""
-
-
-def _inflated(data: bytes, most: int, where: str) -> Words:
-    if not data:
-        return np.empty(0, dtype=np.uint8)
-    coder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        found = coder.decompress(data, most + 1)
-    except zlib.error as error:
-        raise _damaged(where) from error
-    if not coder.eof or coder.unused_data or len(found) > most:
-        raise _damaged(where)
-    return np.frombuffer(found, dtype=np.uint8)

@@ -10,7 +10,7 @@ from loraio.files.copying import Inputs
 from loraio.merging.folds import Fold
 from loraio.merging.plans import read_bytes, stored
 from loraio.merging.residue_files import ResidueFile
-from loraio.merging.residues import LENGTHS, block_length, restored
+from loraio.merging.residues import LENGTH, block_length, restored
 
 
 class Unfolding:
@@ -45,7 +45,7 @@ class Unfolding:
     def _next(self, name: str, where: str) -> bytes:
         place, done = stored(self._residue.header, name), self._read.get(name, 0)
         with self._inputs.open(place.path) as file:
-            head = bytes(read_bytes(file, place.begin + done, min(4 * LENGTHS, place.size - done)).numpy().data)
+            head = bytes(read_bytes(file, place.begin + done, min(LENGTH, place.size - done)).numpy().data)
             size = block_length(head, where=where)
             if done + size > place.size:
                 raise FormatError("the residue is damaged: a block is longer than its tensor", where=where)

@@ -124,10 +124,10 @@ def test_a_residue_says_of_which_merge_it_is(run: Run, run_json: RunJson, files:
     (receipt,) = run_json("inspect", path)["merged"]
     found = run_json("inspect", f"{path}.residue")
     digests = {key: receipt[key] for key in ("adapter_sha256", "base_sha256", "strength")}
-    assert found.items() >= {"type": "residue", "format_version": 2, "merged_sha256": done.sha256, **digests}.items()
+    assert found.items() >= {"type": "residue", "format_version": 3, "merged_sha256": done.sha256, **digests}.items()
     assert found["tensors"].keys() == receipt["changed"].keys()
     text = run("inspect", f"{path}.residue").stdout
-    assert text.startswith(f"{path}.residue: residue of a merge, format version 2, 3 tensors")
+    assert text.startswith(f"{path}.residue: residue of a merge, format version 3, 3 tensors")
     assert receipt["residue_sha256"] in run("inspect", path).stdout
     assert f"merged_sha256: {done.sha256}" in text
 
