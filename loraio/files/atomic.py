@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import stat
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from io import FileIO
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from loraio.errors import LoraioError, OutputError, OutputExistsError
@@ -85,40 +82,6 @@ def staged(
             _give_name(temporary, target, name, overwrite=overwrite)
         sync_folder(target.parent)
 
-
-_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
-
-
-def reserve(file: FileIO, size: int) -> None:
-    """Make a file so long, and have the system set the space for it aside, where it can.
-
-    To fill what is set aside takes the system less than to find the space block by block, and a disk without the room
-    says so before anything is written.
-
-    Raises:
-        OSError: the system refuses it.
-    """
-    file.truncate(size)
-    while _fallocate is not None and _fallocate(file.fileno(), 0, 0, size):
-        code = ctypes.get_errno()
-        if code in _CANNOT:
-            return
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
-
-
-def _found_fallocate() -> Callable[[int, int, int, int], int] | None:
-    """The system's own: ``os.posix_fallocate`` writes to every block where there is none."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None, use_errno=True)
-    function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return function
-
-
-_fallocate = _found_fallocate()
 
 EARLY = 1 << 26
 """Files from so many bytes on are flushed while they are written."""

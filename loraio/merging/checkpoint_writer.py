@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraio.adapter.adapter import parts_of
 from loraio.errors import VerificationError
-from loraio.files.atomic import flushed_early, reserve
+from loraio.files.atomic import flushed_early
 from loraio.files.copying import Copied, Inputs, Progress, write_all
 from loraio.files.integrity import PENDING
 from loraio.files.tensorfile import layout, metadata_of, read_header
@@ -101,7 +101,7 @@ def write_tensors(
 
     size = len(start) + sum(plan.made_size for plan in plans.values())
     with FileIO(path, "r+") as file:
-        reserve(file, size)
+        file.truncate(size)
     with flushed_early(path, size):
         written = run_each((name[len(prefix) :] for name in placed), job, workers=workers, progress=progress)
     end, _ = layout(facts, metadata(written), where=where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import math
@@ -279,50 +278,6 @@ def test_bytes_pass_through_memory_only_where_pages_would_be_put_together(
         assert copy_range(source, 5 + len(data), target, place, 1, room=memory) == 0
     assert (tmp_path / "target").read_bytes() == bytes(place) + data
     assert bool(calls) == (place == PAGE + 5)
-
-
-def test_space_is_set_aside_where_the_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[int] = []
-    asked: list[tuple[int, ...]] = []
-
-    def answering(*words: int) -> int:
-        asked.append(words[1:])
-        code = answers.pop(0)
-        ctypes.set_errno(code)
-        return -1 if code else 0
-
-    path = tmp_path / "file"
-    path.write_bytes(b"longer than it is to be")
-    monkeypatch.setattr(atomic, "_fallocate", answering)
-    with FileIO(path, "r+") as file:
-        for given in ([0], [errno.EINTR, errno.EINTR, 0], [errno.EOPNOTSUPP], [errno.ENOSYS]):
-            answers[:] = given
-            atomic.reserve(file, 10)
-            assert not answers
-        assert asked == [(0, 0, 10)] * 6
-        answers[:] = [errno.ENOSPC]
-        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-            atomic.reserve(file, 10)
-        monkeypatch.setattr(atomic, "_fallocate", None)  # on other systems
-        atomic.reserve(file, 12)
-    assert path.read_bytes() == b"longer tha\0\0"
-
-
-def test_a_disk_without_the_room_says_so_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: int) -> int:
-        ctypes.set_errno(errno.ENOSPC)
-        return -1
-
-    state, adapter = case()
-    base, path = saved(state, adapter, tmp_path)
-    monkeypatch.setattr(atomic, "_fallocate", full)
-    monkeypatch.setattr(checkpoint_writer, "run_each", None)
-    before = names_in(tmp_path)
-    with pytest.raises(OutputError, match=os.strerror(errno.ENOSPC)):
-        loraio.merge_file(base, path, tmp_path / "m.safetensors")
-    assert names_in(tmp_path) == before
 
 
 def test_a_large_file_is_flushed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
