@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
@@ -167,71 +166,28 @@ class StoppedError(Exception):
     """Another thread has failed."""
 
 
-_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ENOTSOCK}
-
 PIECE = 1 << 18
-"""Bytes that pass through memory at once: more of them, written in one call, take the system much longer for each."""
+"""Bytes of one write: a write of more takes Linux longer for each byte."""
 
 
-PAGE = 4096
-"""What the system keeps of a file in memory comes in pieces of so many bytes, or of a multiple."""
-
-
-def copy_range(
-    source: FileIO, begin: int, target: FileIO, place: int, count: int, *, room: memoryview | None = None
-) -> int:
-    """Copy bytes from file to file, by the system itself where it can: ``copy_file_range``, else ``sendfile``.
-
-    Some pairs of filesystems can do neither; then the bytes pass through memory. They also do where somebody has memory
-    to spare and every page would have to be put together of two: that takes the system longer than both ways.
+def copy_bytes(source: FileIO, begin: int, target: FileIO, place: int, room: memoryview) -> None:
+    """Copy ``len(room)`` bytes from file to file, through memory.
 
     Args:
         source: an unbuffered file.
-        begin: of the bytes in it.
-        target: another one.
-        place: where they go.
-        count: how many.
-        room: memory that may be written over.
+        begin: offset of the bytes in it.
+        target: another unbuffered file.
+        place: offset in it.
+        room: memory that is written over.
 
-    Returns:
-        how many were copied: fewer than asked for only where the source ends.
+    Raises:
+        MissingFileError, FormatError: as `read_into`.
     """
-    piece = room[:PIECE] if room is not None else memoryview(bytearray(min(count, PIECE)))
-
-    def by_memory(source: FileIO, begin: int, target: FileIO, place: int, count: int) -> int:
-        source.seek(begin)
-        read = source.readinto(piece[:count]) or 0
-        target.seek(place)
-        write_all(target, piece[:read])
-        return read
-
-    done, apart = 0, room is not None and (place - begin) % PAGE != 0
-    for way in (_copy_file_range, _sendfile, by_memory)[2 * apart :]:
-        try:
-            while done < count:
-                copied = way(source, begin + done, target, place + done, count - done)
-                if not copied:  # the end of the source; or one of those files of which the system copies nothing
-                    break
-                done += copied
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
-        if done == count:
-            break
-    return done
-
-
-def _copy_file_range(source: FileIO, begin: int, target: FileIO, place: int, count: int) -> int:
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    return os.copy_file_range(source.fileno(), target.fileno(), count, begin, place)
-
-
-def _sendfile(source: FileIO, begin: int, target: FileIO, place: int, count: int) -> int:
-    if not hasattr(os, "sendfile"):
-        return 0
-    target.seek(place)
-    return os.sendfile(target.fileno(), source.fileno(), begin, count)
+    for start in range(0, len(room), PIECE):
+        piece = room[start : start + PIECE]
+        read_into(source, begin + start, piece)
+        target.seek(place + start)
+        write_all(target, piece)
 
 
 def write_all(target: FileIO, data: memoryview) -> None:

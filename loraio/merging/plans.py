@@ -16,7 +16,7 @@ from torch import Tensor
 from loraio.bases.checkpoints import BaseCheckpoint
 from loraio.bases.identity import state_sha256
 from loraio.errors import MissingFileError
-from loraio.files.copying import BLOCK, Inputs, Progress, Stored, changed, copy_range, read_into, write_all
+from loraio.files.copying import BLOCK, Inputs, Progress, Stored, copy_bytes, read_into, write_all
 from loraio.files.tensorfile import Header
 from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_bytes
 from loraio.merging.workers import run_each
@@ -198,8 +198,7 @@ class InFile:
         read_into(self.file, self.stored.begin + start, room)
 
     def copy(self, start: int, target: FileIO, place: int, room: memoryview) -> None:
-        if copy_range(self.file, self.stored.begin + start, target, place, len(room), room=room) < len(room):
-            raise changed(self.stored.path)
+        copy_bytes(self.file, self.stored.begin + start, target, place, room)
 
 
 @contextlib.contextmanager

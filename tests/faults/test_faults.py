@@ -36,7 +36,6 @@ from loraio.training.resuming import SideFile
 
 FUNCTIONS = (
     "chmod",
-    "copy_file_range",
     "fsync",
     "ftruncate",
     "link",
@@ -45,12 +44,11 @@ FUNCTIONS = (
     "rename",
     "replace",
     "rmdir",
-    "sendfile",
     "unlink",
 )
 """Of the module os, that fail. Besides them ``write`` and ``truncate`` of files."""
 
-ROOM = ("copy_file_range", "fsync", "link", "mkdir", "open", "sendfile", "truncate", "write")
+ROOM = ("fsync", "link", "mkdir", "open", "truncate", "write")
 """What fails on a disk that is full, each time."""
 
 REASONS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT)

@@ -43,7 +43,7 @@ from loraio.errors import (
     VerificationError,
 )
 from loraio.files import atomic, tensorfile
-from loraio.files.copying import PAGE, PIECE, Inputs, Progress, copy_range
+from loraio.files.copying import PIECE, Inputs, Progress, copy_bytes
 from loraio.files.folders import working_folder
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_bytes
@@ -221,63 +221,16 @@ def refused(number: int) -> Callable[..., int]:
     return refuse
 
 
-def short(real: Callable[..., int]) -> Callable[..., int]:
-    """A system call that does less than it is asked for."""
-
-    def less(*words: int) -> int:
-        at = 2 if real.__name__ == "copy_file_range" else 3
-        return real(*words[:at], max(words[at] // 3, 1), *words[at + 1 :])
-
-    return less
-
-
-def nothing(*_: Any) -> int:
-    return 0
-
-
-@pytest.mark.parametrize("send", ["real", "short", errno.EINVAL, "nothing", "absent"])
-@pytest.mark.parametrize(
-    "copy", ["short", errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, "nothing", "absent"]
-)
-def test_a_system_that_copies_badly_changes_no_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: str | int, send: str | int
-) -> None:
-    for name, way in {"copy_file_range": copy, "sendfile": send}.items():
-        if way == "absent":
-            monkeypatch.delattr(os, name)
-        elif way != "real":
-            fake = refused(way) if isinstance(way, int) else short(getattr(os, name)) if way == "short" else nothing
-            monkeypatch.setattr(os, name, fake)
-    data = os.urandom(3 * PIECE // 2)
+@pytest.mark.parametrize("size", [0, 1, PIECE, 2 * PIECE + 99])
+def test_bytes_are_copied_piece_by_piece(tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
     (tmp_path / "source").write_bytes(b"before" + data + b"after")
     (tmp_path / "target").write_bytes(b"kept" + bytes(len(data)) + b"kept")
     with FileIO(tmp_path / "source") as source, FileIO(tmp_path / "target", "r+") as target:
-        assert copy_range(source, 6, target, 4, len(data)) == len(data)
-        assert copy_range(source, 6 + len(data), target, 4 + len(data), 99) == 5
-    assert (tmp_path / "target").read_bytes() == b"kept" + data + b"after"
-
-
-@pytest.mark.parametrize("room", [7, PIECE, 2 * PIECE])
-@pytest.mark.parametrize("place", [0, 1, PAGE + 5])
-def test_bytes_pass_through_memory_only_where_pages_would_be_put_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, room: int
-) -> None:
-    real, calls = os.copy_file_range, []
-
-    def counted(*words: int) -> int:
-        calls.append(words)
-        return real(*words)
-
-    monkeypatch.setattr(os, "copy_file_range", counted)
-    data = os.urandom(PIECE + 99)
-    (tmp_path / "source").write_bytes(b"start" + data)
-    (tmp_path / "target").write_bytes(b"")
-    memory = memoryview(bytearray(room))
-    with FileIO(tmp_path / "source") as source, FileIO(tmp_path / "target", "r+") as target:
-        assert copy_range(source, 5, target, place, len(data), room=memory) == len(data)
-        assert copy_range(source, 5 + len(data), target, place, 1, room=memory) == 0
-    assert (tmp_path / "target").read_bytes() == bytes(place) + data
-    assert bool(calls) == (place == PAGE + 5)
+        copy_bytes(source, 6, target, 4, memoryview(bytearray(size)))
+        with pytest.raises(FormatError, match="changed while it was being read"):
+            copy_bytes(source, 6 + size, target, 4 + size, memoryview(bytearray(6)))
+    assert (tmp_path / "target").read_bytes() == b"kept" + data + b"kept"
 
 
 def test_a_large_file_is_flushed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,34 +291,13 @@ def test_products_of_numpy_take_one_thread_each_while_workers_share_the_processo
     assert (torch.get_num_threads(), blas_threads()) == before
 
 
-def test_a_copy_that_fails_half_way_is_finished_by_the_next_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = os.copy_file_range, []
-
-    def once(*words: int) -> int:
-        calls.append(words)
-        if len(calls) > 1:
-            raise OSError(errno.EXDEV, "cross-device")
-        return real(words[0], words[1], 1000, *words[3:])
-
-    monkeypatch.setattr(os, "copy_file_range", once)
-    monkeypatch.setattr(atomic, "PAGE", 1)  # nothing passes through memory without need
-    state, adapter = case()
-    base, path = saved(state, adapter, tmp_path)
-    loraio.merge_file(base, path, tmp_path / "m.safetensors", workers=1)
-    assert len(calls) > 1
-    assert (tmp_path / "m.safetensors").read_bytes() == in_memory(state, adapter, tmp_path / "expected")
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_is_full_is_an_error_with_the_name_and_nothing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(atomic, "PAGE", 1)  # nothing passes through memory without need
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
-    monkeypatch.setattr(os, "copy_file_range", refused(number))
+    monkeypatch.setattr(plans, "copy_bytes", refused(number))
     with pytest.raises(OutputError, match=r"m\.safetensors' cannot be written"):
         loraio.merge_file(base, path, tmp_path / "m.safetensors")
     assert names_in(tmp_path) == ["adapter.safetensors", "base.safetensors"]
@@ -407,15 +339,15 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
 ) -> None:
     state, adapter = case()
     base, path = saved(state, adapter, tmp_path)
-    real, changes, lock = plans.copy_range, [], threading.Lock()
+    real, changes, lock = plans.copy_bytes, [], threading.Lock()
 
-    def disturbed(*words: Any, **options: Any) -> int:
+    def disturbed(*words: Any) -> None:
         with lock:  # one of the workers does it
             if not changes:
                 changes.append(change(base))
-        return real(*words, **options)
+        real(*words)
 
-    monkeypatch.setattr(plans, "copy_range", disturbed)
+    monkeypatch.setattr(plans, "copy_bytes", disturbed)
     with pytest.raises((FormatError, loraio.errors.MissingFileError), match=r"changed while|cannot be read") as caught:
         loraio.merge_file(base, path, tmp_path / "m.safetensors", allow_base_mismatch=allow)
     assert repr(str(base)) in str(caught.value)
@@ -424,12 +356,12 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(
 
 def test_a_copy_that_went_wrong_is_told_from_another_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, adapter = case()
-    real = plans.copy_range
+    real = plans.copy_bytes
 
-    def wrong(source: FileIO, begin: int, target: FileIO, place: int, count: int, **options: Any) -> int:
-        return real(source, begin - (count > 1000), target, place, count, **options)
+    def wrong(source: FileIO, begin: int, target: FileIO, place: int, room: memoryview) -> None:
+        real(source, begin - (len(room) > 1000), target, place, room)
 
-    monkeypatch.setattr(plans, "copy_range", wrong)
+    monkeypatch.setattr(plans, "copy_bytes", wrong)
     base, path = saved(state, adapter, tmp_path / "single")
     parts, _ = parted(state, adapter, tmp_path / "base")
     for allow in (False, True):
@@ -601,7 +533,7 @@ def test_a_later_run_goes_on_from_the_parts_that_are_finished(tmp_path: Path, mo
     os.utime(base / first)
     assert finished() == 1
     with monkeypatch.context() as patch:
-        patch.setattr(loraio, "__version__", "9")
+        patch.setattr(on_files, "__version__", "9")
         interrupted()
     assert finished() == 0
 
