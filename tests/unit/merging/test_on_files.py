@@ -13,7 +13,7 @@ from torch import nn
 import loraio
 from loraio.errors import BaseMismatchError, OutputExistsError, VerificationError
 from loraio.files import copying, tensorfile
-from loraio.merging import plans
+from loraio.merging import checkpoint_writer, plans
 
 
 def test_the_file_holds_what_merge_gives_and_says_what_was_merged(
@@ -94,7 +94,7 @@ def test_a_file_that_reads_back_wrong_is_not_kept(
         if temporary and begin <= damaged_byte < begin + len(room):
             room[damaged_byte - begin] ^= 16
 
-    for module in (copying, plans):
+    for module in (checkpoint_writer, plans):
         monkeypatch.setattr(module, "read_into", damaged)
     target = tmp_path / "m.safetensors"
     target.write_bytes(b"old")

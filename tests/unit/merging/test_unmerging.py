@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from checkpoints import adapter_of, case, files_of, names_in, parted, saved
 from safetensors.torch import load_file, save_file
 from strategies import tensor
-from torch import nn
 
 import loraio
 from loraio.adapter import Adapter, WholeTensor
@@ -25,10 +23,7 @@ from loraio.bases.identity import state_sha256, tensor_sha256
 from loraio.errors import (
     AdapterError,
     BaseMismatchError,
-    ConfigError,
     FormatError,
-    LoraioError,
-    MissingFileError,
     OutputError,
     OutputExistsError,
     VerificationError,
@@ -210,18 +205,6 @@ def test_specials_come_back_with_all_their_bits(tmp_path: Path) -> None:
     assert (tmp_path / "again").read_bytes() == (tmp_path / "base.safetensors").read_bytes()
 
 
-@pytest.fixture
-def chain(files: Path, tmp_path: Path) -> Path:
-    """base, once and twice, each reversible; and the adapters."""
-    for name in ("base", "three", "seven"):
-        shutil.copy(files / f"{name}.safetensors", tmp_path / name)
-    loraio.merge_file(tmp_path / "base", tmp_path / "three", tmp_path / "once", reversible=True)
-    loraio.merge_file(
-        tmp_path / "once", tmp_path / "seven", tmp_path / "twice", reversible=True, force=True, strength=0.5
-    )
-    return tmp_path
-
-
 def test_a_chain_is_taken_apart_link_by_link_or_at_once(chain: Path) -> None:
     done = loraio.unmerge_file(chain / "twice", chain / "a", adapter=chain / "seven")
     assert (len(done.taken_off), len(done.left)) == (1, 1)
@@ -246,257 +229,6 @@ def test_an_adapter_of_another_tool_takes_its_merge_back(files: Path, tmp_path: 
     loraio.merge_file(files / "base.safetensors", tmp_path / "peft", tmp_path / "merged", reversible=True)
     loraio.unmerge_file(tmp_path / "merged", tmp_path / "again", adapter=tmp_path / "peft")
     assert (tmp_path / "again").read_bytes() == (files / "base.safetensors").read_bytes()
-
-
-# What is refused
-
-
-Spoil = Callable[[Path], dict[str, Any]]
-
-
-def rewritten(path: Path, name: str) -> None:
-    """The same file with one bit of a tensor flipped."""
-    header, data = tensorfile.read_header(path), bytearray(path.read_bytes())
-    data[8 + header.header_bytes + header.tensors[name].begin + 40] ^= 1
-    path.write_bytes(data)
-
-
-def changed_residue(path: Path, **entries: Any) -> None:
-    """The same residue with other entries in its document."""
-    header = tensorfile.read_header(path)
-    document = header.document() or {}
-    said = {**document["residue"], **entries}
-    tensorfile.write(
-        tensorfile.read_tensors(header),
-        path,
-        document={**document, "residue": {key: value for key, value in said.items() if value != "drop"}},
-        overwrite=True,
-    )
-
-
-def no_receipts(folder: Path) -> dict[str, Any]:
-    found = loraio.read_base(folder / "once")
-    tensorfile.write(found.state, folder / "once", document={"format_version": 1}, overwrite=True)
-    return {}
-
-
-def no_residue_in_the_receipt(folder: Path) -> dict[str, Any]:
-    loraio.merge_file(folder / "base", folder / "three", folder / "once", overwrite=True)
-    return {}
-
-
-def target_damaged(folder: Path) -> dict[str, Any]:
-    rewritten(folder / "once", "conv2.weight")
-    return {}
-
-
-def another_tensor_damaged(folder: Path) -> dict[str, Any]:
-    rewritten(folder / "once", "fc.weight")
-    return {}
-
-
-def not_a_number(folder: Path) -> dict[str, Any]:
-    found = loraio.read_base(folder / "once")
-    state = {name: tensor.clone() for name, tensor in found.state.items()}
-    state["conv1.weight"][0] = torch.nan
-    tensorfile.write(state, folder / "once", document=found.document, overwrite=True)
-    return {}
-
-
-def wrong_shape(folder: Path) -> dict[str, Any]:
-    found = loraio.read_base(folder / "once")
-    state = found.state | {"conv1.weight": found.state["conv1.weight"][:8].clone()}
-    tensorfile.write(state, folder / "once", document=found.document, overwrite=True)
-    return {}
-
-
-def truncated(folder: Path) -> dict[str, Any]:
-    (folder / "once").write_bytes((folder / "once").read_bytes()[:-5])
-    return {}
-
-
-def missing_residue(folder: Path) -> dict[str, Any]:
-    (folder / "once.residue").unlink()
-    return {}
-
-
-def truncated_residue(folder: Path) -> dict[str, Any]:
-    path = folder / "once.residue"
-    path.write_bytes(path.read_bytes()[:-5])
-    return {}
-
-
-def damaged_residue(folder: Path) -> dict[str, Any]:
-    rewritten(folder / "once.residue", "conv2.weight")
-    return {}
-
-
-def residue_of_another_file(folder: Path) -> dict[str, Any]:
-    return {"residue": folder / "twice.residue"}
-
-
-def no_residue_at_all(folder: Path) -> dict[str, Any]:
-    return {"residue": folder / "base"}
-
-
-def with_version(folder: Path, version: int) -> dict[str, Any]:
-    path = folder / "once.residue"
-    header = tensorfile.read_header(path)
-    document = {**(header.document() or {}), "format_version": version}
-    tensorfile.write(tensorfile.read_tensors(header), path, document=document, overwrite=True)
-    return {}
-
-
-def newer_residue(folder: Path) -> dict[str, Any]:
-    return with_version(folder, 4)
-
-
-def older_residue(folder: Path) -> dict[str, Any]:
-    return with_version(folder, 2)
-
-
-def lying_residue(folder: Path) -> dict[str, Any]:
-    changed_residue(folder / "once.residue", strength=0.25)
-    return {}
-
-
-def odd_residue(folder: Path) -> dict[str, Any]:
-    changed_residue(
-        folder / "once.residue", tensors=["x"], base_sha256=5, metadata=3, stripped=[], strength="x", index=1
-    )
-    return {}
-
-
-def residue_of_other_tensors(folder: Path) -> dict[str, Any]:
-    changed_residue(folder / "once.residue", tensors={"conv1.weight": "0" * 64})
-    return {}
-
-
-def wrong_adapter(folder: Path) -> dict[str, Any]:
-    return {"adapter": folder / "seven"}
-
-
-def base_as_adapter(folder: Path) -> dict[str, Any]:
-    return {"adapter": folder / "base"}
-
-
-def wrong_base(folder: Path) -> dict[str, Any]:
-    loraio.save_base(loraio.build_network("digit-cnn", seed=8), folder / "other")
-    return {"adapter": None, "base": folder / "other"}
-
-
-def wrong_base_and_damaged(folder: Path) -> dict[str, Any]:
-    rewritten(folder / "once", "fc.weight")
-    return {"adapter": None, "base": folder / "base"}
-
-
-def base_and_damaged_target(folder: Path) -> dict[str, Any]:
-    rewritten(folder / "once", "conv2.weight")
-    return {"adapter": None, "base": folder / "base"}
-
-
-def base_of_less(folder: Path) -> dict[str, Any]:
-    found = loraio.read_base(folder / "once")
-    state = {name: tensor for name, tensor in found.state.items() if name != "fc.bias"}
-    tensorfile.write(state | {"more": torch.zeros(2)}, folder / "once", document=found.document, overwrite=True)
-    return {"adapter": None, "base": folder / "base"}
-
-
-def missing_base(folder: Path) -> dict[str, Any]:
-    return {"adapter": None, "base": folder / "nothing"}
-
-
-def adapter_as_base(folder: Path) -> dict[str, Any]:
-    return {"adapter": None, "base": folder / "three"}
-
-
-def residue_as_base(folder: Path) -> dict[str, Any]:
-    return {"adapter": None, "base": folder / "once.residue"}
-
-
-def neither(folder: Path) -> dict[str, Any]:
-    return {"adapter": None}
-
-
-def both(folder: Path) -> dict[str, Any]:
-    return {"base": folder / "base"}
-
-
-def residue_with_base(folder: Path) -> dict[str, Any]:
-    return {"adapter": None, "base": folder / "base", "residue": folder / "once.residue"}
-
-
-def every_with_adapter(folder: Path) -> dict[str, Any]:
-    return {"every": True}
-
-
-def no_workers(folder: Path) -> dict[str, Any]:
-    return {"workers": 0}
-
-
-REFUSALS: list[tuple[Spoil, type[LoraioError], str]] = [
-    (no_receipts, FormatError, "has no receipts: loraio has merged nothing into it"),
-    (no_residue_in_the_receipt, FormatError, "receipt 1 of 1 has no residue: it was not merged with --reversible"),
-    (target_damaged, VerificationError, "'conv2.weight' is not what its last merge left"),
-    (another_tensor_damaged, VerificationError, "'fc.weight' is not the base's, though no adapter was to change it"),
-    (not_a_number, VerificationError, "'conv1.weight' is not what its last merge left"),
-    (wrong_shape, FormatError, r"'conv1.weight' is \(8, 1, 3, 3\) in the checkpoint, the adapter has"),
-    (truncated, FormatError, "truncated: [0-9,]+ of"),
-    (missing_residue, MissingFileError, "once.residue' does not exist: the residue of the merge"),
-    (truncated_residue, FormatError, "truncated: [0-9,]+ of"),
-    (damaged_residue, FormatError, "the residue is not that of receipt 1 of 1, or it is damaged"),
-    (residue_of_another_file, FormatError, "the residue is not that of receipt 1 of 1, or it is damaged"),
-    (no_residue_at_all, FormatError, "is not a residue of a merge"),
-    (newer_residue, FormatError, r"residue version 4, this loraio reads version 3\n(?s:.*)a newer loraio"),
-    (older_residue, FormatError, r"residue version 2, this loraio reads version 3\n(?s:.*)--base BASE"),
-    (lying_residue, FormatError, "strength is 0.25, the receipt has 1.0"),
-    (odd_residue, FormatError, "this residue was not written by loraio"),
-    (residue_of_other_tensors, FormatError, "'conv2.weight' is not in the checkpoint"),
-    (wrong_adapter, AdapterError, "is not that of receipt 1 of 1"),
-    (base_as_adapter, FormatError, "is not an adapter but a base model"),
-    (wrong_base, BaseMismatchError, r"the base has the digest \w{12}\.\., receipt 1 of 1 was merged into"),
-    (wrong_base_and_damaged, VerificationError, "'fc.weight' is not the base's, though no adapter"),
-    (base_and_damaged_target, VerificationError, "'conv2.weight' is not what its last merge left"),
-    (base_of_less, VerificationError, "(?s)'fc.bias' is missing.*'more' is not in the base"),
-    (missing_base, MissingFileError, "nothing' does not exist"),
-    (adapter_as_base, FormatError, "is an adapter, not a base model"),
-    (residue_as_base, FormatError, "is the residue of a merge, not a base model"),
-    (neither, ConfigError, "one of the two"),
-    (both, ConfigError, "one of the two"),
-    (residue_with_base, ConfigError, "with the adapter, not with the base"),
-    (every_with_adapter, ConfigError, "only with the base"),
-    (no_workers, ConfigError, "there must be at least one worker"),
-]
-
-
-@pytest.mark.parametrize(("spoil", "error", "message"), REFUSALS, ids=lambda value: getattr(value, "__name__", None))
-def test_what_is_wrong_is_said_and_nothing_written(
-    chain: Path, spoil: Spoil, error: type[LoraioError], message: str
-) -> None:
-    options = {"adapter": chain / "three"} | spoil(chain)
-    before = files_of(chain)
-    with pytest.raises(error, match=message):
-        loraio.unmerge_file(chain / "once", chain / "again", **options)
-    assert files_of(chain) == before
-
-
-def test_a_file_that_says_another_digest_than_it_has_is_refused(chain: Path) -> None:
-    """One of a loraio that did not yet say which tensors a merge changed."""
-    found = loraio.read_base(chain / "once")
-    merged = [{key: value for key, value in found.document["merged"][0].items() if key != "changed"}]
-    document = {**found.document, "merged": merged}
-    tensorfile.write(found.state, chain / "old", document=document)
-    assert loraio.unmerge_file(chain / "old", chain / "a", base=chain / "base").sha256
-    rewritten(chain / "old", "conv2.weight")
-    with pytest.raises(VerificationError, match=r"its tensors have the digest .* its metadata say"):
-        loraio.unmerge_file(chain / "old", chain / "b", base=chain / "base")
-    assert not (chain / "b").exists()
-
-
-def test_a_pickle_has_no_receipts(chain: Path, trained_base: nn.Module) -> None:
-    torch.save(trained_base.state_dict(), chain / "m.pt")
-    with pytest.raises(FormatError, match="a pickle, which has no receipts"):
-        loraio.unmerge_file(chain / "m.pt", chain / "b", base=chain / "base")
 
 
 def test_a_residue_that_does_not_restore_is_not_kept(
@@ -612,7 +344,7 @@ def test_a_base_that_changes_meanwhile_is_noticed(chain: Path, monkeypatch: pyte
     real = Inputs.check
 
     def late(self: Inputs) -> None:
-        rewritten(chain / "base", "fc.weight")
+        os.utime(chain / "base")
         real(self)
 
     monkeypatch.setattr(Inputs, "check", late)
