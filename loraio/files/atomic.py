@@ -84,7 +84,7 @@ def staged(
 
 
 EARLY = 1 << 26
-"""Files from so many bytes on are flushed while they are written."""
+"""Bytes from which on a file is flushed while it is written."""
 
 PAUSE = 0.1
 """Seconds between two flushes."""
@@ -92,15 +92,14 @@ PAUSE = 0.1
 
 @contextlib.contextmanager
 def flushed_early(path: Path, size: int) -> Iterator[None]:
-    """While the block writes a large file, let the system put on the disk what is in it, so that less is left to wait
-    for in the end.
+    """Flush a large file to the disk while the block writes it, so that the last flush is short.
 
     Args:
         path: the file.
-        size: what it will have.
+        size: bytes that it will have.
 
     Raises:
-        OSError: the disk refuses it. The system tells it once, and not to those who open the file later.
+        OSError: the disk refuses a write. The system reports that only once, so it must not be lost.
     """
     if size < EARLY or not hasattr(os, "fdatasync"):
         yield

@@ -1,12 +1,11 @@
-"""Bytes that go from file to file, and the digest of what has come to be there; needs no torch."""
+"""Copy bytes from file to file, and digest the copy; needs no torch."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING
 from loraio.errors import FormatError, MissingFileError
 
 if TYPE_CHECKING:
-    from hashlib import _Hash
+    pass
 
 BLOCK = 1 << 20
-"""Bytes that are copied before they are read back: few enough to be still in the processor's cache."""
+"""Bytes that are copied before they are read back: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +31,15 @@ class Stored:
 class Inputs:
     """Files that must not change while they are read.
 
-    They are read by their paths, again and again and from several threads; every time it must be the file of the first
-    time: the same inode, length and time of change.
+    Threads open them by path again and again. Each time it must be the first file: the same inode, length and time of
+    change.
     """
 
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[int, ...]] = {}
 
     def open(self, path: Path) -> FileIO:
-        """The file, unbuffered, for reading.
+        """Open a file for reading, unbuffered.
 
         Raises:
             MissingFileError: it cannot be opened any more.
@@ -63,7 +62,7 @@ class Inputs:
             self.open(path).close()
 
     def signature(self, path: Path) -> list[int]:
-        """What is compared, as plain numbers."""
+        """Return the numbers that are compared."""
         self.open(path).close()
         return list(self._seen[path])
 
@@ -73,12 +72,12 @@ class Inputs:
 
 
 def signature_of(found: os.stat_result) -> tuple[int, ...]:
-    """What of a file is another when somebody writes to it."""
+    """Return the numbers that change when somebody writes to a file."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def changed(path: Path) -> FormatError:
-    """The error for a file that somebody else writes to."""
+    """Return the error for a file that somebody else writes to."""
     return FormatError("the file changed while it was being read", where=f"{str(path)!r}", hint="try again")
 
 
@@ -86,7 +85,7 @@ def read_into(file: FileIO, begin: int, room: memoryview) -> None:
     """Fill memory with the bytes of a file.
 
     Raises:
-        MissingFileError, FormatError: they cannot be read, or there are not so many.
+        MissingFileError, FormatError: they cannot be read, or the file ends before.
     """
     path = Path(os.fsdecode(file.name))
     file.seek(begin)
@@ -100,49 +99,8 @@ def read_into(file: FileIO, begin: int, room: memoryview) -> None:
         raise MissingFileError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
 
 
-@dataclass(slots=True)
-class Copied:
-    """How far the copy of a tensor is; it may be gone on with at any time.
-
-    Attributes:
-        done: so many of its bytes are in the output.
-        digest: of them, as they were read back from there.
-    """
-
-    done: int = 0
-    digest: _Hash = field(default_factory=hashlib.sha256)
-
-    def go_on(
-        self,
-        copy: Callable[[int, FileIO, int, memoryview], None],
-        target: FileIO,
-        place: int,
-        size: int,
-        block: int = BLOCK,
-    ) -> Iterator[int]:
-        """Copy the rest, block by block; gives how many bytes each has.
-
-        Args:
-            copy: puts bytes, from the given one on, to a place in the file: as many as there is room for in memory, of
-                which it may make use.
-            target: the file.
-            place: of the tensor in it.
-            size: of the tensor in bytes.
-            block: bytes at a time; but for the first and the last they are whole blocks of the file.
-        """
-        room = memoryview(bytearray(min(block, size - self.done)))
-        while self.done < size:
-            at = place + self.done
-            part = room[: min(block - at % block, size - self.done)]
-            copy(self.done, target, at, part)
-            read_into(target, at, part)
-            self.digest.update(part)
-            self.done += len(part)
-            yield len(part)
-
-
 class Progress:
-    """Counts bytes, from several threads, and stops all of them when one has failed."""
+    """Counts bytes from several threads, and stops all threads when one has failed."""
 
     def __init__(self, report: Callable[[int], None] | None = None) -> None:
         self._report = report
@@ -150,10 +108,10 @@ class Progress:
         self.stopped = False
 
     def add(self, count: int) -> None:
-        """So many bytes are done.
+        """Count bytes as done.
 
         Raises:
-            StoppedError: the work has come to nothing in another thread.
+            StoppedError: another thread has failed.
         """
         if self.stopped:
             raise StoppedError

@@ -19,12 +19,13 @@ from torch import Tensor
 from loraio.adapter.adapter import parts_of
 from loraio.errors import VerificationError
 from loraio.files.atomic import flushed_early
-from loraio.files.copying import Copied, Inputs, Progress, write_all
+from loraio.files.copying import BLOCK, Inputs, Progress, read_into, write_all
 from loraio.files.integrity import PENDING
 from loraio.files.tensorfile import layout, metadata_of, read_header
 from loraio.files.tensors import TORCH_DTYPES, tensor_bytes
-from loraio.merging.folds import Change, Fold
+from loraio.merging.folds import Fold, Folding
 from loraio.merging.plans import InMemory, Plans, Source, TensorPlan, facts_of, opened, read_bytes, source_sha256
+from loraio.merging.unfolding import Unfolding
 from loraio.merging.workers import run_each
 
 
@@ -46,6 +47,10 @@ class Written:
 Metadata = Callable[[Mapping[str, Written]], Mapping[str, str]]
 """Returns a file's metadata once all tensors are written. It is called first with an empty mapping, for the length,
 which must not depend on the argument."""
+
+
+Change = Folding | Unfolding
+"""How weights are changed, slice by slice."""
 
 
 class SourceDiffersError(Exception):
@@ -156,8 +161,14 @@ def _give(
 
 
 def _copy(plan: TensorPlan, source: Source, target: FileIO, place: int, *, progress: Progress) -> Written:
-    copied = Copied()
-    for count in copied.go_on(source.copy, target, place, plan.size):
-        progress.add(count)
-    sha256 = copied.digest.hexdigest()
-    return Written(sha256=sha256, source_sha256=sha256)
+    """Copy a source block by block; the blocks of the file are read back while they are in the processor's cache."""
+    digest, done, room = hashlib.sha256(), 0, memoryview(bytearray(min(BLOCK, plan.size)))
+    while done < plan.size:
+        at = place + done
+        block = room[: min(BLOCK - at % BLOCK, plan.size - done)]
+        source.copy(done, target, at, block)
+        read_into(target, at, block)
+        digest.update(block)
+        done += len(block)
+        progress.add(len(block))
+    return Written(sha256=digest.hexdigest(), source_sha256=digest.hexdigest())

@@ -1,4 +1,4 @@
-"""Parts of an output that are finished before all of them are, for a run that goes on where one was killed."""
+"""Keep the finished shards of a merge, so that a later run can go on from them."""
 
 from __future__ import annotations
 
@@ -18,66 +18,66 @@ from loraio.merging.folds import Fold
 from loraio.merging.weight_check import FoldCheck
 
 RECEIPT = "receipt.json"
-"""In a working folder: which parts are finished, and of which merge."""
+"""File in a working folder that lists the finished shards, and names their merge."""
 
 
 class FinishedShards:
-    """The finished parts in a working folder; what else is in it, or belongs to another merge, is removed.
+    """The finished shards in a working folder. Anything else in the folder is removed, and shards of other merges too.
 
-    A part is of use if it is still the file that was finished, and the base's part the file that it was made from.
+    A shard is used if neither its file nor the base's shard has changed since.
 
     Args:
         folder: from `loraio.files.folders.working_folder`.
-        identity: what must be the same for a part to be of use, as plain JSON values.
+        identity: what must be the same for a shard to be used, as plain JSON values.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._folder = folder
         self._identity = dict(identity)
-        self._parts: dict[str, Any] = {}
+        self._shards: dict[str, Any] = {}
         self.reused = 0
         for file in folder.iterdir():
-            if file.is_symlink():  # nothing of ours; writing to it would write elsewhere
+            if file.is_symlink():  # not ours: writing to it would write elsewhere
                 file.unlink()
         with contextlib.suppress(LoraioError):
             found = read_json(folder / RECEIPT)
             if isinstance(found, dict) and found.get("of") == self._identity:
-                self._parts = found["parts"]
+                self._shards = found["parts"]
         for file in folder.iterdir():
-            if file.name not in (RECEIPT, *self._parts):
+            if file.name not in (RECEIPT, *self._shards):
                 file.unlink()
 
     def get(self, file: str, source: list[int]) -> dict[str, Written] | None:
-        """What is in a finished part; None where there is none.
+        """Return the tensors of a finished shard, or None.
 
         Args:
-            file: its name.
-            source: `loraio.merging.checkpoint_writer.Inputs.signature` of the base's part.
+            file: name of the shard.
+            source: `loraio.files.copying.Inputs.signature` of the base's shard.
         """
-        part = self._parts.get(file)
-        if part is None or part["source"] != source or part["file"] != _signature(self._folder / file):
+        shard = self._shards.get(file)
+        if shard is None or shard["source"] != source or shard["file"] != _signature(self._folder / file):
             return None
         self.reused += 1
-        return {name: _written(tensor) for name, tensor in part["tensors"].items()}
+        return {name: _written(tensor) for name, tensor in shard["tensors"].items()}
 
     def add(self, file: str, source: list[int], written: Mapping[str, Written]) -> None:
-        """A part is finished."""
-        self._parts[file] = {
+        """Record a finished shard."""
+        self._shards[file] = {
             "source": source,
             "file": _signature(self._folder / file),
             "tensors": {name: _plain(tensor) for name, tensor in written.items()},
         }
         with staged(self._folder / RECEIPT, overwrite=True) as temporary:
-            temporary.write_text(json.dumps({"of": self._identity, "parts": self._parts}), encoding="utf-8")
+            temporary.write_text(json.dumps({"of": self._identity, "parts": self._shards}), encoding="utf-8")
 
     def forget(self) -> None:
-        """All parts are about to get their names: nothing but they must be in the folder."""
+        """Remove the list: the shards are about to get their names, and nothing else may be in the folder."""
         (self._folder / RECEIPT).unlink()
 
 
 def _plain(tensor: Written) -> dict[str, Any]:
     fold = None
-    if tensor.fold is not None:  # JSON has no word for the length of a weight that holds NaN
+    if tensor.fold is not None:  # JSON cannot hold NaN
         lengths = {"length": tensor.fold.length.hex(), "moved": tensor.fold.moved.hex()}
         fold = {"check": asdict(tensor.fold.check), **lengths}
     return {"sha256": tensor.sha256, "source_sha256": tensor.source_sha256, "fold": fold}

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,32 +52,11 @@ class Fold:
         return math.sqrt(self.moved / self.length) if self.length else math.inf
 
 
-class Change(Protocol):
-    """How weights are changed. Slices of one weight come in order, in one thread."""
-
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter whose targets are changed."""
-        ...
-
-    def make(self, name: str, part: Adapter, weight: Tensor) -> Tensor:
-        """Return the new slice of a weight.
-
-        Args:
-            name: name of the weight.
-            part: the adapter for the slice, from `loraio.adapter.parts_of`.
-            weight: the slice.
-        """
-        ...
-
-    def look(self, name: str, part: Adapter, weight: Tensor, found: Tensor, so_far: Fold) -> Fold:
-        """Return the evidence for a slice as it was written; ``so_far`` is that for the slices before it."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folding:
-    """Fold an adapter in, and compare what was written with the reference; a `Change`.
+    """Folds an adapter in, and compares what was written with the reference.
+
+    Slices of one weight come in order, in one thread.
 
     Attributes:
         adapter: what is folded in.
@@ -93,9 +71,11 @@ class Folding:
     keep: Callable[[str, Adapter, Tensor, Tensor], None] | None = None
 
     def make(self, name: str, part: Adapter, weight: Tensor) -> Tensor:
+        """Return the new slice of a weight, given the adapter for the slice from `loraio.adapter.parts_of`."""
         return part.fold(name, weight, strength=self.strength, exact=self.exact)
 
     def look(self, name: str, part: Adapter, weight: Tensor, found: Tensor, so_far: Fold) -> Fold:
+        """Return the evidence for a slice as it was written; ``so_far`` is that for the slices before it."""
         check = check_fold(part, weight, found, self.strength, exact=self.exact, told=so_far.check.max_ulp)
         if self.keep is not None:
             self.keep(name, part, weight, found)

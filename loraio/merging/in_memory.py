@@ -1,4 +1,4 @@
-"""A state dict and an adapter give a new state dict, with no model class."""
+"""Merge an adapter into a state dict, without a model class."""
 
 from __future__ import annotations
 
@@ -26,36 +26,35 @@ def merge(
     force: bool = False,
     in_place: bool = False,
 ) -> dict[str, Tensor]:
-    """The weights with the adapter folded in for good: W + strength * scale * (B @ A) for every target.
+    """Fold an adapter into weights for good: W + strength * scale * (B @ A) for every target.
 
-    Accumulated in float64 and rounded once to the weight's own dtype: a folded weight is the float nearest to the sum.
-    Tensors that the adapter replaces whole are replaced, whatever the strength. The bits are those that an attached
-    model computes with, unless ``exact`` is false.
+    Sums are float64 and are rounded once to the weight's own dtype, so a folded weight is the float nearest to the sum.
+    Whole tensors are replaced, whatever the strength. An attached model computes with the same bits, unless ``exact``
+    is false.
 
     Args:
         state_dict: the base model's, on any device; not changed, unless in place.
         adapter: from `loraio.load` or `loraio.train`.
         strength: multiplies the adapter's scale.
-        allow_base_mismatch: go on where values or dtypes of the base are others; names and shapes must fit.
+        allow_base_mismatch: accept a base with other values or dtypes; names and shapes must fit.
         exact: false sums in float32, which is faster and no longer the nearest float; see `Target.fold`.
-        receipts: what was merged into the state dict before. It does not say so itself: ``read_base(path).receipts``
-            does for a file, and without them nothing but the base's digest stands against a second merge.
-        force: merge the same adapter again, or one into a base in which others are.
-        in_place: write the new weights over the old ones, which takes no further memory and less time; a model whose
-            state dict this is is then the merged one. An exception that comes once this has begun, Ctrl-C for one, is
-            raised when all is written. No forward pass may run meanwhile. `receipt` needs the base as it was, and so a
-            merge into new tensors.
+        receipts: the merges that the state dict has in it; of a file ``read_base(path).receipts``. Without them only
+            the base's digest prevents a second merge.
+        force: merge an adapter again, or merge into a base with other adapters in it.
+        in_place: write the new weights over the old ones, which takes no more memory and less time. A model with this
+            state dict then is the merged model. An exception after the first write, such as Ctrl-C, is raised when all
+            is written. No forward pass may run meanwhile. `receipt` needs the base as it was: merge into new tensors.
 
     Returns:
-        a new dict, same names in the same order; what the adapter changes are new tensors, all others are the tensors
-        passed in. In place all are.
+        a new dict with the same names in the same order. Tensors that the adapter changes are new, unless in place; all
+        others are the tensors passed in.
 
     Raises:
         AlreadyMergedError: by its receipts, the state dict has this adapter in it, or others, and not ``force``.
         BaseMismatchError: the adapter was made for another base; every target that differs is listed.
         AdapterError: a sum overflows the weight's dtype.
         ConfigError: the strength is not a finite number.
-        StateError: in place, and tensors that would be written over share memory, or a head is another one's size.
+        StateError: in place, tensors to write over share memory, or a head has another size.
     """
     strength = check_strength(strength)
     check_merge(adapter, state_dict, receipts, force=force, allow_base_mismatch=allow_base_mismatch)
@@ -70,6 +69,6 @@ def merge(
             folded |= {name: adapter.replace(name, state_dict[name]) for name in adapter.whole}
     merged: dict[str, Tensor] = OrderedDict((name, folded.get(name, tensor)) for name, tensor in state_dict.items())
     versions = getattr(state_dict, "_metadata", None)
-    if versions is not None:  # module versions, which load_state_dict looks at
+    if versions is not None:  # load_state_dict reads these module versions
         merged._metadata = versions  # type: ignore[attr-defined]  # as torch does it
     return merged

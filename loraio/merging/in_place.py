@@ -1,7 +1,7 @@
-"""New weights over the old ones, in the same memory: all of them, or none.
+"""Write new weights over the old ones, in the same memory: all of them, or none.
 
-Each slice of a weight is written by one operation, and torch counts the operations that write to a tensor. So what has
-been done is known at any moment, and whatever breaks in, Ctrl-C for one, the rest can still be written.
+One operation writes each slice of a weight, and torch counts operations on a tensor in its version counter. So it is
+always known how much is written, and after an exception such as Ctrl-C the rest can still be written.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from loraio.errors import StateError
 
 @dataclass(slots=True)
 class Overwrite:
-    """One tensor that is to be written over.
+    """One tensor to write over.
 
     Attributes:
-        tensor: it.
-        steps: by how many operations.
-        write: does those from one on.
+        tensor: the tensor.
+        steps: number of operations that write all of it.
+        write: runs the operations from the given one on.
     """
 
     tensor: Tensor
@@ -38,21 +38,21 @@ class Overwrite:
 
     @property
     def done(self) -> int:
-        """How many of the operations were made."""
+        """Number of operations that have run."""
         return self.tensor._version - self._before
 
     def go_on(self) -> None:
-        """Make those that are left."""
+        """Run the operations that are left."""
         if self.done < self.steps:
             self.write(self.done)
 
 
 def planned(state: Mapping[str, Tensor], adapter: Adapter, *, strength: float, exact: bool) -> list[Overwrite]:
-    """What a merge in place will write; checks all of it, and writes nothing.
+    """Plan what a merge in place writes, and check all of it; write nothing.
 
     Args:
-        state: the base's state dict, to which the adapter belongs.
-        adapter, strength, exact: as `loraio.merge` takes them.
+        state: state dict of the adapter's base.
+        adapter, strength, exact: as for `loraio.merge`.
 
     Raises:
         AdapterError: a sum overflows the weight's dtype.
@@ -66,7 +66,7 @@ def planned(state: Mapping[str, Tensor], adapter: Adapter, *, strength: float, e
     ]
     if problems:
         raise StateError(
-            "tensors of another shape cannot take the place of these", problems=problems, hint="merge into new ones"
+            "these tensors have another shape than the adapter's", problems=problems, hint="merge into new tensors"
         )
     weights = {name: state[name].detach() for name in adapter.targets}
     refuse_overflow(adapter.targets, adapter.factors, weights, strength=strength, exact=exact)
@@ -87,16 +87,14 @@ def _replace(new: Tensor, old: Tensor) -> Overwrite:
     return Overwrite(old, 1, lambda _: old.copy_(new))
 
 
-@torch.inference_mode(False)  # in which torch would not count
+@torch.inference_mode(False)  # there torch has no version counters
 @torch.no_grad()
 def overwrite(plan: Sequence[Overwrite]) -> None:
-    """Write all of it.
-
-    An exception that comes before the first operation leaves everything as it was; one that comes later is raised when
-    all is written.
+    """Write all tensors.
 
     Raises:
-        BaseException: what broke in.
+        BaseException: whatever was raised meanwhile. Before the first operation it leaves everything as it was; later
+            it is raised when all is written.
     """
     caught: BaseException | None = None
     while True:
@@ -106,7 +104,7 @@ def overwrite(plan: Sequence[Overwrite]) -> None:
                 each.go_on()
         except BaseException as error:
             now = [each.done for each in plan]
-            if not any(now) or now == before:  # what fails twice at the same place will not be done at all
+            if not any(now) or now == before:  # it fails twice at the same place
                 raise
             caught = error
         else:
@@ -116,20 +114,22 @@ def overwrite(plan: Sequence[Overwrite]) -> None:
 
 
 def refuse_unwritable(state: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Refuse tensors that cannot be written over without others being changed, or that torch counts no writes of.
+    """Refuse tensors that share memory with others, or that have no version counter.
 
     Args:
         state: all tensors.
-        names: of those to be written to.
+        names: names of the tensors to write to.
 
     Raises:
-        StateError: some cannot; all are listed.
+        StateError: some cannot be written over; all are listed.
     """
     chosen = set(names)
     problems = [f"{name!r}: {why}" for name in chosen if (why := _why_not(state[name])) is not None]
     problems = problems or _shared(state, chosen)
     if problems:
-        raise StateError("these tensors cannot be written over", problems=sorted(problems), hint="merge into new ones")
+        raise StateError(
+            "these tensors cannot be written over", problems=sorted(problems), hint="merge into new tensors"
+        )
 
 
 def _why_not(tensor: Tensor) -> str | None:
@@ -141,7 +141,7 @@ def _why_not(tensor: Tensor) -> str | None:
 
 
 def _shared(state: Mapping[str, Tensor], chosen: set[str]) -> list[str]:
-    """A line for each tensor to be written to whose memory, and torch's count with it, is that of another too."""
+    """Describe each chosen tensor that shares its memory, and so its version counter, with another."""
     storages: dict[int, list[str]] = {}
     for name, tensor in state.items():
         if tensor.layout == torch.strided and tensor.numel():

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -151,25 +150,29 @@ def read_bytes(file: FileIO, begin: int, count: int) -> Tensor:
     return raw
 
 
-class Source(Protocol):
-    """The bytes of one tensor."""
+@dataclass(frozen=True, slots=True)
+class InFile:
+    """The bytes of a tensor in an open file."""
+
+    stored: Stored
+    file: FileIO
 
     def read(self, start: int, count: int) -> Tensor:
-        """Return some of them, as a flat uint8 tensor."""
-        ...
+        """Return bytes as a flat uint8 tensor."""
+        return read_bytes(self.file, self.stored.begin + start, count)
 
     def fill(self, start: int, room: memoryview) -> None:
-        """Fill memory with them."""
-        ...
+        """Fill memory with bytes."""
+        read_into(self.file, self.stored.begin + start, room)
 
     def copy(self, start: int, target: FileIO, place: int, room: memoryview) -> None:
-        """Copy ``len(room)`` of them into a file; ``room`` may be written over."""
-        ...
+        """Copy ``len(room)`` bytes into a file; ``room`` may be written over."""
+        copy_bytes(self.file, self.stored.begin + start, target, place, room)
 
 
 @dataclass(frozen=True, slots=True)
 class InMemory:
-    """A source in memory, a flat uint8 tensor."""
+    """The bytes of a tensor in memory, flat uint8; the same methods."""
 
     data: Tensor
 
@@ -184,21 +187,7 @@ class InMemory:
         write_all(target, self.read(start, len(room)).numpy().data)
 
 
-@dataclass(frozen=True, slots=True)
-class InFile:
-    """A source in an open file."""
-
-    stored: Stored
-    file: FileIO
-
-    def read(self, start: int, count: int) -> Tensor:
-        return read_bytes(self.file, self.stored.begin + start, count)
-
-    def fill(self, start: int, room: memoryview) -> None:
-        read_into(self.file, self.stored.begin + start, room)
-
-    def copy(self, start: int, target: FileIO, place: int, room: memoryview) -> None:
-        copy_bytes(self.file, self.stored.begin + start, target, place, room)
+Source = InFile | InMemory
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from loraio.merging.residues import LENGTH, block_length, restored
 
 
 class Unfolding:
-    """Restore base weights from folded ones and their residue; a `loraio.merging.folds.Change`.
+    """Restores base weights from folded ones and their residue; takes the place of `loraio.merging.folds.Folding`.
 
     Args:
         adapter: what was folded in.
@@ -29,6 +29,7 @@ class Unfolding:
         self._read: dict[str, int] = {}
 
     def make(self, name: str, part: Adapter, weight: Tensor) -> Tensor:
+        """Return the base's slice of a weight."""
         where = f"{name!r} of {self._residue.where}"
         return restored(part, weight, self._residue.strength, self._next(name, where), where=where)
 

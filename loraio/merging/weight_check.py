@@ -19,32 +19,32 @@ from loraio.bases.identity import check_base
 from loraio.files.tensors import tensor_bytes
 
 MAX_ULP = 0.5
-"""A folded weight may be this far from the exact sum, in units in the last place: rounding to nearest, nothing more."""
+"""Largest distance of a folded weight from the exact sum, in units in the last place: one rounding to nearest."""
 
 NEAR = 0.49
-"""Half-precision weights that are surely nearer to their sums than this, in ulp, are not looked at in float64."""
+"""Half-precision weights that are surely nearer to their sums than this, in ulp, are not checked in float64."""
 
 UNDERFLOW = 2.0**-10
-"""What products that are too small for float32 may hide, in ulp of a half-precision dtype: 2**-149 each, the ulp of
-bfloat16 is at least 2**-133."""
+"""What underflow in float32 may hide, in ulp of a half-precision dtype: at most 2**-149 in each product, while the ulp
+of bfloat16 is at least 2**-133."""
 
 _NARROW = (torch.bfloat16, torch.float16)
-_EXPONENT = np.int32(0x7F800000)  # its bits in a float32: what is left is the power of two below the number
+_EXPONENT = np.int32(0x7F800000)  # of a float32: masks a number down to a power of two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightReport:
-    """The merged weights against base and adapter.
+    """Comparison of merged weights with base and adapter.
 
     Attributes:
-        folded: how many tensors the adapter changes.
-        replaced: how many tensors must be the adapter's own, bit for bit.
-        untouched: how many it must leave bit-identical.
-        values: how many numbers the folded tensors hold.
-        max_ulp: the largest distance of a folded weight from the exact sum, in units in the last place of the
-            weight's dtype. What the float64 sums are unsure of is taken off: about 1e-8 ulp for float32 weights, but
-            a few ulp for float64 weights, whose sums have no wider dtype.
-        not_correctly_rounded: how many folded weights are farther than 0.5 ulp.
+        folded: number of tensors that the adapter changes.
+        replaced: number of tensors that must be the adapter's own, bit for bit.
+        untouched: number of tensors that must stay bit-identical.
+        values: number of values in the folded tensors.
+        max_ulp: largest distance of a folded weight from the exact sum, in units in the last place of the weight's
+            dtype. The error of the float64 sums is taken off: about 1e-8 ulp for float32 weights, but a few ulp for
+            float64 weights, which have no wider dtype.
+        not_correctly_rounded: number of folded weights that are farther off than 0.5 ulp.
         problems: a line for each tensor that is missing, left over, changed, or folded wrong.
     """
 
@@ -58,7 +58,7 @@ class WeightReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every tensor is what it must be."""
+        """True if every tensor is right."""
         return not self.problems
 
 
@@ -71,10 +71,10 @@ def verify_weights(
     allow_base_mismatch: bool = False,
     exact: bool = True,
 ) -> WeightReport:
-    """The first half of `verify`, which needs no network.
+    """Check merged weights as `verify` does, without a network.
 
-    The reference shares no code with the merge: it is computed in NumPy, in float64. Where the merge was told that it
-    need not be exact, its weights are wrong only when they are farther off than float32 sums can be.
+    The reference is computed in NumPy, in float64, and shares no code with the merge. Weights of a merge that was not
+    exact are wrong only if they are farther off than float32 sums can be.
 
     Raises:
         BaseMismatchError: the adapter does not belong to this base.
@@ -116,12 +116,12 @@ def verify_weights(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldCheck:
-    """Folded weights against the reference; of two parts of a weight the sum is that of both together.
+    """Comparison of folded weights with the reference; the sum of two is the comparison of both slices.
 
     Attributes:
-        values: how many were looked at.
-        wrong: how many are farther than `MAX_ULP`.
-        max_ulp: the largest distance.
+        values: number of weights.
+        wrong: number of weights that are farther off than `MAX_ULP`.
+        max_ulp: largest distance in ulp.
     """
 
     values: int = 0
@@ -136,7 +136,7 @@ class FoldCheck:
         )
 
     def problems(self, name: str) -> list[str]:
-        """A line for the weight of that name, or none."""
+        """Describe what is wrong, in one line or none."""
         if not self.wrong:
             return []
         return [
@@ -151,18 +151,18 @@ def check_fold(
     """Compare folded weights with the reference.
 
     Args:
-        part: an adapter of one target, as `loraio.adapter.parts_of` gives them.
+        part: an adapter of one target, from `loraio.adapter.parts_of`.
         base: the base weight, or the slice of it that ``part`` is for.
-        found: what should be that weight with the adapter folded in, shape and dtype of ``base``.
-        strength: that of the merge.
-        exact: false for weights that were summed in float32: what such sums are unsure of is taken off the distances.
-        told: a distance in ulp that is known already: smaller ones need not be told.
+        found: the folded weight, shape and dtype of ``base``.
+        strength: strength of the merge.
+        exact: false for weights that were summed in float32; the error of such sums is taken off the distances.
+        told: a distance in ulp that was found before: smaller ones need not be reported.
 
     Returns:
-        the check; its ``max_ulp`` may be 0 where no weight is farther off than ``told``.
+        the check; its ``max_ulp`` may be 0 if no weight is farther off than ``told``.
     """
     name = next(iter(part.targets))
-    with np.errstate(over="ignore", invalid="ignore"):  # where the base or a sum is not finite
+    with np.errstate(over="ignore", invalid="ignore"):  # the base or a sum may not be finite
         near = _near_half(part, name, base, found, strength, told) if exact and base.dtype in _NARROW else None
         return near or _from_all(part, name, base, found, strength, exact)
 
@@ -182,10 +182,12 @@ def _from_all(adapter: Adapter, name: str, base: Tensor, found: Tensor, strength
 def _near_half(
     adapter: Adapter, name: str, base: Tensor, found: Tensor, strength: float, told: float
 ) -> FoldCheck | None:
-    """`check_fold` by way of float32, which is enough to see that most half-precision weights are near their sums.
+    """Check half-precision weights in float64 only where float32 cannot show that they are near their sums.
 
-    Only those that may be as far off as `NEAR`, or as ``told``, are looked at in float64; if none is, or not all is
-    finite, there is no answer. Nothing rests on float32 but which weights these are.
+    Those are the weights that may be as far off as `NEAR`, or as ``told``. float32 decides nothing else.
+
+    Returns:
+        None if there are none, or if not all numbers are finite.
     """
     target = adapter.targets[name]
     layer, kind = LAYER_TYPES[target.layer], KINDS[target.kind]
@@ -193,15 +195,15 @@ def _near_half(
     factors = {short: factor.detach().cpu() for short, factor in adapter.factors_of(name).items()}
     narrow = {short: factor.float().numpy() for short, factor in factors.items()}
     reference, margin = kind.reference(weight, narrow, scale=target.scale, strength=strength)
-    margin *= 2  # the factors and their scale may have been rounded to float32 too
+    margin *= 2  # factors and scale may have been rounded to float32 too
     off = np.abs(values - reference)
     off += margin
     np.abs(reference, out=reference)
-    reference -= margin  # towards zero, where the numbers are denser
+    reference -= margin  # towards zero: the ulp is smaller there
     info = torch.finfo(base.dtype)
     bits = reference.view(np.int32)
     bits &= _EXPONENT
-    np.maximum(bits, np.float32(info.tiny).view(np.int32), out=bits)  # positive numbers are ordered as their bits are
+    np.maximum(bits, np.float32(info.tiny).view(np.int32), out=bits)  # positive floats are ordered like their bits
     power = bits.view(np.float32)
     least = max(NEAR, min(told, MAX_ULP)) - UNDERFLOW
     power *= np.float32(info.eps * least)
@@ -219,7 +221,7 @@ def _near_half(
 
 
 def _distance(values: Any, exact: Any, error: Any, dtype: torch.dtype) -> Tensor:
-    """Distance of numbers from exact ones, beyond the error of these, in ulp of a dtype; float64 in and out."""
+    """Measure how far numbers are from exact ones, less the error of these, in ulp of a dtype; float64 in and out."""
     found, reference, slack = (torch.from_numpy(array) for array in (values, exact, error))
     beyond = ((found - reference).abs() - slack).clamp(min=0)
     distance = (beyond / ulp(reference, dtype)).nan_to_num(nan=torch.inf, posinf=torch.inf)
