@@ -28,7 +28,7 @@ from loraio.files.integrity import PENDING
 from loraio.files.temporaries import owned_file
 from loraio.files.tensors import tensor_bytes
 from loraio.merging.checkpoint_writer import copy_tensor
-from loraio.merging.plans import Plans, facts_of, facts_sha256, read_bytes
+from loraio.merging.plans import Plans, facts_sha256, read_bytes
 from loraio.merging.residue_files import FORMAT_VERSION, KEY, residue_beside
 from loraio.merging.residues import residue_of, restored
 
@@ -132,7 +132,7 @@ class ResidueWriter:
         where = f"{str(self.path)!r}"
         sizes = {name: sum(size for _, size in blocks) for name, blocks in self._blocks.items()}
         facts: dict[str, tuple[str, tuple[int, ...]]] = {name: ("U8", (size,)) for name, size in sizes.items()}
-        facts |= facts_of(originals)
+        facts |= {name: (plan.dtype, plan.shape) for name, plan in originals.items()}  # not what replaces them
         whole = {"format_version": FORMAT_VERSION, KEY: dict(document)}
         metadata = partial(tensorfile.metadata_of, whole, facts, where=where)
         start, placed = tensorfile.layout(facts, metadata(lambda _: PENDING), where=where)
