@@ -231,6 +231,7 @@ loraio.merge_file(*sys.argv[1:], overwrite=True)
 """
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_killed_at_any_moment_leaves_nothing_or_all_and_can_be_repeated(tmp_path: Path) -> None:
     state, adapter = case()
     state |= {f"more{number}": tensor((1500, 1000), torch.float64, number) for number in range(6)}
