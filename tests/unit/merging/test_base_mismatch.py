@@ -112,7 +112,9 @@ def test_a_mismatch_that_is_allowed_is_merged_verified_and_recorded(
         assert model.conv1.weight.equal(merged["conv1.weight"])  # type: ignore[union-attr, operator]
 
 
-def test_names_and_shapes_must_fit_whatever_is_allowed(trained_base: nn.Module, three: loraio.Adapter) -> None:
+def test_names_and_shapes_must_fit_even_where_a_mismatch_is_allowed(
+    trained_base: nn.Module, three: loraio.Adapter
+) -> None:
     state = trained_base.state_dict()
     for broken in (
         {name: tensor for name, tensor in state.items() if name != "conv1.weight"},
