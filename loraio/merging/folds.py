@@ -59,7 +59,7 @@ class Folding:
     Slices of one weight come in order, in one thread.
 
     Attributes:
-        adapter: what is folded in.
+        adapter: the adapter to fold in.
         strength: multiplies its scale.
         exact: fold in float64, otherwise in float32.
         keep: called with every slice before and after the fold.

@@ -29,7 +29,7 @@ def merge(
     """Fold an adapter into weights for good: W + strength * scale * (B @ A) for every target.
 
     Sums are float64 and are rounded once to the weight's own dtype, so a folded weight is the float nearest to the sum.
-    Whole tensors are replaced, whatever the strength. An attached model computes with the same bits, unless ``exact``
+    Whole tensors are replaced at any strength. An attached model computes with the same bits, unless ``exact``
     is false.
 
     Args:

@@ -93,8 +93,8 @@ def overwrite(plan: Sequence[Overwrite]) -> None:
     """Write all tensors.
 
     Raises:
-        BaseException: whatever was raised meanwhile. Before the first operation it leaves everything as it was; later
-            it is raised when all is written.
+        BaseException: any exception meanwhile. Before the first operation it leaves everything as it was; later it is
+            raised when all is written.
     """
     caught: BaseException | None = None
     while True:

@@ -25,7 +25,7 @@ from loraio.merging.residue_writer import ResidueWriter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
-    """One merge: its inputs, the plan of every tensor, and what is known of the base.
+    """One merge: its inputs, the plan of every tensor, and the facts known of the base.
 
     Attributes:
         checkpoint: the base without values, or a pickle's with them.

@@ -1,4 +1,4 @@
-"""Plan what each tensor of an output is made of, and read the sources of these plans."""
+"""Plan how each tensor of an output is made, and read the sources of these plans."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loraio.merging.workers import run_each
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
-    """What one tensor of the output is made of.
+    """The source of one tensor of the output, and how it is changed.
 
     Attributes:
         dtype: safetensors code.

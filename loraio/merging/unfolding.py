@@ -17,7 +17,7 @@ class Unfolding:
     """Restores base weights from folded ones and their residue; takes the place of `loraio.merging.folds.Folding`.
 
     Args:
-        adapter: what was folded in.
+        adapter: the adapter that was folded in.
         residue: residue of the merge.
         inputs: opens the residue file.
     """

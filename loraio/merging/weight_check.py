@@ -136,7 +136,7 @@ class FoldCheck:
         )
 
     def problems(self, name: str) -> list[str]:
-        """Describe what is wrong, in one line or none."""
+        """Describe the weights that are wrong, in one line or none."""
         if not self.wrong:
             return []
         return [

@@ -1,4 +1,4 @@
-"""Blocks of residues that were written once: what is read from them never changes, on no machine."""
+"""Blocks of residues that were written once give the same weights on every machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merge that was reversible can be taken back, bit for bit, whatever was merged into whatever."""
+"""A reversible merge of any adapter into any base can be taken back, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merge that streams writes the bytes of one in memory, whatever happens to its files."""
+"""A streamed merge writes the bytes of a merge in memory, and nothing when its files fail or change."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_what_a_disk_refuses_early_is_not_forgotten(tmp_path: Path, monkeypatch:
         told.set()
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def waiting(*words: Any) -> None:  # it is told while there is still something to write
+    def waiting(*words: Any) -> None:  # the flush fails while there is still something to write
         assert told.wait(60)
         real(*words)
 

@@ -1,4 +1,4 @@
-"""Merging in place: the bits of a merge into new tensors, in the old memory; all or nothing, whatever breaks in."""
+"""A merge in place writes the bits of a merge into new tensors: all of them or none, after any exception."""
 
 from __future__ import annotations
 
@@ -103,14 +103,14 @@ def test_an_adapter_that_is_attached_elsewhere_sees_that_its_base_changed() -> N
 
 
 class Interrupted(BaseException):
-    """Something breaks in."""
+    """An exception of the test."""
 
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("after", [False, True], ids=["before the sum", "after the sum"])
-def test_what_breaks_in_leaves_all_of_it_or_nothing(
+def test_an_exception_leaves_all_of_it_or_nothing(
     kind: str, exact: bool, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_base()

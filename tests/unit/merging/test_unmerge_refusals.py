@@ -1,4 +1,4 @@
-"""What is wrong with the inputs of an unmerge is said, and nothing is written."""
+"""An unmerge names each fault of its inputs, and writes nothing."""
 
 from __future__ import annotations
 
