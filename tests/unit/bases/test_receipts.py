@@ -18,6 +18,15 @@ from loraio.bases.receipts import read_receipts
 from loraio.errors import AlreadyMergedError, BaseMismatchError, FormatError
 from loraio.files import tensorfile
 
+Words = tuple[Path, Path, Path]
+"""Base, adapter and output of a merge."""
+
+
+@pytest.fixture
+def words(files: Path, tmp_path: Path) -> Callable[[str], Words]:
+    """Returns the words of a merge of an adapter into the file that has three in it already."""
+    return lambda name: (files / "merged.safetensors", files / f"{name}.safetensors", tmp_path / "out.safetensors")
+
 
 def merged_model(model: nn.Module, adapter: loraio.Adapter, strength: float = 1.0, **options: Any) -> nn.Module:
     """A copy with the adapter merged in."""
@@ -72,36 +81,30 @@ def test_a_receipt_survives_being_written_and_read(files: Path, tmp_path: Path) 
     assert read_receipts({"merged": [made.document()]}, where="x") == (made,)
 
 
-def test_the_same_adapter_is_not_merged_twice_unless_forced(files: Path, tmp_path: Path) -> None:
-    path = tmp_path / "again.safetensors"
-    words = (files / "merged.safetensors", files / "three.safetensors", path)
+def test_the_same_adapter_is_not_merged_twice_unless_forced(words: Callable[[str], Words], tmp_path: Path) -> None:
+    base, three, path = words("three")
     for options in ({}, {"allow_base_mismatch": True}):
         with pytest.raises(AlreadyMergedError, match=r"was merged into this file already \(receipt 1 of 1\)"):
-            loraio.merge_file(*words, **options)
+            loraio.merge_file(base, three, path, **options)
     assert not path.exists()
-    done = loraio.merge_file(*words, force=True)
-    assert done.receipt.forced == (
-        f"adapter {done.receipt.adapter_sha256[:12]}.. was merged into this file already (receipt 1 of 1)",
-    )
-    assert done.receipt.base_mismatch == ()
-    assert loraio.read_base(path).receipts[1] == done.receipt
+    done = loraio.merge_file(base, three, path, force=True).receipt
+    assert done.forced == (f"adapter {done.adapter_sha256[:12]}.. was merged into this file already (receipt 1 of 1)",)
+    assert done.base_mismatch == ()
+    assert loraio.read_base(path).receipts[1] == done
     with pytest.raises(AlreadyMergedError, match=r"\(receipt 2 of 2\)"):
-        loraio.merge_file(path, files / "three.safetensors", tmp_path / "third.safetensors")
+        loraio.merge_file(path, three, tmp_path / "third.safetensors")
 
 
-def test_another_adapter_is_not_merged_into_a_merged_file_unless_forced(files: Path, tmp_path: Path) -> None:
-    words = (files / "merged.safetensors", files / "seven.safetensors", tmp_path / "both.safetensors")
+def test_another_adapter_is_not_merged_into_a_merged_file_unless_forced(words: Callable[[str], Words]) -> None:
+    base, adapter, path = words("seven")
     with pytest.raises(AlreadyMergedError, match="was made for what this file was before receipt 1 of 1") as refusal:
-        loraio.merge_file(*words)
+        loraio.merge_file(base, adapter, path)
     assert "--force" in str(refusal.value)
-    done = loraio.merge_file(*words, force=True)
-    assert "before receipt 1 of 1" in done.receipt.forced[0]
-    merged, seven = loraio.read_base(words[0]), loraio.load(words[1])
-    expected = loraio.merge(merged.state, seven, allow_base_mismatch=True)
-    assert all(loraio.read_base(words[2]).state[name].equal(expected[name]) for name in expected)
-    assert loraio.verify_weights(
-        merged.state, seven, loraio.read_base(words[2]).state, allow_base_mismatch=True
-    ).ok  # fmt: skip
+    assert "before receipt 1 of 1" in loraio.merge_file(base, adapter, path, force=True).receipt.forced[0]
+    merged, seven, found = loraio.read_base(base).state, loraio.load(adapter), loraio.read_base(path).state
+    expected = loraio.merge(merged, seven, allow_base_mismatch=True)
+    assert all(found[name].equal(expected[name]) for name in expected)
+    assert loraio.verify_weights(merged, seven, found, allow_base_mismatch=True).ok
 
 
 def test_an_adapter_that_was_made_for_the_merged_file_needs_no_force(
@@ -114,41 +117,37 @@ def test_an_adapter_that_was_made_for_the_merged_file_needs_no_force(
     assert done.receipt.base_sha256 == loraio.read_base(files / "merged.safetensors").document["sha256"]
 
 
-def test_an_adapter_of_another_tool_is_not_taken_for_one_that_was_made_for_the_merged_file(
-    files: Path, tmp_path: Path
+def test_an_adapter_of_another_tool_is_not_taken_for_one_of_the_merged_file(
+    words: Callable[[str], Words], tmp_path: Path
 ) -> None:
     for name in ("three", "seven"):
-        loraio.convert(files / f"{name}.safetensors", tmp_path / name, to="peft")
-    words = (files / "merged.safetensors", tmp_path / "seven", tmp_path / "both.safetensors")
+        base, path, output = words(name)
+        loraio.convert(path, tmp_path / name, to="peft")
+    seven = tmp_path / "seven"
     with pytest.raises(AlreadyMergedError, match="was made for what this file was before receipt 1 of 1"):
-        loraio.merge_file(*words)  # it says so in a place that PEFT passes over
-    assert loraio.merge_file(*words, force=True).receipt.base_mismatch == ()
-    tensors = tmp_path / "seven" / "adapter_model.safetensors"
+        loraio.merge_file(base, seven, output)  # the file names its base where PEFT does not look
+    assert loraio.merge_file(base, seven, output, force=True).receipt.base_mismatch == ()
+    tensors = seven / "adapter_model.safetensors"
     save_file(load_file(tensors), tensors, metadata={"format": "pt"})  # as PEFT itself would have written it
     with pytest.raises(AlreadyMergedError, match="it has 1 receipt of merges"):
-        loraio.merge_file(*words, overwrite=True)
-    assert loraio.merge_file(*words, force=True, overwrite=True).receipt.forced
+        loraio.merge_file(base, seven, output, overwrite=True)
+    assert loraio.merge_file(base, seven, output, force=True, overwrite=True).receipt.forced
     with pytest.raises(AlreadyMergedError, match="was merged into this file already"):
-        loraio.merge_file(words[0], tmp_path / "three", words[2], overwrite=True)
-
-
-def changed(path: Path, name: str, **entries: Any) -> Path:
-    """The same file with another value in a tensor, and other entries in its document."""
-    found = loraio.read_base(path)
-    state = {key: tensor.clone() for key, tensor in found.state.items()}
-    state[name].view(-1)[0] += 1
-    tensorfile.write(state, path, document={**found.document, **entries}, overwrite=True)
-    return path
+        loraio.merge_file(base, tmp_path / "three", output, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["fc.bias", "conv2.weight"])
-def test_force_lets_pass_only_what_the_receipts_explain(files: Path, tmp_path: Path, name: str) -> None:
-    path = tmp_path / "merged.safetensors"
-    path.write_bytes((files / "merged.safetensors").read_bytes())
-    words = (changed(path, name), files / "seven.safetensors", tmp_path / "both.safetensors")
+def test_force_permits_only_differences_that_the_receipts_explain(
+    words: Callable[[str], Words], tmp_path: Path, name: str
+) -> None:
+    base, seven, output = words("seven")
+    found, changed = loraio.read_base(base), tmp_path / "changed.safetensors"
+    state = {key: tensor.clone() for key, tensor in found.state.items()}
+    state[name].view(-1)[0] += 1
+    tensorfile.write(state, changed, document=dict(found.document))
     with pytest.raises(BaseMismatchError, match="does not belong to this base"):
-        loraio.merge_file(*words, force=True)
-    done = loraio.merge_file(*words, force=True, allow_base_mismatch=True)
+        loraio.merge_file(changed, seven, output, force=True)
+    done = loraio.merge_file(changed, seven, output, force=True, allow_base_mismatch=True)
     assert done.receipt.forced
     assert done.receipt.base_mismatch
 
@@ -198,7 +197,7 @@ def test_in_memory_the_receipts_are_the_caller_s_to_give(
         ({"residue_sha256": 5}, "residue_sha256 is 5"),
     ],
 )
-def test_a_receipt_that_is_none_is_refused_where_it_matters(
+def test_a_receipt_that_loraio_did_not_write_is_refused_by_a_merge(
     files: Path, tmp_path: Path, entry: Mapping[str, Any], message: str
 ) -> None:
     good = {} if entry == {"strength": 1} else {"adapter_sha256": "0" * 64, "base_sha256": "0" * 64, "strength": 1.0}
@@ -210,7 +209,7 @@ def test_a_receipt_that_is_none_is_refused_where_it_matters(
     assert str(path) in str(refusal.value)
 
 
-def test_a_parted_checkpoint_keeps_its_receipts_in_the_index(
+def test_a_sharded_checkpoint_keeps_its_receipts_in_the_index(
     files: Path, write_parts: Callable[..., Path], tmp_path: Path
 ) -> None:
     index = write_parts(loraio.read_base(files / "base.safetensors").state, tmp_path / "parts")
