@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from loraio.bases.attached import carries_adapter, is_adapter_part
+from loraio.bases.attached import AttachedPart, carries_adapter
 from loraio.errors import StateError
 from loraio.live.places import Place
 
@@ -56,7 +56,7 @@ def attachments(model: nn.Module) -> list[Any]:
     """The handle, a `loraio.Attachment`, of each adapter that a model and its parts carry."""
     found: dict[int, Any] = {}
     for module in model.modules():
-        if is_adapter_part(module):
+        if isinstance(module, AttachedPart):
             found[id(module.handle)] = module.handle
     return list(found.values())
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter import Target
+from loraio.bases.attached import AttachedPart
 from loraio.live.compiled import Slot
 
 _Part = TypeVar("_Part", bound="AdapterPart")
 
 
-class AdapterPart(nn.Module):
+class AdapterPart(AttachedPart):
     """The part of an adapter that is put on one tensor of the base.
 
     Its attributes are never changed, see `with_state`; a part can thus belong to a `loraio.live.snapshots.Snapshot`.
@@ -29,8 +30,6 @@ class AdapterPart(nn.Module):
         handle: the `loraio.Attachment` that it belongs to. A deep copy of the model copies it along, so that the copy
             has a handle of its own.
     """
-
-    _loraio_part = True  # `loraio.bases.attached.PART_MARK`
 
     enabled: bool
     strength: float

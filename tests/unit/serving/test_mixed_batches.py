@@ -390,7 +390,7 @@ def test_a_base_that_was_changed_is_noticed_by_the_next_batch(base: nn.Module, d
     bank, x = bank_for(base), digits_test.images[:12]
     changes: list[Callable[[Any], object]] = [
         lambda model: model.conv1.weight.detach().mul_(1.5),
-        lambda model: setattr(model, "conv2", nn.Conv2d(32, 64, 3, stride=2, padding=1)),
+        lambda model: setattr(model, "conv2", nn.Conv2d(32, 64, 3, stride=2, padding=1).eval()),
         lambda model: setattr(model.fc, "weight", nn.Parameter(model.fc.weight.detach() * 2)),
         lambda model: setattr(model.conv1.weight, "data", model.conv1.weight.data.transpose(2, 3)),
         lambda model: model.double(),
