@@ -343,30 +343,28 @@ def attach(
 ) -> Attachment:
     """Put an adapter on a live model.
 
-    In eval mode without gradients the model then computes, bit for bit, what the merged model computes. The model's
-    own weights are not written to; `Attachment.detach`, or the end of a ``with`` block, gives them back. Normalisation
-    layers compute as in eval mode, whatever mode the model is in, so that no batch drifts into the base's running
-    statistics; but one that is to learn statistics for the adapter, attached for training, follows the mode. Inside
-    torch's ``parametrize.cached()`` a weight that was read once stays as it was read, whatever the handle does.
+    In eval mode without gradients the model then computes the same bits as the merged model. The model's own weights
+    are not written to; `Attachment.detach`, or the end of a ``with`` block, gives them back. Normalisation layers
+    compute as in eval mode in either mode of the model, so that no batch drifts into the base's running statistics. A
+    layer that learns statistics for an adapter attached for training follows the mode. Inside torch's
+    ``parametrize.cached()`` a weight that was read once stays the same, even if the handle changes it.
 
-    A model that ``torch.compile`` has compiled is compiled anew for other ranks, scales, kinds and targets, unless they
-    were reserved: with ``reserve`` its graph without gradients reads finished weights, see `loraio.live.compiled`,
-    and whatever
-    the handle does compiles nothing anew. Every reserved weight is then held once more, also where the adapter leaves
-    it alone.
+    ``torch.compile`` compiles a model anew for other ranks, scales, kinds and targets, unless they were reserved. With
+    ``reserve`` its graph without gradients reads finished weights, see `loraio.live.compiled`, and no change of the
+    handle compiles anything anew. Every reserved weight then takes memory twice, even if the adapter leaves it alone.
 
     Args:
         model: the base model, on any device; it must be the one that the adapter was trained on.
         adapter: from `loraio.load` or `loraio.train`.
         strength: multiplies the adapter's scale; 1 is the adapter as trained, 0 the base.
-        trainable: make the factors, and the whole tensors that are no statistics, Parameters with gradients, as copies;
-            for training loops.
-        allow_base_mismatch: go on where values or dtypes of the base are others, now and in later swaps; names,
-            shapes and layers must fit.
+        trainable: for training loops: copies of the factors, and of whole tensors other than statistics, become
+            Parameters with gradients.
+        allow_base_mismatch: accept other values or dtypes of the base, now and in later swaps; names, shapes and layers
+            must fit.
         reserve: the weights that this and later adapters may change: patterns for
             `loraio.bases.targets.select_targets`, adapters that will come, or several of both.
-            This adapter's own targets always belong to them. Whole tensors cannot be reserved. By default any adapter
-            of the base can come.
+            This adapter's own targets are always reserved too, whole tensors cannot be. By default any adapter of the
+            base can come.
         max_rank: with ``trainable``, the largest rank that an adapter will have. Factors are padded to it with zeros,
             which stay zero and are not part of the adapter, so that an adapter of another rank, alpha or choice of
             reserved weights can take the place of this one in a training step that is compiled already. A compiled
@@ -380,8 +378,8 @@ def attach(
         AdapterError: a sum would overflow its weight's dtype.
         StateError: the model carries an adapter already, or a target is shared or parametrized otherwise, or the
             adapter replaces whole tensors and ``reserve`` is given.
-        ConfigError: the strength is not a finite number, or ``max_rank`` no number of at least 1 or not for training.
-        UnknownNameError: what is to be reserved is not in the model.
+        ConfigError: the strength is not a finite number, or ``max_rank`` not a number of at least 1 or not for training.
+        UnknownNameError: a weight to be reserved is not in the model.
     """
     return Attachment(
         model,
@@ -395,7 +393,7 @@ def attach(
 
 
 def attachment_of(model: nn.Module) -> Attachment:
-    """The handle of the adapter that a model carries: the one that `attach` gave, or a deep copy's own.
+    """Return the handle of the adapter that a model carries: the one that `attach` gave, or a deep copy's own.
 
     Args:
         model: the model itself, one that contains it, or a wrapper around it.
@@ -413,7 +411,7 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def adapter_from(model: nn.Module) -> Adapter:
-    """The adapter that a model carries, with its tensors as they are now; on the CPU, apart from the model.
+    """Return the adapter that a model carries, with copies of its tensors as they are now, on the CPU.
 
     Args:
         model: as `attachment_of`.

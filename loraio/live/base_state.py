@@ -1,4 +1,4 @@
-"""The base under whatever a model carries, and which adapters that is."""
+"""Read the base of a model through the adapters that it carries."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def refuse_attached(model: nn.Module) -> None:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base under its own names, in its own order, whether an adapter is attached or not.
+    """Return the state dict of the base under its own names and in its own order, with an adapter attached or not.
 
     Args:
-        model: the model itself, or what ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
-            ``AveragedModel`` made of it; their prefixes and own buffers are left out.
+        model: the model itself, or a wrapper of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or
+            ``AveragedModel`` around it; their prefixes and own buffers are left out.
 
     Returns:
         the base's own tensors, not copies; without gradients, as in every state dict.
@@ -53,7 +53,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def attachments(model: nn.Module) -> list[Any]:
-    """The handle, a `loraio.Attachment`, of each adapter that a model and its parts carry."""
+    """Return the handle, a `loraio.Attachment`, of each adapter that a model and its parts carry."""
     found: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, AttachedPart):
@@ -62,7 +62,7 @@ def attachments(model: nn.Module) -> list[Any]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, of what ``torch.compile`` and its like made of it."""
+    """Return the model inside of ``torch.compile`` and other wrappers."""
     while True:
         if isinstance(model, DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
@@ -75,12 +75,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _as_before(
     state: Mapping[str, Tensor], own_names: Mapping[str, str], orders: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """A state dict with names and order as they were before anything was put on the modules.
+    """Return a state dict with the names and the order that it had before anything was put on the modules.
 
     Args:
-        state: as it is.
-        own_names: what the names of our parametrizations, without ".original", were before.
-        orders: of the modules that carry some, by path, the names of their own tensors in order.
+        state: the state dict as it is.
+        own_names: names of tensors by the names of our parametrizations on them, without ".original".
+        orders: names of a module's own tensors in order, by the path of each module that carries some.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():

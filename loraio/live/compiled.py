@@ -1,13 +1,12 @@
-"""Adapted weights as inputs of compiled graphs: a swap compiles nothing anew, and no graph uses a stale weight.
+"""Let compiled graphs take adapted weights as inputs: a swap compiles nothing anew, and no graph uses a stale weight.
 
-A graph that folds a weight holds the rank and the scale of its adapter. A graph that reads the weight from a slot holds
-its shape alone: each forward pass takes the tensor that lies there then. Whatever the handle does puts another tensor
-there and never writes to the one before, which a pass in another thread may be reading.
+A graph that folds a weight is made for the rank and the scale of its adapter. A graph that reads the weight from a slot
+is made for its shape alone: each forward pass takes the tensor that lies there then. A change puts another tensor there
+and never writes to the one before, which a pass in another thread may be reading.
 
-What happens past the handle, such as a write to a base weight, is noticed by an operator that stands in the graph in
-front of each use. It compares counts of writes, as an eager forward pass does, and takes microseconds. It is declared
-to write to the tensor, so that no compiler moves it behind the use or reuses the memory; it writes only where the
-weight is no longer what it would be.
+Writes past the handle, for example to a base weight, are noticed by an operator in front of each use. It compares
+version counters, as an eager forward pass does, and takes microseconds. It is declared to write to the tensor, so that
+no compiler moves it behind the use or reuses the memory; it writes only to a stale one.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Slot:
             return adapted
 
     def fits(self, base: Tensor) -> bool:
-        """Whether what lies here is of the base weight's form: someone may have assigned another one."""
+        """Return True if the tensor here has the base weight's form: someone can have assigned another base weight."""
         mine = self.tensor
         return (
             mine.dtype == base.dtype
@@ -70,7 +69,7 @@ class Slot:
         )
 
     def read(self) -> Tensor:
-        """The weight as it is when the graph runs; traced."""
+        """Return the weight as it is when the graph runs; traced."""
         tensor = self.tensor
         torch.ops.loraio.refresh.default(tensor, self.token)
         return tensor
@@ -86,7 +85,6 @@ class Slot:
             tensor.copy_(self.tensor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        """A copy of the model has slots of its own."""
         twin = Slot.__new__(Slot)
         memo[id(self)] = twin
         twin.token = next(_TOKENS)
@@ -102,7 +100,7 @@ _LIBRARY: list[torch.library.Library] = []
 
 
 def _define_operator() -> None:
-    """``torch.ops.loraio.refresh``, once."""
+    """Define ``torch.ops.loraio.refresh``, once."""
     if _LIBRARY:
         return
     library = torch.library.Library("loraio", "DEF")
@@ -120,4 +118,4 @@ def _refresh(weight: Tensor, slot: int) -> None:
 
 
 def _pretend(weight: Tensor, slot: int) -> None:
-    """What the operator does to tensors without memory."""
+    """Do nothing to tensors without memory."""

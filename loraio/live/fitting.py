@@ -87,9 +87,9 @@ def _whole_misfits(model: nn.Module, adapter: Adapter, placed: Collection[str]) 
 
 
 class KnownFit:
-    """An adapter that fits the model, and what follows for others for as long as the model is the same.
+    """The knowledge that an adapter fits a model; others of the same metadata fit too until the model is written to.
 
-    What is asked of an adapter follows from its targets' metadata alone; the factors, strength and rank may be others.
+    Factors, strength and rank do not matter.
 
     Args:
         adapter: fits the model as it is now; None where nothing is known.
@@ -105,7 +105,7 @@ class KnownFit:
             self._targets = {name: _target_facts(target) for name, target in adapter.targets.items()}
 
     def covers(self, adapter: Adapter) -> bool:
-        """Whether it follows that this one fits too."""
+        """Return True if this adapter must fit too."""
         known = self._targets
         return (
             self._mark is not None

@@ -1,7 +1,7 @@
-"""The classes that modules have while an adapter is on them, made once for all modules of a class.
+"""Make the classes that modules have while an adapter is on them, once for all modules of a class.
 
-To the interpreter each class is one more place to look for attributes: layers that share theirs are called faster, and
-an adapter goes on faster, than where each has a class of its own, as torch makes them for parametrized modules.
+Torch gives each parametrized module a class of its own. Layers that share one are called faster, since the interpreter
+caches lookups by class, and an adapter goes on faster.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from loraio.errors import StateError
 from loraio.live.training_step import forward_for
 
 FROZEN = "_loraio_frozen"
-"""In a class, the sign of one whose ``training`` is always False."""
+"""Mark of a class whose ``training`` is always False."""
 
 _Class = type[nn.Module]
 
 
 class _Common(type):
-    """The class of classes that several modules have.
+    """The metaclass of classes that several modules share.
 
-    Whoever parametrizes another tensor of such a module by torch's own functions, or takes a parametrization off, puts
-    a property into the class or takes one out, and means that module alone. So the properties are such that they count
-    only for modules in which the tensor is parametrized, and they stay.
+    Torch's own functions put a property into the class when they parametrize another tensor of such a module, and take
+    it out again, but mean that module alone. So the properties here have an effect only on modules in which the tensor
+    is parametrized, and they stay.
     """
 
     def __setattr__(cls, name: str, value: Any) -> None:
@@ -52,7 +52,7 @@ def parametrized_class(
     Args:
         module: the module, parametrized already or not.
         names: of the tensors.
-        forward: in the place of the class's own; None leaves what is there.
+        forward: in the place of the class's own; None leaves that.
     """
     cls = type(module)
     plain = cls
@@ -69,9 +69,7 @@ def _parametrized(cls: _Class, names: Iterable[str], forward: Callable[..., Any]
     made = _PARAMETRIZED.get(key)
     if made is None:
         own: dict[str, Any] = {name: _computed(name) for name in key[1]}
-        own["__getstate__"] = refuse_pickling
-        if not hasattr(cls, "__deepcopy__"):
-            own["__deepcopy__"] = copied_with_its_class
+        own.update(_copying(cls))
         if forward is not None:
             own["forward"] = forward
         made = _PARAMETRIZED[key] = cast(_Class, _Common(f"Parametrized{cls.__name__}", (cls,), own))
@@ -144,28 +142,37 @@ def _stack(module: nn.Module, name: str) -> Any:
     return None if stacks is None else stacks._modules.get(name)
 
 
-def frozen_class(cls: _Class) -> _Class:
-    """Return a class whose layers compute as in eval mode, whatever their mode, and leave running statistics alone.
+def class_on_top(cls: _Class, mark: str, **own: Any) -> _Class:
+    """Return a class with attributes of its own on top of another one; all modules of that one share it.
 
-    It goes on top of the layer's own; its ``training`` is always False, and what the flag is set to is stored.
+    Args:
+        cls: the class below.
+        mark: name of an attribute by which `class_beneath` finds the new class.
+        own: its attributes, the same for each call with this mark.
     """
-    made = _FROZEN.get(cls)
+    made = _ON_TOP.get((cls, mark))
     if made is None:
-        own: dict[str, Any] = {
-            "training": property(_never, _remember),
-            "__deepcopy__": copied_with_its_class,
-            "__getstate__": refuse_pickling,
-            FROZEN: True,
-        }
-        forward = forward_for(cls)
-        if forward is not None:
-            own["forward"] = forward
-        made = _FROZEN[cls] = type(cls.__name__, (cls,), own)
+        made = _ON_TOP[cls, mark] = type(cls.__name__, (cls,), {**own, **_copying(cls), mark: True})
     return made
 
 
+def _copying(cls: _Class) -> dict[str, Any]:
+    own: dict[str, Any] = {"__getstate__": refuse_pickling}
+    return own if hasattr(cls, "__deepcopy__") else {**own, "__deepcopy__": _copied_with_its_class}
+
+
+def frozen_class(cls: _Class) -> _Class:
+    """Return a class whose layers compute as in eval mode, in either mode, and leave running statistics alone.
+
+    Its ``training`` is always False; the value that the flag is set to is stored.
+    """
+    forward = forward_for(cls)
+    own = {} if forward is None else {"forward": forward}
+    return class_on_top(cls, FROZEN, training=property(_never, _remember), **own)
+
+
 def mode_of(module: nn.Module) -> bool:
-    """Training mode as it was set last, also where `frozen_class` hides it."""
+    """Return the training mode as it was set last, also where `frozen_class` hides it."""
     mode: bool = vars(module)["training"]
     return mode
 
@@ -179,7 +186,7 @@ def _remember(module: nn.Module, mode: bool) -> None:
 
 
 def class_beneath(cls: _Class, mark: str) -> _Class:
-    """The class without one of ours that bears a mark, which is on top or, under a parametrization, further down."""
+    """Return the class without the one that has a mark, which can lie below a class of a parametrization."""
     if mark in vars(cls):
         return cls.__bases__[0]
     if not hasattr(cls, mark):
@@ -191,8 +198,8 @@ def class_beneath(cls: _Class, mark: str) -> _Class:
     return type(cls.__name__, tuple(beneath), dict(vars(cls)))
 
 
-def copied_with_its_class(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy without ``__getstate__``, which `refuse_pickling` is."""
+def _copied_with_its_class(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Make a deep copy without ``__getstate__``, which is `refuse_pickling`."""
     replica: nn.Module = module.__new__(type(module))
     memo[id(module)] = replica
     replica.__dict__ = copy.deepcopy(module.__dict__, memo)
@@ -200,7 +207,7 @@ def copied_with_its_class(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def refuse_pickling(module: nn.Module) -> NoReturn:
-    """Say what to do instead; as ``__getstate__``."""
+    """Refuse to be pickled; the ``__getstate__`` of our classes."""
     if hasattr(module, FROZEN) or carries_adapter(module):
         raise StateError(
             "a model with an adapter on it cannot be pickled",
@@ -210,4 +217,4 @@ def refuse_pickling(module: nn.Module) -> NoReturn:
 
 
 _PARAMETRIZED: WeakValueDictionary[Any, _Class] = WeakValueDictionary()
-_FROZEN: WeakValueDictionary[_Class, _Class] = WeakValueDictionary()
+_ON_TOP: WeakValueDictionary[tuple[_Class, str], _Class] = WeakValueDictionary()

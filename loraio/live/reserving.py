@@ -1,4 +1,4 @@
-"""Which weights later adapters may change while the model stays compiled, and how large they may be."""
+"""Reserve the weights that later adapters may change while the model stays compiled."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from loraio.files.tensors import dtype_code
 from loraio.registry import lookup
 
 Reserve = str | Adapter | Iterable[str | Adapter] | None
-"""Which weights adapters may change while the model stays compiled: patterns, adapters, or both."""
+"""The weights that adapters may change while the model stays compiled: patterns, adapters, or both."""
 
 
 def check_max_rank(max_rank: int | None, trainable: bool) -> int | None:
+    """Return the largest rank, or raise ConfigError if it is no rank or nothing is trained."""
     if max_rank is None:
         return None
     if not isinstance(max_rank, int) or isinstance(max_rank, bool) or max_rank < 1:
@@ -28,7 +29,7 @@ def check_max_rank(max_rank: int | None, trainable: bool) -> int | None:
 
 
 def padded_forms(model: nn.Module, names: Iterable[str], max_rank: int) -> dict[str, Target]:
-    """What all targets look like that these weights can have while they are trained, with a scale of 1."""
+    """Return targets of the largest rank and a scale of 1, which stand for all that these weights can get."""
     modules = target_modules(model)
     return {
         name: Target(
@@ -47,7 +48,7 @@ def padded_forms(model: nn.Module, names: Iterable[str], max_rank: int) -> dict[
 def reserved_weights(
     model: nn.Module, adapter: Adapter, reserve: str | Adapter | Iterable[str | Adapter]
 ) -> tuple[str, ...]:
-    """The weights that are reserved, in the model's order.
+    """Return the weights that are reserved, in the model's order.
 
     Raises:
         UnknownNameError: a pattern or a target of an adapter is not in the model.

@@ -1,4 +1,4 @@
-"""Which way the training step of a layer takes for inputs of one form."""
+"""Choose the way of a layer's training step for inputs of one form."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from loraio.live.geometry import Geometry, is_channels_last
 THIN = 2
 """How much longer a multiplication takes in a product as thin as a rank; measured for rank 8 on one CPU core."""
 
-
 SMALL = 32
-"""How many times as many numbers the input must have as the hidden channels that are kept with it."""
+"""The hidden channels are saved if the input has at least this many times as many numbers."""
 
 _EXACT = (torch.float32, torch.float64)
 """Dtypes in which a sum of products is not rounded to less than factors have."""
 
 
 class Pair(NamedTuple):
-    """One weight and what is added to it: ``weight + scale * (B @ A)``."""
+    """A weight and its factors: ``weight + scale * (B @ A)``."""
 
     weight: Tensor
     lora_A: Tensor  # noqa: N815
@@ -31,7 +30,7 @@ class Pair(NamedTuple):
     scale: float
 
     def fold(self, dtype: torch.dtype) -> Tensor:
-        """The folded weight, rounded to the weight's dtype and then to the one that the layer computes in."""
+        """Return the folded weight, rounded to the weight's dtype and then to the one that the layer computes in."""
         weight, lora_A, lora_B = self.weight, self.lora_A, self.lora_B
         if weight.dtype == lora_A.dtype == lora_B.dtype == dtype and dtype in _EXACT:
             return weight.reshape(len(weight), -1).addmm(lora_B, lora_A, alpha=self.scale).view(weight.shape)
@@ -41,11 +40,11 @@ class Pair(NamedTuple):
         return folded.view(weight.shape).to(weight.dtype).to(dtype)
 
     def in_one_dtype(self, x: Tensor) -> bool:
-        """Whether all is in the input's dtype, and sums of products in it are no sums of roundings."""
+        """Return True if everything has the input's dtype, and that is exact enough to sum products in."""
         return x.dtype == self.weight.dtype == self.lora_A.dtype == self.lora_B.dtype and x.dtype in _EXACT
 
     def from_full(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of A and B from that of the folded weight."""
+        """Return the gradients of A and B, given that of the folded weight."""
         matrix = gradient.reshape(len(gradient), -1).to(torch.promote_types(gradient.dtype, torch.float32))
         lora_A, lora_B = self.lora_A.to(matrix.dtype), self.lora_B.to(matrix.dtype)
         grad_A = torch.addmm(lora_A, lora_B.t(), matrix, beta=0, alpha=self.scale)
@@ -54,7 +53,7 @@ class Pair(NamedTuple):
 
 
 def thin_is_cheaper(*, rank: int, out: int, fan_in: int, groups: int, positions: int) -> bool:
-    """Whether two gradients by way of the rank take less time than the whole weight gradient and its two products.
+    """Return True if two gradients by way of the rank take less time than the whole gradient and its two products.
 
     Multiplications, by way of the rank: ``2 * rank * (groups * fan_in + out)`` for each position of the output, each
     counted `THIN` times. In full: ``out * fan_in`` for each position, and ``2 * rank * out * fan_in`` for the products.
@@ -76,10 +75,10 @@ def thin_is_cheaper(*, rank: int, out: int, fan_in: int, groups: int, positions:
 
 
 def folding_is_cheaper(*, positions: int, width: int) -> bool:
-    """Whether a pass folds the weight first, rather than adds a product of two thin matrices to what it gives.
+    """Return True if it takes less time to fold the weight first than to add a product of two thin matrices.
 
-    A fold goes through ``out * fan_in`` numbers, whatever the positions; such a product, one factor of which is there
-    anyhow, through ``out`` numbers for each position in the forward pass, and ``fan_in`` in the backward pass.
+    A fold touches ``out * fan_in`` numbers. The product, one factor of which is there anyhow, touches for each position
+    ``out`` numbers in the forward pass and ``fan_in`` in the backward pass.
 
     Args:
         positions: of the output, over the whole batch.
@@ -92,20 +91,22 @@ def folding_is_cheaper(*, positions: int, width: int) -> bool:
 
 
 class Route(NamedTuple):
-    """How the steps of a convolution go for inputs of one form: found out once, which takes as long as a small layer.
+    """The way of a convolution for inputs of one form; to choose it takes as long as a small layer.
 
     Attributes:
-        margins: what is padded beforehand, as `torch.nn.functional.pad` takes it; None where nothing is.
-        geometry: how the convolution is moved over what is then there.
+        margins: padding that comes first, as `torch.nn.functional.pad` takes it; None for none.
+        mode: of that padding.
+        geometry: how the convolution is moved over the padded input.
         sizes: of its output, without batch and channels.
-        rows: whether it is one product with a matrix of rows, one for each point: nothing below counts then.
+        rows: True for one product with a matrix of rows, one for each point: nothing below counts then.
         product: as `Geometry.is_product`.
-        thin: whether the factors' gradients come by way of the rank.
-        adds: whether the forward pass adds a thin product rather than folds.
-        adds_back: whether the backward pass does.
+        thin: True if the factors' gradients come by way of the rank.
+        adds: True if the forward pass adds a thin product, False if it folds.
+        adds_back: the same of the backward pass.
     """
 
     margins: tuple[int, ...] | None
+    mode: str
     geometry: Geometry
     sizes: tuple[int, ...]
     rows: bool
@@ -116,13 +117,10 @@ class Route(NamedTuple):
 
     @classmethod
     def of(cls, module: Any, x: Tensor, pair: Pair) -> Route:
-        """For inputs that have shape, strides, dtype and device of this one."""
+        """Choose the way for inputs that have shape, strides, dtype and device of this one."""
         margins, padding = _margins(module)
-        padded = (
-            x
-            if margins is None
-            else F.pad(x, margins, mode=PADDING_MODES.get(module.padding_mode, module.padding_mode))
-        )
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = x if margins is None else F.pad(x, margins, mode=mode)
         geometry = Geometry(module.stride, padding, module.dilation, module.groups)
         sizes = geometry.sizes(padded, pair.weight)
         (out, rank), fan_in = pair.lora_B.shape, pair.lora_A.shape[1]
@@ -134,6 +132,7 @@ class Route(NamedTuple):
         is_small = SMALL * rank * positions <= padded.numel()
         return cls(
             margins,
+            mode,
             geometry,
             sizes,
             rows=point and (in_order or padded.numel() == padded.shape[0] * padded.shape[1]),
@@ -143,13 +142,13 @@ class Route(NamedTuple):
             adds_back=addable and not folding_is_cheaper(positions=positions, width=out),
         )
 
-
-PADDING_MODES = {"zeros": "constant"}
-"""What `torch.nn.functional.pad` calls a padding mode of convolutions, where it has another name for it."""
+    def padded(self, x: Tensor) -> Tensor:
+        """Return the input with its padding, as far as that comes first."""
+        return x if self.margins is None else F.pad(x, self.margins, mode=self.mode)
 
 
 def _margins(module: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
-    """What has to be padded before a convolution that cannot do so by itself, and what it can."""
+    """Return the padding that must come before the convolution, and the padding that it does by itself."""
     none = (0,) * len(module.stride)
     margins = tuple(module._reversed_padding_repeated_twice)
     if module.padding_mode != "zeros":
@@ -162,10 +161,11 @@ def _margins(module: Any) -> tuple[tuple[int, ...] | None, tuple[int, ...]]:
 
 
 MAX_ROUTES = 64
-"""How many forms of inputs a layer remembers a route for."""
+"""How many routes a layer caches."""
 
 
 def route_for(module: Any, x: Tensor, pair: Pair, known: dict[Any, Route]) -> Route:
+    """Return the way for inputs like ``x``, from the cache ``known`` or chosen now."""
     form = x.shape, x.stride(), x.dtype, x.device, pair.weight.dtype, pair.lora_A.dtype, pair.lora_B.dtype
     key = (*form, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
     route = known.get(key)

@@ -1,6 +1,6 @@
 """Let each forward pass see one adapter whole, while other threads change it (read-copy-update).
 
-What an adapter does to a model is one immutable `Snapshot`. A pass takes the current snapshot when it begins and uses
+An adapter on a model is one immutable `Snapshot`. A pass takes the current snapshot when it begins and uses
 it to its end. A change builds the next snapshot, checks it, and publishes it by one assignment. So passes never wait,
 and a change neither waits for passes nor disturbs them. An exception before the assignment leaves the old snapshot.
 
@@ -38,7 +38,7 @@ from torch.compiler import is_compiling
 
 from loraio.adapter import Adapter
 from loraio.errors import StateError
-from loraio.live.module_classes import class_beneath, copied_with_its_class, refuse_pickling
+from loraio.live.module_classes import class_beneath, class_on_top
 from loraio.live.parametrization import AdapterPart
 from loraio.live.places import Place
 from loraio.live.rollback import Rollback
@@ -48,7 +48,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _MARK = "_loraio_snapshots"
-"""Name of the model's attribute, and in the model's own class the sign of it."""
+"""Name of the attribute of a model that holds its `Snapshots`, and mark of the class it has meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +60,7 @@ class Snapshot:
         strength: multiplies the adapter's scale.
         enabled: False lets the base through.
         places: where parts sit on the model, by the tensor's name; empty when the adapter is detached.
-        parts: what is on each of these.
+        parts: the part on each of these.
         cache: adapted weights that passes have computed from the parts.
         learned: after a detach, the adapter's own tensors by name, and the base's tensors that training changed.
     """
@@ -222,7 +222,7 @@ def _reset_in_children() -> weakref.WeakSet[Snapshots]:
 def take_snapshots(model: nn.Module, snapshots: Snapshots, rollback: Rollback) -> None:
     """Let each of the model's forward passes take a snapshot. A deep copy of the model has its own."""
     rollback.set(vars(model), _MARK, snapshots)
-    rollback.set_class(model, _passing_class(type(model)))
+    rollback.set_class(model, class_on_top(type(model), _MARK, forward=_passing(type(model).forward)))
 
 
 def take_no_snapshots(model: nn.Module, rollback: Rollback) -> None:
@@ -231,9 +231,7 @@ def take_no_snapshots(model: nn.Module, rollback: Rollback) -> None:
     rollback.remove(vars(model), _MARK)
 
 
-def _passing_class(cls: type[nn.Module]) -> type[nn.Module]:
-    usual = cls.forward
-
+def _passing(usual: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(usual)
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         snapshots: Snapshots | None = None if is_compiling() else vars(module).get(_MARK)
@@ -241,7 +239,4 @@ def _passing_class(cls: type[nn.Module]) -> type[nn.Module]:
             return usual(module, *args, **kwargs)
         return snapshots.run(usual, module, *args, **kwargs)
 
-    own: dict[str, Any] = {"forward": forward, "__getstate__": refuse_pickling, _MARK: True}
-    if not hasattr(cls, "__deepcopy__"):
-        own["__deepcopy__"] = copied_with_its_class
-    return type(cls.__name__, (cls,), own)
+    return forward

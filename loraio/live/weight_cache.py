@@ -125,7 +125,7 @@ class CachedWeight:
 
     def for_use(self) -> Tensor:
         """Return the tensor for a reader without gradients."""
-        # autocast keeps its cast of whatever asks for gradients: one for each forward pass
+        # autocast caches its cast of a tensor that asks for gradients: one for each forward pass
         if self.asks and self.weight.dtype == torch.float32 and torch.is_autocast_enabled(self.weight.device.type):
             return self.folded
         return self.given

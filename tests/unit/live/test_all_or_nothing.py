@@ -178,7 +178,7 @@ def assert_all_or_nothing(
 def lasting_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes that modules share go when the last module with one does: when, is up to the garbage collector."""
     monkeypatch.setattr(module_classes, "_PARAMETRIZED", {})
-    monkeypatch.setattr(module_classes, "_FROZEN", {})
+    monkeypatch.setattr(module_classes, "_ON_TOP", {})
 
 
 @pytest.fixture
