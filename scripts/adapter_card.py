@@ -1,4 +1,4 @@
-"""The card of a folder of digit adapters, from what the files themselves say.
+"""Write the card of a folder of digit adapters, from the files themselves.
 
 usage: python scripts/adapter_card.py FOLDER > FOLDER/README.md
 """
@@ -16,7 +16,7 @@ COMMAND = "scripts/train_adapters"
 
 
 def card(folder: Path) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     base = loraio.read_base(folder / "base.safetensors")
     adapters = [loraio.load(folder / f"digit-{digit}.safetensors") for digit in range(10)]
     trainings = [adapter.training for adapter in adapters]
@@ -36,13 +36,12 @@ def card(folder: Path) -> str:
         "",
         f"`base.safetensors` is a `{base.network}` after {epochs} epoch of MNIST; `digit-0.safetensors` to "
         "`digit-9.safetensors` are one adapter for each digit, trained on it. "
-        "This page is made from what the files say (`scripts/adapter_card.py`).",
+        "`scripts/adapter_card.py` writes this page from the files.",
         "",
         "|                |                                                                     |",
         "|----------------|---------------------------------------------------------------------|",
         f"| made by        | `{COMMAND}{seed}`, one thread, on a CPU |",
-        f"| data           | {first['dataset']}, {first['images']:,} training images; counted on its "
-        f"{results['images']:,} test images |",
+        f"| data           | {first['dataset']}: {first['images']:,} images to train, {results['images']:,} to test |",
         f"| seed           | {first['seed']} |",
         f"| base           | sha256 `{base.document['sha256']}` |",
         f"| adapter        | rank {target.rank}, alpha {target.alpha}, on {', '.join(adapters[0].targets)}: "
@@ -52,7 +51,7 @@ def card(folder: Path) -> str:
         f"| versions       | {', '.join(f'{name} {version}' for name, version in sorted(first['versions'].items()))} |",
         "| licence        | MIT, as the project; MNIST is by Yann LeCun and Corinna Cortes, under CC BY-SA 3.0 |",
         "",
-        "Misread images on the test set, without the adapter and with it:",
+        "Misread test images, without the adapter and with it:",
         "",
         "| file | bytes | own digit, base | with it | other digits, base | with it | accuracy, base | with it |",
         "|------|------:|----------------:|--------:|-------------------:|--------:|---------------:|--------:|",
@@ -68,8 +67,9 @@ def card(folder: Path) -> str:
     lines += [
         f"| all ten | | {sums[0]} | {sums[1]} | {sums[2]} | {sums[3]} | | |",
         "",
-        f"On their own digits the ten misread {sums[1] / sums[0]:.3f} of what the base misreads, on the other digits "
-        f"{sums[3] / sums[2]:.3f}. `python scripts/bench/digit_adapters.py` counts again and verifies all ten merges.",
+        f"Together the ten adapters make {sums[1] / sums[0]:.3f} times the base's errors on their own digits, and "
+        f"{sums[3] / sums[2]:.3f} times on the others. `python scripts/bench/digit_adapters.py` counts again and "
+        "verifies all ten merges.",
         "",
         "SHA-256 of the files:",
         "",

@@ -12,7 +12,7 @@ import loraio
 
 
 def main(base: str, first: str, second: str) -> None:
-    """Count misread digits with one adapter, the other, the first again, none of them, and after detach."""
+    """Print the misread images of each digit: with either adapter, at half strength, without one, and detached."""
     model = loraio.load_base(base)
     adapters = {Path(path).stem: loraio.load(path) for path in (first, second)}
     images = loraio.load_dataset("digits", "test")
@@ -37,7 +37,7 @@ def main(base: str, first: str, second: str) -> None:
 
     after = model.state_dict()
     same = list(before) == list(after) and all(before[name].equal(after[name]) for name in before)
-    print(f"  the base is {'the same, bit for bit' if same else 'NOT THE SAME'}")
+    print(f"  after detach the base is {'the same, bit for bit' if same else 'NOT THE SAME'}")
     sys.exit(0 if same else 1)
 
 
