@@ -1,23 +1,20 @@
-"""How the tests of the commands run them: in process, with stdout and stderr apart."""
+"""Run the commands in process, with stdout and stderr apart."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from running import Run, RunJson
 
 from loraio.cli import main
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def run() -> Run:
-    """Runs a command line and returns the result; a traceback is never a result."""
+    """Run a command line and return the result; a traceback is never a result."""
 
     def invoke(*words: object, code: int = 0) -> Result:
         result = CliRunner().invoke(main, [str(word) for word in words])
@@ -34,7 +31,7 @@ def run() -> Run:
 
 @pytest.fixture
 def run_json(run: Run) -> RunJson:
-    """Runs a command line with ``--json``: the one object on stdout, on stderr when the command fails."""
+    """Run a command line with ``--json`` and return the one object on stdout, or on stderr if the command fails."""
 
     def invoke(*words: object, code: int = 0) -> dict[str, Any]:
         result = run(*words, "--json", code=code)

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from click.testing import Result
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
+from running import Run, RunJson
 
 ROOT = Path(__file__).parents[2]
 

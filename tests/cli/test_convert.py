@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from PIL import Image
+from running import Run, RunJson
 from safetensors.torch import load_file, save_file
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -120,18 +115,6 @@ def test_options_reach_the_dialect(run: Run, files: Path, tmp_path: Path) -> Non
     text = run(*words, "--approximate", "--rank", "4").stdout
     assert "approximated at rank 4, relative Frobenius error " in text
     assert {target.rank for target in loraio.load(tmp_path / "back").targets.values()} == {4}
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--to", "kohya", "--rank", "4"], "--approximate"),
-        (["--to", "kohya", "--as-full-delta"], "kohya has no form for the whole change"),
-        (["--to", "peft", "--prefix", "unet"], "peft has no prefix to choose"),
-    ],
-)
-def test_options_without_a_use_are_refused(words: list[str], says: str, run: Run, files: Path, tmp_path: Path) -> None:
-    assert says in run("convert", files / "three.safetensors", "-o", tmp_path / "out", *words, code=1).stderr
 
 
 def test_a_base_is_asked_for(run: Run, exported: Path, tmp_path: Path) -> None:

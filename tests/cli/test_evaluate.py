@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from running import Run, RunJson
 from torch import nn
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
-
 
 DIGITS = ("--dataset", "digits")
 
@@ -92,27 +87,6 @@ def test_a_folder_without_adapters_is_refused(run: Run, run_json: RunJson, files
     words = ("evaluate", files / "base.safetensors", "--adapter", tmp_path, *DIGITS)
     assert f"there is no adapter in the folder {str(tmp_path)!r}" in run(*words, code=1).stderr
     assert run_json(*words, code=1)["error"] == "MissingFileError"
-
-
-def test_an_adapter_of_another_base_is_named(run_json: RunJson, files: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.safetensors"
-    loraio.save_base(loraio.build_network("digit-cnn", seed=8), other)
-    adapters = ("--adapter", files / "three.safetensors", "--adapter", files / "seven.safetensors")
-    found = run_json("evaluate", other, *adapters, *DIGITS, code=1)
-    assert found["error"] == "BaseMismatchError"
-    assert found["message"].startswith("'three': ")
-
-
-def test_adapter_and_base_exchanged_are_refused(run: Run, files: Path) -> None:
-    base, three = files / "base.safetensors", files / "three.safetensors"
-    assert "is an adapter, not a base model" in run("evaluate", three, *DIGITS, code=1).stderr
-    assert "is not an adapter but a base model" in run("evaluate", base, "--adapter", base, *DIGITS, code=1).stderr
-
-
-def test_a_missing_file_is_named(run: Run, files: Path) -> None:
-    assert "'no.safetensors' does not exist" in run("evaluate", "no.safetensors", *DIGITS, code=1).stderr
-    words = ("evaluate", files / "base.safetensors", "--adapter", "no.safetensors", *DIGITS)
-    assert "'no.safetensors' does not exist" in run(*words, code=1).stderr
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])

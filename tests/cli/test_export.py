@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from running import Run, RunJson, python
 
 import loraio
 from loraio.cli._options import FAILED
 from loraio.exporting import export
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 INTERRUPT = """
 import os, signal, time
@@ -49,17 +42,9 @@ for path in sys.argv[2:]:
 """
 
 
-def process(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own, with real streams."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
-
-
 def test_another_process_with_another_hash_seed_exports_the_same_bytes(files: Path, tmp_path: Path) -> None:
     merged, paths = files / "merged.safetensors", [tmp_path / f"m{suffix}" for suffix in sorted(export.RUNTIMES)]
-    done = process("-c", BOTH, merged, *paths, PYTHONHASHSEED="7")
+    done = python("-c", BOTH, merged, *paths, PYTHONHASHSEED="7")
     assert (done.returncode, done.stderr) == (0, "")  # the converter to an older opset logs a lot
     for line, path in zip(done.stdout.splitlines(), paths, strict=True):
         found = json.loads(line)
@@ -106,20 +91,10 @@ def test_what_computes_something_else_is_exit_code_3(
 
 
 def test_an_interrupt_leaves_nothing(files: Path, tmp_path: Path) -> None:
-    done = process("-c", INTERRUPT, "export", files / "merged.safetensors", "-o", tmp_path / "m.pt2")
+    done = python("-c", INTERRUPT, "export", files / "merged.safetensors", "-o", tmp_path / "m.pt2")
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     assert "interrupted" in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_existing_output_is_kept_without_force(run: Run, files: Path, tmp_path: Path) -> None:
-    path = tmp_path / "m.pt2"
-    path.write_bytes(b"mine")
-    words = ("export", files / "merged.safetensors", "-o", path)
-    assert "--force" in run(*words, code=1).stderr
-    assert path.read_bytes() == b"mine"
-    run(*words, "--force")
-    assert path.read_bytes() != b"mine"
 
 
 def test_errors_say_what_to_do(
@@ -140,12 +115,6 @@ def test_a_base_from_elsewhere_needs_its_model(run: Run, files: Path, tmp_path: 
     result = run(*words, "--model", "digit-cnn")
     assert result.stderr == "note: names had the prefix 'module.', which was removed\n"
     assert "inputs (batch, 1, 28, 28)" in result.stdout
-
-
-@pytest.mark.parametrize("shape", ["3,0,224", "3,224,", "3x224x224", ""])
-def test_an_input_shape_that_is_none_is_a_wrong_command_line(run: Run, files: Path, shape: str) -> None:
-    result = run("export", files / "merged.safetensors", "-o", "m.pt2", "--input-shape", shape, code=2)
-    assert "is not sizes with commas" in result.stderr
 
 
 def test_an_input_shape_is_used(run: Run, files: Path, tmp_path: Path) -> None:

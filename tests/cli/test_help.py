@@ -12,19 +12,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
-from click.testing import Result
+from running import Run, RunJson, python
 
 import loraio
 from loraio.cli import _options, _output, inspect, main
 from loraio.training import config
 from loraio.training.optimizing import Progress
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 COMMANDS = [
     "check",
@@ -52,14 +48,6 @@ finally:
     heavy = sorted(sys.modules.keys() & {"torch", "torchvision", "sklearn", "numpy", "safetensors"})
     print("HEAVY", *heavy, file=sys.stderr)
 """
-
-
-def python(*words: str) -> subprocess.CompletedProcess[str]:
-    """A Python process of its own, with real streams."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
 
 
 def examples(command: click.Command) -> list[str]:
@@ -90,12 +78,6 @@ def test_the_help_of_the_group_ends_with_examples_that_parse() -> None:
         program, word, *arguments = shlex.split(line)
         assert program == "loraio"
         main.commands[word].make_context(word, arguments)
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_says_what_it_is_for(name: str) -> None:
-    silent = [p.name for p in main.commands[name].params if isinstance(p, click.Option) and not p.help]
-    assert silent == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from running import Run, RunJson
 from torch import nn
 
 import loraio
 from loraio.files import tensorfile
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 
 def test_an_adapter_as_json_has_the_documented_keys(run_json: RunJson, files: Path, three: loraio.Adapter) -> None:
@@ -177,14 +174,6 @@ def test_a_file_name_that_is_not_utf_8_is_printed_escaped(
         return
     assert "x\\udcff.safetensors" in run("inspect", odd).stdout
     assert run_json("inspect", odd)["file"] == str(odd)
-
-
-def test_a_missing_file_is_named(run: Run, run_json: RunJson) -> None:
-    assert (
-        run("inspect", "nowhere.safetensors", code=1).stderr
-        == "MissingFileError: 'nowhere.safetensors' does not exist\n"
-    )
-    assert run_json("inspect", "nowhere.safetensors", code=1)["error"] == "MissingFileError"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from running import Run, RunJson
 
 import loraio
 from loraio.cli import _output
@@ -20,10 +18,6 @@ from loraio.errors import OutputError
 from loraio.files import tensorfile
 from loraio.merging.determinism import NondeterministicLayer
 from loraio.merging.finished_shards import FinishedShards
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
-
 
 State = dict[str, torch.Tensor]
 
@@ -81,15 +75,6 @@ def test_a_fast_merge_says_so_in_the_file_and_is_verified_as_one(
     assert "weights: WRONG" in run(*words("verify", files, lying), code=3).stdout
 
 
-def test_merge_refuses_an_existing_output_without_force(run: Run, files: Path, tmp_path: Path) -> None:
-    path = tmp_path / "merged.safetensors"
-    path.write_bytes(b"mine")
-    assert "--force" in run(*words("merge", files, "-o", path), code=1).stderr
-    assert path.read_bytes() == b"mine"
-    run(*words("merge", files, "-o", path, "--force"))
-    assert path.read_bytes() == (files / "merged.safetensors").read_bytes()
-
-
 def test_merge_gives_a_parted_base_s_parts_and_says_how_many_it_had_already(
     run: Run,
     run_json: RunJson,
@@ -133,39 +118,6 @@ def test_a_bar_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with _output.byte_progress("merged", as_json=False) as report:
         assert report is None
-
-
-@pytest.mark.parametrize("name", ["base", "three"])
-def test_merge_refuses_an_input_as_output_even_with_force(run: Run, files: Path, tmp_path: Path, name: str) -> None:
-    for file in ("base.safetensors", "three.safetensors"):
-        shutil.copy(files / file, tmp_path)
-    path = tmp_path / f"{name}.safetensors"
-    before = path.read_bytes()
-    assert "is also an input" in run(*words("merge", tmp_path, "-o", path, "--force"), code=1).stderr
-    assert path.read_bytes() == before
-
-
-def test_merge_refuses_another_base_and_writes_nothing(run_json: RunJson, files: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.safetensors"
-    loraio.save_base(loraio.build_network("digit-cnn", seed=8), other)
-    output = tmp_path / "merged.safetensors"
-    found = run_json("merge", other, files / "three.safetensors", "-o", output, code=1)
-    assert found["error"] == "BaseMismatchError"
-    assert not output.exists()
-
-
-@pytest.mark.parametrize("command", ["merge", "verify"])
-def test_adapter_and_base_exchanged_are_refused(run: Run, files: Path, tmp_path: Path, command: str) -> None:
-    last = ("-o", tmp_path / "m.safetensors") if command == "merge" else (files / "merged.safetensors",)
-    base, three = files / "base.safetensors", files / "three.safetensors"
-    assert "is an adapter, not a base model" in run(command, three, base, *last, code=1).stderr
-    assert "is not an adapter but a base model" in run(command, base, base, *last, code=1).stderr
-
-
-@pytest.mark.parametrize("strength", ["nan", "inf", "x"])
-def test_a_strength_that_is_no_number_is_a_usage_error(run: Run, files: Path, tmp_path: Path, strength: str) -> None:
-    more = ("-o", tmp_path / "m.safetensors", "--strength", strength)
-    assert "--strength" in run(*words("merge", files, *more), code=2).stderr
 
 
 def test_verify_says_yes_to_a_right_merge(run: Run, files: Path) -> None:
@@ -291,10 +243,3 @@ def test_numbers_that_json_lacks_are_null(run_json: RunJson, files: Path, tmp_pa
     found = run_json(*words("verify", files, path), code=3)
     assert (found["weights"]["max_ulp"], found["outputs"]["max_abs"]) == (None, None)
     assert found["outputs"]["ok"] is False
-
-
-def test_verify_refuses_an_adapter_of_another_base(run: Run, files: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.safetensors"
-    loraio.save_base(loraio.build_network("digit-cnn", seed=8), other)
-    error = run("verify", other, files / "three.safetensors", files / "merged.safetensors", code=1).stderr
-    assert error.startswith("BaseMismatchError")

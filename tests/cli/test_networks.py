@@ -5,19 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
+from running import Run, RunJson
 from torch import nn
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 OWN = """
 from torch import nn
@@ -81,24 +76,6 @@ def test_the_program_finds_modules_of_the_current_folder(here: Path) -> None:
     assert done.stdout.startswith("b.safetensors: own_small:small, ")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"a": 1, "a": 2}', '{"a": NaN}', "num_classes=10"])
-def test_model_args_that_are_no_object_are_a_wrong_command_line(run: Run, text: str) -> None:
-    for words in (("pretrain", "-o", "x"), ("evaluate", "x"), ("predict", "x", "y"), ("verify", "x", "y", "z")):
-        result = run(*words, "--model-args", text, code=2)
-        assert "is not a JSON object" in result.stderr
-        assert "--model-args" in result.stderr
-
-
-def test_options_that_the_network_lacks_are_refused_before_any_work(run: Run, tmp_path: Path) -> None:
-    words = ("pretrain", "-o", tmp_path / "b.safetensors", "--dataset", "digits", "--model")
-    assert "did you mean 'torchvision:resnet18'" in run(*words, "resnet18", code=1).stderr
-    result = run(*words, "torchvision:resnet18", "--model-args", '{"weights": "DEFAULT"}', code=1)
-    assert "networks are built without weights" in result.stderr
-    result = run(*words, "torchvision:squeezenet1_1", "--model-args", '{"num_classes": 10}', code=1)
-    assert result.stderr.startswith("DataError: the network does not take images of shape (1, 28, 28)")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_prefix_that_was_taken_off_is_said(run: Run, run_json: RunJson, files: Path, prefixed: Path) -> None:
     three, merged = files / "three.safetensors", prefixed.with_name("merged.safetensors")
     model = ("--model", "digit-cnn")
@@ -117,8 +94,3 @@ def test_a_prefix_that_was_taken_off_is_said(run: Run, run_json: RunJson, files:
     assert run_json("targets", prefixed, *model)["stripped"] == "module."
     assert run_json("evaluate", files / "base.safetensors", "--dataset", "digits")["stripped"] == ""
     assert run_json("targets", files / "base.safetensors")["stripped"] == ""
-
-
-def test_model_args_without_a_model_that_is_known_are_refused(run: Run, files: Path, prefixed: Path) -> None:
-    words = ("verify", prefixed, files / "three.safetensors", files / "merged.safetensors", "--model-args", "{}")
-    assert "--model-args needs --model" in run(*words, code=2).stderr

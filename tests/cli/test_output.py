@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from PIL import Image
 from rich.progress import Progress
+from running import Run, RunJson
 from safetensors.torch import load_file, save_file
 
 import loraio
 from loraio import cli
 from loraio.cli import _output, main
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 EVIL = "x\x1b[2J\x1b]0;owned\x07\u202egnp\r\x9b1A\u2066"
 """Clears the screen, names the window, rings, turns the direction of the line, overwrites it, moves up."""

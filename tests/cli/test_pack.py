@@ -5,16 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from click.testing import Result
+from running import Run, RunJson
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 
 def test_pack_inspect_and_unpack_agree_as_json(run_json: RunJson, files: Path, tmp_path: Path) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from PIL import Image
+from running import Run, RunJson
 from torch import nn
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -57,25 +53,6 @@ def test_json_holds_the_probabilities_of_the_network(
         live.strength = 0.5
         check(half)
     assert len({str(found["predictions"]) for found in (alone, adapted, half)}) == 3
-
-
-def test_what_is_no_image_is_refused(run: Run, run_json: RunJson, files: Path, images: list[Path]) -> None:
-    words = ("predict", files / "base.safetensors", *images, files / "three.safetensors")
-    assert "no image" in run(*words, code=1).stderr
-    assert run_json(*words, code=1)["error"] == "DataError"
-
-
-def test_a_missing_image_is_named(run: Run, files: Path) -> None:
-    assert "'no.png' does not exist" in run("predict", files / "base.safetensors", "no.png", code=1).stderr
-
-
-def test_no_image_at_all_is_a_usage_error(run: Run, files: Path) -> None:
-    assert "IMAGE" in run("predict", files / "base.safetensors", code=2).stderr
-
-
-def test_adapter_and_base_exchanged_are_refused(run: Run, files: Path, images: list[Path]) -> None:
-    words = ("predict", files / "three.safetensors", *images, "--adapter", files / "three.safetensors")
-    assert "is an adapter, not a base model" in run(*words, code=1).stderr
 
 
 def test_the_merge_effect_is_said_on_stderr(run: Run, files: Path, tmp_path: Path) -> None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import Result
+from running import Run, RunJson
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
-
 
 BASICS = ("--dataset", "digits", "--batch-size", "300")
 
@@ -50,37 +44,3 @@ def test_an_existing_output_is_refused_before_any_work(
     assert "--force" in run("pretrain", "-o", path, *BASICS, code=1).stderr
     assert run_json("pretrain", "-o", path, *BASICS, code=1)["error"] == "OutputExistsError"
     assert path.read_bytes() == b"mine"
-
-
-def test_a_missing_folder_is_refused(run: Run, tmp_path: Path) -> None:
-    assert "does not exist" in run("pretrain", "-o", tmp_path / "no" / "base.safetensors", *BASICS, code=1).stderr
-
-
-@pytest.mark.parametrize(
-    ("option", "near"), [(("--model", "digit-cn"), "digit-cnn"), (("--dataset", "minst"), "mnist")]
-)
-def test_an_unknown_name_is_answered_with_the_nearest(
-    run: Run, tmp_path: Path, option: tuple[str, str], near: str
-) -> None:
-    error = run("pretrain", "-o", tmp_path / "base.safetensors", *BASICS, *option, code=1).stderr
-    assert error.startswith("UnknownNameError")
-    assert f"did you mean {near!r}?" in error
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        ("--lr", "0"),
-        ("--lr", "nan"),
-        ("--epochs", "0"),
-        ("--batch-size", "x"),
-        ("--seed", "-1"),
-        ("--seed", str(2**32)),
-    ],
-)
-def test_a_setting_out_of_range_is_a_usage_error(
-    run: Run, run_json: RunJson, tmp_path: Path, option: tuple[str, str]
-) -> None:
-    assert option[0] in run("pretrain", "-o", tmp_path / "b.safetensors", *BASICS, *option, code=2).stderr
-    assert option[0] in run_json("pretrain", "-o", tmp_path / "b.safetensors", *BASICS, *option, code=2)["message"]

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import Result
+from running import Run, RunJson
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 
 def test_the_table_has_a_row_for_each_weight(run: Run, files: Path) -> None:
@@ -47,18 +42,6 @@ def test_it_shows_what_training_then_adapts(run: Run, run_json: RunJson, files: 
     assert {row["name"]: (row["rank"], row["kind"], row["parameters"]) for row in found["targets"]} == {
         name: (target.rank, target.kind, target.parameters) for name, target in adapter.targets.items()
     }
-
-
-def test_nothing_to_adapt_is_an_error_with_the_nearest_name(run: Run, run_json: RunJson, files: Path) -> None:
-    words = ("targets", files / "base.safetensors", "--targets", "convo2")
-    assert "did you mean 'conv" in run(*words, code=1).stderr
-    assert run_json(*words, code=1)["error"] == "UnknownNameError"
-    assert "--clamp-rank" in run("targets", files / "base.safetensors", "--rank", 20, code=1).stderr
-
-
-@pytest.mark.parametrize("option", ["--rank=0", "--rank=conv1=0", "--rank==3", "--rank=conv1=x", "--alpha=conv1=nan"])
-def test_a_setting_out_of_range_is_a_usage_error(run_json: RunJson, files: Path, option: str) -> None:
-    assert option[:6] in run_json("targets", files / "base.safetensors", option, code=2)["message"]
 
 
 def test_a_network_that_the_file_does_not_name_can_be_named(run: Run, files: Path, tmp_path: Path) -> None:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import Result
 from PIL import Image
+from running import Run, RunJson
 from torch import nn
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
-
 
 BASICS = ("--dataset", "digits", "--steps", "3", "--batch-size", "16")
 
@@ -145,16 +139,6 @@ def test_an_existing_output_is_refused_before_training_and_replaced_with_force(
     assert loraio.load(path).training["digit"] == 5
 
 
-def test_the_base_as_output_is_refused_even_with_force(
-    run: Run, files: Path, tmp_path: Path, no_training: None
-) -> None:
-    base = shutil.copy(files / "base.safetensors", tmp_path)
-    before = Path(base).read_bytes()
-    error = run("train", base, "--digit", 5, "-o", base, *BASICS, "--force", code=1).stderr
-    assert "is also an input" in error
-    assert Path(base).read_bytes() == before
-
-
 def test_a_folder_with_one_of_the_files_is_refused_even_with_force_if_it_is_the_base(
     run: Run, files: Path, tmp_path: Path, no_training: None
 ) -> None:
@@ -175,63 +159,6 @@ def test_folders_for_files_and_files_for_folders_are_refused(
     assert "is a folder" in run(*words, tmp_path / "file", code=1).stderr
     assert "does not exist" in run(*words, tmp_path / "no" / "ten", code=1).stderr
     assert "is a folder" in run("train", files / "base.safetensors", "--digit", 5, "-o", tmp_path, code=1).stderr
-
-
-def test_a_digit_that_the_data_lack_is_refused(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
-    words = ("train", files / "base.safetensors", "--digit", 12, "-o", tmp_path / "a.safetensors", *BASICS)
-    assert "no image of class 12, only of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in run(*words, code=1).stderr
-    assert run_json(*words, code=1)["error"] == "DataError"
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("digit", ["-1", "three", "3.5", "", "9" * 5000])
-def test_a_digit_that_is_no_class_number_is_a_usage_error(run: Run, files: Path, tmp_path: Path, digit: str) -> None:
-    words = ("train", files / "base.safetensors", f"--digit={digit}", "-o", tmp_path / "a.safetensors")
-    assert "--digit" in run(*words, code=2).stderr
-
-
-@pytest.mark.parametrize(
-    "option",
-    ["--rank=0", "--alpha=0", "--alpha=nan", "--focus=0", "--focus=1.1", "--focus=nan", "--steps=0", "--lr=-1",
-     "--targets=,", "--warmup=-1", "--weight-decay=-1", "--lora-plus=0", "--clip-norm=0", "--accumulate=0",
-     "--val-share=1", "--val-every=0", "--patience=0", "--amp=fp8", "--checkpoint-every=0", "--workers=-1",
-     "--data-limit=0"],
-)  # fmt: skip
-def test_a_setting_out_of_range_is_a_usage_error(run_json: RunJson, files: Path, tmp_path: Path, option: str) -> None:
-    words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", option)
-    assert option.partition("=")[0] in run_json(*words, code=2)["message"]
-
-
-@pytest.mark.parametrize(
-    ("option", "near"),
-    [
-        (("--init", "kaimin"), "kaiming"),
-        (("--schedule", "cosin"), "cosine"),
-        (("--dataset", "digitz"), "digits"),
-        (("--model", "digitcnn"), "digit-cnn"),
-        (("--targets", "conv1,conb2"), "conv2"),
-    ],
-)
-def test_an_unknown_name_is_answered_with_the_nearest(
-    run: Run, files: Path, tmp_path: Path, option: tuple[str, str], near: str
-) -> None:
-    words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", *BASICS)
-    error = run(*words, *option, code=1).stderr
-    assert error.startswith("UnknownNameError")
-    assert f"did you mean '{near}" in error
-
-
-def test_a_run_that_learned_nothing_writes_nothing(run_json: RunJson, files: Path, tmp_path: Path) -> None:
-    words = ("train", files / "base.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", *BASICS)
-    found = run_json(*words, "--steps", 1, code=1)
-    assert found["error"] == "TrainingError"
-    assert "lora_A" in found["message"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_adapter_where_the_base_belongs_is_refused(run: Run, files: Path, tmp_path: Path) -> None:
-    words = ("train", files / "three.safetensors", "--digit", 3, "-o", tmp_path / "a.safetensors", *BASICS)
-    assert "is an adapter, not a base model" in run(*words, code=1).stderr
 
 
 def test_every_option_arrives_in_the_file(run: Run, files: Path, tmp_path: Path) -> None:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from click.testing import Result
+from running import Run, RunJson, python
 
 import loraio
-
-Run = Callable[..., Result]
-RunJson = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -27,21 +19,15 @@ def merged(files: Path, tmp_path: Path) -> Path:
     return path
 
 
-def program(*words: object) -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own."""
-    line = [sys.executable, "-m", "loraio", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
-
-
 def test_a_merge_goes_there_and_back_in_processes_of_their_own(files: Path, tmp_path: Path) -> None:
     base, three, path = files / "base.safetensors", files / "three.safetensors", tmp_path / "m.safetensors"
-    done = program("merge", base, three, "-o", path, "--reversible")
+    done = python("-m", "loraio", "merge", base, three, "-o", path, "--reversible")
     assert (done.returncode, done.stderr) == (0, "")
     residue = path.with_name("m.safetensors.residue")
     assert f"\n{residue}: " in done.stdout
     assert " bits for each folded weight, " in done.stdout
     for name, words in (("a", [three]), ("b", ["--base", base]), ("c", [three, "--residue", residue])):
-        done = program("unmerge", path, *words, "-o", tmp_path / name)
+        done = python("-m", "loraio", "unmerge", path, *words, "-o", tmp_path / name)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"{tmp_path / name}: the base bit for bit, sha256 ")
         assert done.stdout.endswith("1 merge taken back, 0 left\n")
@@ -50,7 +36,7 @@ def test_a_merge_goes_there_and_back_in_processes_of_their_own(files: Path, tmp_
 
 def test_a_wrong_base_is_refused_in_a_process_of_its_own(merged: Path, files: Path, tmp_path: Path) -> None:
     loraio.save_base(loraio.build_network("digit-cnn", seed=8), tmp_path / "other")
-    done = program("unmerge", merged, "--base", tmp_path / "other", "-o", tmp_path / "out", "--json")
+    done = python("-m", "loraio", "unmerge", merged, "--base", tmp_path / "other", "-o", tmp_path / "out", "--json")
     assert (done.returncode, done.stdout) == (1, "")
     assert json.loads(done.stderr)["error"] == "BaseMismatchError"
     assert not (tmp_path / "out").exists()
@@ -109,22 +95,9 @@ def test_two_merges_are_taken_back_at_once(run: Run, files: Path, tmp_path: Path
     assert (tmp_path / "out").read_bytes() == (files / "merged.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("words", [[], ["three", "--base", "base"]])
-def test_base_or_adapter_one_of_the_two(run: Run, merged: Path, files: Path, tmp_path: Path, words: list[str]) -> None:
-    named = [files / f"{word}.safetensors" if word in ("three", "base") else word for word in words]
-    assert "one of the two" in run("unmerge", merged, *named, "-o", tmp_path / "out", code=2).stderr
-
-
 def test_an_input_is_never_the_output(run: Run, merged: Path, files: Path, tmp_path: Path) -> None:
     for path in (merged, Path(f"{merged}.residue")):
         before = path.read_bytes()
         error = run("unmerge", merged, files / "three.safetensors", "-o", path, "--force", code=1).stderr
         assert "is also an input" in error
         assert path.read_bytes() == before
-
-
-def test_a_plain_state_dict_has_nothing_to_take_back(run: Run, files: Path, tmp_path: Path) -> None:
-    base = files / "base.safetensors"
-    assert "has no receipts" in run("unmerge", base, "--base", base, "-o", tmp_path / "out", code=1).stderr
-    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
-    assert "a pickle" in run("unmerge", tmp_path / "a.pt", "--base", base, "-o", tmp_path / "out", code=1).stderr
