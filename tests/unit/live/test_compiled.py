@@ -29,6 +29,7 @@ COMPILED = {"rtol": 1e-5, "atol": 1e-4}
 needs_cpp = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
 )
+INDUCTOR = pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])
 
 
 def adapter_for(model: nn.Module, seed: int, *targets: str, **options: Any) -> loraio.Adapter:
@@ -121,9 +122,7 @@ def compiled_once(model: nn.Module, backend: str = "eager", **options: Any) -> t
 # swaps
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])]
-)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 def test_no_swap_of_any_rank_alpha_kind_or_targets_compiles_anew(
     base: nn.Module, many: list[loraio.Adapter], images: Tensor, backend: str
 ) -> None:
@@ -175,7 +174,7 @@ def test_swaps_of_a_model_compiled_for_little_overhead(
             assert_fresh(compiled, live, images)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])])
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 def test_batches_of_any_size_share_a_graph(
     base: nn.Module, many: list[loraio.Adapter], digits_test: loraio.Dataset, backend: str
 ) -> None:
@@ -337,9 +336,7 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])]
-)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 def test_no_change_past_the_handle_leaves_a_stale_weight_or_compiles_anew(
     base: nn.Module, three: loraio.Adapter, images: Tensor, backend: str
 ) -> None:
@@ -386,9 +383,7 @@ def test_uncounted_writes_need_a_refresh(base: nn.Module, three: loraio.Adapter,
     assert not assert_fresh(compiled, live, images).equal(before)
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])]
-)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 def test_another_dtype_or_layout_is_followed(
     base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, images: Tensor, backend: str
 ) -> None:
@@ -547,7 +542,7 @@ def padding(live: loraio.Attachment) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])])
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 def test_a_compiled_step_trains_adapters_of_other_ranks_and_targets(
     base: nn.Module, trained: list[loraio.Adapter], digits: loraio.Dataset, backend: str, optimizer: str
 ) -> None:
