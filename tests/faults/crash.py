@@ -1,24 +1,22 @@
-#!/usr/bin/env python
 """Kill commands of loraio at random moments, and look at what they leave.
 
-usage: scripts/crash [--count 300] [--signal KILL|TERM|INT] [--twice] [--only NAME] [--json] ..
+    python tests/faults/crash.py SIGNALS COUNT SEED [JOB ...]
 
-Each job is a command line that writes something: in the place of an older output, or of nothing. It runs in a process
-that is forked from this one, which has imported everything, and is killed at a random moment: of half of the runs at
-any moment of the run, of the others in the time in which it writes. After that
+`test_crash.py` runs this, since processes are forked best from one that has imported everything and computed nothing.
+Each job is a command line that writes something, over an older output or nothing. SIGNALS, such as KILL or TERM,INT,
+reach it at a random moment: half of the runs at any moment, the others while it writes. After that
 
-- the output is the old one or the new one, to the byte; of several files that belong together the one may be missing
-  without which nobody takes the others for a whole (the index of a parted checkpoint, the configuration of PEFT);
-- what else lies there are hidden temporaries of documented names, and after TERM and INT no temporary files at all;
-- the same command, run again, ends well, with the bytes of the new output, and removes what was left.
+- the output is the old or the new one, to the byte; of several files, the one may be missing without which nobody
+  takes the others for a whole (the index of a sharded checkpoint, the configuration of PEFT);
+- only hidden temporaries of documented names lie beside it, and after TERM and INT no temporary files at all;
+- the same command, run again, ends well, writes the new output, and removes what was left;
+- after TERM and INT the exit code is that of shells, and the last line on stderr says what happened.
 
-After TERM and INT, with others behind them or not, the exit code must be that of shells, and the last line on stderr
-say what happened. Exit code 0 when all of that held.
+It prints one JSON object: by job the number of runs for each outcome, and the problems.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import gc
@@ -35,8 +33,10 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -44,11 +44,11 @@ import torch
 
 import loraio
 from loraio import cli
-from loraio.files import tensorfile
 from loraio.bases.identity import state_sha256
+from loraio.files import tensorfile
 from loraio.training.datasets import DATASETS
 
-SHIPPED = Path(__file__).resolve().parent.parent / "adapters"
+SHIPPED = Path(__file__).resolve().parents[2] / "adapters"
 
 HIDDEN = re.compile(r"\..{1,40}\.\d+-[0-9a-f]{8}\.tmp|\..+\.merging", re.DOTALL)
 """Names of what a killed process may leave."""
@@ -57,12 +57,14 @@ WORDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
 CODE_OF_A_BUG = 99
 
+MKDIR = os.mkdir
+
 Contents = dict[str, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A command line; its output is ``out``, a file or a folder, in the folder of the run.
+    """A command line that writes ``out``, a file or a folder.
 
     Attributes:
         words: of the command, without what concerns the output.
@@ -71,78 +73,68 @@ class Job:
         resumes: whether it writes a side file that the next run goes on from.
     """
 
-    words: tuple[str, ...]
-    before: tuple[str, ...] | None = None
+    words: tuple[Any, ...]
+    before: tuple[Any, ...] | None = None
     out: str = "out"
     last: str | None = None
     resumes: bool = False
 
 
 def jobs(inputs: Path) -> dict[str, Job]:
-    """Those that write, by name."""
-    base, large, parted = inputs / "base.safetensors", inputs / "large.safetensors", inputs / "parted"
+    """Return a job for each command, by name; those with an older output are for all signals."""
+    base, large, sharded = inputs / "base.safetensors", inputs / "large.safetensors", inputs / "sharded"
     three, seven = inputs / "three.safetensors", inputs / "seven.safetensors"
+    own, merged = inputs / "adapters/three.safetensors", inputs / "merged.safetensors"
     train = ("train", base, "--dataset", "few", "--steps", "3", "--digit", "3")
-    peft = ("--to", "peft", "--model", "digit-cnn")
-    kohya = ("--to", "kohya", "--model", "digit-cnn")
-    rows = {
+    index = "model.safetensors.index.json"
+
+    def converted(dialect: str, *options: str, last: str | None = None) -> Job:
+        words = ("--to", dialect, *options)
+        return Job(("convert", three, *words), ("convert", seven, *words), last=last)
+
+    def merging(path: Path, **more: str) -> Job:
+        return Job(("merge", path, three), ("merge", path, three, "--strength", "0.5"), **more)
+
+    return {
         "train": Job((*train, "--seed", "1"), (*train, "--seed", "2")),
         "train --checkpoint": Job((*train, "--checkpoint-every", "1"), (*train, "--seed", "2"), resumes=True),
-        "convert --to native": Job(("convert", three, "--to", "native"), ("convert", seven, "--to", "native")),
-        "convert --to kohya": Job(("convert", three, *kohya), ("convert", seven, *kohya)),
-        "convert --to peft": Job(("convert", three, *peft), ("convert", seven, *peft), last="adapter_config.json"),
-        "merge": Job(("merge", large, three), ("merge", large, three, "--strength", "0.5"), out="out.safetensors"),
-        "merge, parted": Job(
-            ("merge", parted, three),
-            ("merge", parted, three, "--strength", "0.5"),
-            last="model.safetensors.index.json",
-        ),
-    }
-    return {name: _plain(job) for name, job in rows.items()}
-
-
-def further_jobs(inputs: Path) -> dict[str, Job]:
-    """Other commands, for the signals that a program can obey."""
-    base, three = inputs / "base.safetensors", inputs / "adapters/three.safetensors"
-    rows = {
+        "convert --to native": converted("native"),
+        "convert --to kohya": converted("kohya", "--model", "digit-cnn"),
+        "convert --to peft": converted("peft", "--model", "digit-cnn", last="adapter_config.json"),
+        "merge": merging(large, out="out.safetensors"),
+        "merge, sharded": merging(sharded, last=index),
         "pretrain": Job(("pretrain", "--dataset", "few")),
         "train --digit all": Job(("train", base, "--dataset", "few", "--steps", "2", "--digit", "all"), last=""),
         "pack": Job(("pack", inputs / "adapters")),
         "unpack": Job(("unpack", inputs / "all.pack"), last=""),
         "export": Job(("export", base), out="out.pt2"),
         "targets": Job(("targets", base), out=""),
-        "inspect": Job(("inspect", three), out=""),
+        "inspect": Job(("inspect", own), out=""),
         "check": Job(("check", inputs / "adapters"), out=""),
-        "unmerge": Job(("unmerge", inputs / "merged.safetensors", "--base", base), out="out.safetensors"),
+        "unmerge": Job(("unmerge", merged, "--base", base), out="out.safetensors"),
         "predict": Job(("predict", base, inputs / "image.png"), out=""),
-        "evaluate": Job(("evaluate", base, "--adapter", three, "--dataset", "few"), out=""),
-        "verify": Job(("verify", base, three, inputs / "merged.safetensors"), out=""),
+        "evaluate": Job(("evaluate", base, "--adapter", own, "--dataset", "few"), out=""),
+        "verify": Job(("verify", base, own, merged), out=""),
     }
-    return {name: _plain(job) for name, job in rows.items()}
-
-
-def _plain(job: Job) -> Job:
-    before = None if job.before is None else tuple(map(str, job.before))
-    return dataclasses.replace(job, words=tuple(map(str, job.words)), before=before)
 
 
 def make_inputs(folder: Path) -> None:
-    """A base, a larger one in one file and in two, and two adapters that fit all of them."""
+    """Write a base, a larger one in one file and in shards, and two adapters that fit all of them."""
     from PIL import Image, ImageDraw
 
     state = dict(loraio.read_base(SHIPPED / "base.safetensors").state)
     generator = torch.Generator().manual_seed(0)
-    big = {**state, **{f"more.{n}": torch.randn(1 << 20, generator=generator) for n in range(2)}}
+    large = {**state, **{f"more.{n}": torch.randn(1 << 20, generator=generator) for n in range(2)}}
     shutil.copy(SHIPPED / "base.safetensors", folder / "base.safetensors")
-    tensorfile.write(big, folder / "large.safetensors", metadata={})
-    (folder / "parted").mkdir()
-    parts = {f"model-{n + 1}-of-3.safetensors": list(big)[n::3] for n in range(3)}
-    for file, names in parts.items():
-        tensorfile.write({name: big[name] for name in names}, folder / "parted" / file, metadata={})
-    index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
-    (folder / "parted/model.safetensors.index.json").write_text(json.dumps(index))
+    tensorfile.write(large, folder / "large.safetensors", metadata={})
+    (folder / "sharded").mkdir()
+    shards = {f"model-{n + 1}-of-3.safetensors": list(large)[n::3] for n in range(3)}
+    for file, names in shards.items():
+        tensorfile.write({name: large[name] for name in names}, folder / "sharded" / file, metadata={})
+    index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
+    (folder / "sharded/model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "adapters").mkdir()
-    digests = {"": state_sha256(big), "adapters/": state_sha256(state)}
+    digests = {"": state_sha256(large), "adapters/": state_sha256(state)}
     for name, file in {"three": "digit-3", "seven": "digit-7"}.items():
         adapter = loraio.load(SHIPPED / f"{file}.safetensors")
         for start, digest in digests.items():
@@ -156,17 +148,15 @@ def make_inputs(folder: Path) -> None:
 
 
 class Run:
-    """A command line in a forked process, and how far it is."""
+    """A command line in a forked process, with the moments of its first write and its end; 0 before them."""
 
-    def __init__(self, words: list[str], folder: Path) -> None:
-        self._times = mmap.mmap(-1, 24)
-        self._report = folder.parent / "report"
-        self._report.write_bytes(b"")
-        self._imported = folder.parent / "imported"
+    def __init__(self, words: Iterable[Any], folder: Path) -> None:
+        self._times = mmap.mmap(-1, 16)
+        self._report, self._imported = folder.parent / "report", folder.parent / "imported"
         self.started = time.monotonic()
-        self._pid = os.fork()
-        if not self._pid:
-            self._child(words, folder)
+        self.pid = os.fork()
+        if not self.pid:
+            self._child([str(word) for word in words], folder)
 
     def _child(self, words: list[str], folder: Path) -> None:
         code = CODE_OF_A_BUG
@@ -179,24 +169,23 @@ class Run:
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             os.open, os.mkdir = self._noting(os.open), self._noting(os.mkdir)  # type: ignore[assignment]
             sys.argv = ["loraio", *words]
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else CODE_OF_A_BUG
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else CODE_OF_A_BUG
         except BaseException:
             sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         finally:
-            self._note(2)
+            self._note(1)
             self._imported.write_text("\n".join(sys.modules))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
 
-    def _noting(self, function: Callable[..., int]) -> Callable[..., int]:
-        def noted(path: str, flags: int = os.O_CREAT, *rest: int, **options: int) -> int:
-            if flags & os.O_CREAT and not self.writes:
-                self._note(1)
-            return function(path, flags, *rest, **options) if function is not MKDIR else function(path, *rest)
+    def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(path: Any, *rest: Any, **options: Any) -> Any:
+            if not self.writes and (function is MKDIR or rest[0] & os.O_CREAT):
+                self._note(0)
+            return function(path, *rest, **options)
 
         return noted
 
@@ -205,85 +194,56 @@ class Run:
 
     @property
     def writes(self) -> float:
-        """When it began to write; 0 before that."""
-        return float(struct.unpack_from("d", self._times, 8)[0])
+        return float(struct.unpack_from("d", self._times, 0)[0])
 
     @property
     def ended(self) -> float:
-        """When it ended; 0 before that."""
-        return float(struct.unpack_from("d", self._times, 16)[0])
-
-    @property
-    def phase(self) -> str:
-        """Where it is, or was when it was killed."""
-        return "after" if self.ended else "during" if self.writes else "before"
-
-    def kill(self, *numbers: int) -> None:
-        """Send signals, a few milliseconds apart."""
-        for number in numbers:
-            os.kill(self._pid, number)
-            if len(numbers) > 1:
-                time.sleep(random.uniform(0, 0.005))
+        return float(struct.unpack_from("d", self._times, 8)[0])
 
     def wait(self) -> tuple[int, str]:
-        """Its exit code, negative for a signal, and what it printed."""
-        _, status = os.waitpid(self._pid, 0)
+        """Return its exit code, negative for a signal, and what it printed."""
+        _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status), self._report.read_text(errors="replace")
 
 
-MKDIR = os.mkdir
-
-
-def contents(folder: Path) -> Contents:
-    """The files below a folder, but for hidden ones."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_file() and not any(part.startswith(".") for part in Path(name).parts):
-            found[name] = path.read_bytes()
-    return found
-
-
 class Trial:
-    """One job, killed again and again."""
+    """One job, killed again and again in its folder."""
 
-    def __init__(self, name: str, job: Job, folder: Path, numbers: list[int], count: int) -> None:
-        self.name, self._job, self._folder, self._numbers = name, job, folder, numbers
-        self.counts = dict.fromkeys(("before", "during", "after", "old", "new", "unfinished", "left", "kept"), 0)
+    def __init__(self, job: Job, folder: Path, numbers: list[int]) -> None:
+        self._job, self._folder, self._numbers = job, folder, numbers
+        self.counts: Counter[str] = Counter()
         self._old: Contents = {}
-        self._clear()
-        self._complete([*job.words, *self._output(force=False)])
+        self._complete(job.words, clear=True)
         import_as(folder.parent / "imported")
-        self._clear()
         if job.before is not None:
-            self._complete([*job.before, *self._output(force=False)])
+            self._complete(job.before, clear=True)
             self._old = self._outputs()
-        spans = []
-        for _ in range(3 if count > 20 else 1):
-            self._clear()
-            started, writes, ended = self._complete([*job.words, *self._output(force=False)])
-            spans.append((ended - started, ended - (writes or started)))
-        self._span, self._writing = (sorted(values)[len(values) // 2] for values in zip(*spans, strict=True))
+        run = self._complete(job.words, clear=True)
+        self._span, self._writing = run.ended - run.started, run.ended - (run.writes or run.started)
         self._new = self._outputs()
 
-    def _output(self, *, force: bool) -> list[str]:
+    def _line(self, words: tuple[Any, ...], *options: str) -> tuple[Any, ...]:
         if not self._job.out:
-            return []
-        side = ["--checkpoint", "run.pt"] if self._job.resumes else []
-        return ["-o", self._job.out, *side, *(["--force"] if force else [])]
+            return words
+        side = ("--checkpoint", "run.pt") if self._job.resumes else ()
+        return (*words, "-o", self._job.out, *side, *options)
 
     def _outputs(self) -> Contents:
-        return {name: data for name, data in contents(self._folder).items() if name != "run.pt"}
+        names = {path: path.relative_to(self._folder) for path in sorted(self._folder.rglob("*")) if path.is_file()}
+        seen = {path: name for path, name in names.items() if not any(part.startswith(".") for part in name.parts)}
+        return {str(name): path.read_bytes() for path, name in seen.items() if str(name) != "run.pt"}
 
     def _clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
 
-    def _complete(self, words: list[str]) -> tuple[float, float, float]:
-        run = Run(words, self._folder)
+    def _complete(self, words: tuple[Any, ...], *options: str, clear: bool = False) -> Run:
+        if clear:
+            self._clear()
+        run = Run(self._line(words, *options), self._folder)
         code, printed = run.wait()
         assert code == 0, f"{words} ended with {code}: {printed}"
-        return run.started, run.writes, run.ended
+        return run
 
     def once(self, chance: random.Random) -> None:
         """Kill it once, and look.
@@ -296,32 +256,30 @@ class Trial:
         for name, data in old.items():
             (self._folder / name).parent.mkdir(exist_ok=True)
             (self._folder / name).write_bytes(data)
-        run = Run([*self._job.words, *self._output(force=bool(old))], self._folder)
-        if chance.random() < 0.5 and self._job.out:
+        run = Run(self._line(self._job.words, *(["--force"] if old else [])), self._folder)
+        span = self._span
+        if self._job.out and chance.random() < 0.5:
+            span = self._writing
             while not (run.writes or run.ended):
                 time.sleep(20e-6)
-            time.sleep(chance.uniform(0, 1.1 * self._writing))
-        else:
-            time.sleep(chance.uniform(0, 1.1 * self._span))
-        phase = run.phase
-        run.kill(*self._numbers)
+        time.sleep(chance.uniform(0, 1.1 * span))
+        for number in self._numbers:
+            os.kill(run.pid, number)
+            time.sleep(chance.uniform(0, 0.005) if len(self._numbers) > 1 else 0)
         code, printed = run.wait()
-        self.counts[run.phase if self._numbers[0] == signal.SIGKILL else phase] += 1
+        self.counts["during"] += bool(run.writes and (code or not run.ended))
         self._check_end(code, printed)
         self._check_files(old, code)
         if self._job.out:
             again = ["--resume"] if self._job.resumes and (self._folder / "run.pt").exists() else []
-            self._complete([*self._job.words, *self._output(force=True), *again])
+            self._complete(self._job.words, "--force", *again)
             assert self._outputs() == self._new, "the next run gives something else"
             assert not list(self._folder.rglob(".*")), "the next run leaves what was left"
 
     def _check_end(self, code: int, printed: str) -> None:
-        numbers = self._numbers
-        if numbers[0] == signal.SIGKILL:
-            assert code in (0, -signal.SIGKILL), (code, printed)
-            return
         # Before and after the command line runs the system ends the process; that is the same to a shell.
-        assert code in (0, *(128 + number for number in numbers), *(-number for number in numbers)), (code, printed)
+        ends = [end for number in self._numbers for end in (-number, 128 + number)]
+        assert code in (0, *ends), (code, printed)
         assert "Traceback" not in printed, printed
         if code > 0:
             assert printed.splitlines()[-1] == WORDS[signal.Signals(code - 128)], printed
@@ -339,28 +297,10 @@ class Trial:
             for name, data in found.items():
                 assert data in (old.get(name), self._new.get(name)), f"{name} is neither old nor new"
             self.counts["unfinished"] += 1
-        hidden = [path for path in self._folder.rglob(".*") if not path.parent.name.startswith(".")]
-        for path in hidden:
-            assert HIDDEN.fullmatch(path.name), f"{path.name} was left"
+        hidden = [path.name for path in self._folder.rglob(".*") if not path.parent.name.startswith(".")]
+        assert all(HIDDEN.fullmatch(name) for name in hidden), f"{hidden} were left"
         if self._numbers[0] != signal.SIGKILL and code >= 0:
             assert not list(self._folder.rglob(".*.tmp")), f"{hidden} were left"
-        self.counts["left"] += any(path.suffix == ".tmp" for path in hidden)
-        self.counts["kept"] += any(path.suffix == ".merging" for path in hidden)
-
-
-def trials(options: argparse.Namespace, folder: Path) -> Iterator[Trial]:
-    """One for each job that was asked for."""
-    number = signal.Signals[f"SIG{options.signal}"]
-    inputs = folder / "inputs"
-    inputs.mkdir()
-    make_inputs(inputs)
-    found = jobs(inputs)
-    if number != signal.SIGKILL:
-        found |= further_jobs(inputs)
-    numbers = [number] if number == signal.SIGKILL or not options.twice else [number, signal.SIGTERM, signal.SIGINT]
-    for name, job in found.items():
-        if not options.only or name in options.only:
-            yield Trial(name, job, folder / "run", numbers, options.count)
 
 
 def import_as(names: Path) -> None:
@@ -385,42 +325,28 @@ def warm_up() -> None:
     gc.freeze()  # pages that no collection writes to need not be copied after a fork
 
 
-def main() -> int:
-    """Run all trials, print what was counted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=300, help="kills of each job")
-    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
-    parser.add_argument("--twice", action="store_true", help="further signals follow TERM or INT")
-    parser.add_argument("--only", action="append", metavar="NAME", help="a job, by name; may be repeated")
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder without it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+def main() -> None:
+    """Run the jobs that are named, or all that write over an older output; with TERM all there are."""
+    numbers = [int(signal.Signals[f"SIG{name}"]) for name in sys.argv[1].split(",")]
+    count, chance, names = int(sys.argv[2]), random.Random(sys.argv[3]), sys.argv[4:]
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # also in a job in the background of a shell, which ignores it
     warm_up()
-    chance, results, failures = random.Random(options.seed), {}, 0
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        for trial in trials(options, Path(name)):
-            problems = []
-            for number in range(options.count):
-                try:
-                    trial.once(chance)
-                except AssertionError as problem:
-                    problems.append(f"run {number}: {problem}")
-                if (number + 1) % 25 == 0:
-                    print(f"{trial.name}, {number + 1} of {options.count}: {trial.counts}", file=sys.stderr, flush=True)
-            results[trial.name] = {**trial.counts, "problems": problems}
-            failures += len(problems)
-            if not options.json:
-                print(
-                    f"{trial.name}: {', '.join(f'{count} {what}' for what, count in trial.counts.items())}", flush=True
-                )
-                for problem in problems:
-                    print(f"  FAILED {problem}", flush=True)
-    if options.json:
-        print(json.dumps({"signal": options.signal, "count": options.count, "jobs": results}))
-    return 1 if failures else 0
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder, "inputs")
+        inputs.mkdir()
+        make_inputs(inputs)
+        for name, job in jobs(inputs).items():
+            if name in names or (not names and (job.before or signal.SIGTERM in numbers)):
+                trial, problems = Trial(job, Path(folder, "run"), numbers), []
+                for number in range(count):
+                    try:
+                        trial.once(chance)
+                    except AssertionError as problem:
+                        problems.append(f"run {number}: {problem}")
+                results[name] = {**trial.counts, "problems": problems}
+    sys.stdout.write(json.dumps(results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
