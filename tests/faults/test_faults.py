@@ -35,17 +35,9 @@ from loraio.merging import checkpoint_writer, residue_writer
 from loraio.training.resuming import SideFile
 
 FUNCTIONS = (
-    "chmod",
-    "fsync",
-    "ftruncate",
-    "link",
-    "mkdir",
-    "open",
-    "rename",
-    "replace",
-    "rmdir",
+    "chmod", "fsync", "ftruncate", "link", "mkdir", "open", "rename", "replace", "rmdir",
     "unlink",
-)
+)  # fmt: skip
 """Of the module os, that fail. Besides them ``write`` and ``truncate`` of files."""
 
 ROOM = ("fsync", "link", "mkdir", "open", "truncate", "write")

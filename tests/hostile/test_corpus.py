@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from hostile.corpus import PAYLOAD, Case, adapter_parts, cases, entry, native, raw, torch_saved
+from hostile.containers import PAYLOAD, entry, raw, torch_saved
+from hostile.corpus import Case, adapter_parts, cases, native
 from PIL import Image
 from safetensors.torch import save, save_file
 from sampling import sample, sampled_or_all
