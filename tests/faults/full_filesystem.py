@@ -49,7 +49,7 @@ def cases(folder: Path) -> dict[str, tuple[str, Write]]:
             "out.safetensors",
             lambda path, new: loraio.merge_file(base, three, path, strength=strength[new], overwrite=path.exists()),
         ),
-        "merge, parted": (
+        "merge, sharded": (
             "out",
             lambda path, new: loraio.merge_file(
                 folder / "parts", three, path, strength=strength[new], overwrite=path.exists()

@@ -197,12 +197,14 @@ class FakeMoment:
 @pytest.fixture
 def case(request: pytest.FixtureRequest, things: Path) -> Case:
     """The case of a name; ``write(path, True)`` writes the new one, ``write(path, False)`` an older one."""
-    name = request.param
-    base, three, seven = (
-        things / "base.safetensors",
-        *(things / f"adapters/{one}.safetensors" for one in ("three", "seven")),
-    )
-    strength = {True: 1.0, False: 0.5}
+    name: str = request.param
+    base, three, seven = (things / f"{one}.safetensors" for one in ("base", "adapters/three", "adapters/seven"))
+
+    def merging(source: Path, **options: Any) -> Callable[[Path, bool], Any]:
+        return lambda path, new: loraio.merge_file(
+            source, three, path, strength=1.0 if new else 0.5, overwrite=path.exists(), workers=1, **options
+        )
+
     if name == "save":
         adapters = {True: loraio.load(three), False: loraio.load(seven)}
         return Case(lambda path, new: loraio.save(adapters[new], path, overwrite=path.exists()))
@@ -210,41 +212,23 @@ def case(request: pytest.FixtureRequest, things: Path) -> Case:
         model = loraio.load_base(base)
         return Case(lambda path, new: loraio.save_base(model, path, overwrite=path.exists(), training={"new": new}))
     if name == "merge":
-        options: dict[str, Any] = {"workers": 1}
-        return Case(
-            lambda path, new: loraio.merge_file(
-                base, three, path, strength=strength[new], overwrite=path.exists(), **options
-            )
-        )
-    if name == "merge, parted":
-        return Case(
-            lambda path, new: loraio.merge_file(
-                things / "parts", three, path, strength=strength[new], overwrite=path.exists(), workers=1
-            ),
-            output="out",
-            kept=True,
-        )
+        return Case(merging(base))
+    if name == "merge, sharded":
+        return Case(merging(things / "parts"), output="out", kept=True)
     if name == "merge, reversible":
-        return Case(
-            lambda path, new: loraio.merge_file(
-                base, three, path, strength=strength[new], overwrite=path.exists(), workers=1, reversible=True
-            ),
-            apart=True,
-        )
+        return Case(merging(base, reversible=True), apart=True)
     if name.startswith("unmerge"):
-        return unmerge_case(things, parted=name != "unmerge")
+        return unmerge_case(things, sharded=name != "unmerge")
     if name == "pack":
         folders = {True: things / "adapters", False: things / "one"}
         return Case(lambda path, new: loraio.pack([folders[new]], path, overwrite=path.exists()))
     if name == "unpack":
         packs = {True: things / "new.pack", False: things / "old.pack"}
-        return Case(
-            lambda path, new: loraio.unpack(packs[new], path, overwrite=path.exists()), output="out", apart=True
-        )
+        unpacking: Any = lambda path, new: loraio.unpack(packs[new], path, overwrite=path.exists())  # noqa: E731
+        return Case(unpacking, output="out", apart=True)
     if name == "side file":
         runs = {new: FakeRun(float(new)) for new in (True, False)}
-        write: Any = lambda path, new: SideFile(path, every=1, identity={}, validation=None)(runs[new], FakeMoment())  # noqa: E731
-        return Case(write)
+        return Case(lambda path, new: SideFile(path, every=1, identity={}, validation=None)(runs[new], FakeMoment()))
     if name == "export":
         return export_case(request, base)
     dialect = name.removeprefix("convert to ")
@@ -261,19 +245,19 @@ def case(request: pytest.FixtureRequest, things: Path) -> Case:
     )
 
 
-def unmerge_case(things: Path, *, parted: bool) -> Case:
+def unmerge_case(things: Path, *, sharded: bool) -> Case:
     """With the residue; the older output is what another merge gives back."""
     bases = {
-        True: things / ("parts" if parted else "base.safetensors"),
-        False: things / ("older-parts", "older.st")[not parted],
+        True: things / ("parts" if sharded else "base.safetensors"),
+        False: things / ("older-parts", "older.st")[not sharded],
     }
     three = things / "adapters/three.safetensors"
     state = dict(loraio.read_base(bases[True]).state)
     if not bases[False].exists():
-        if parted:
+        if sharded:
             shutil.copytree(bases[True], bases[False])
-        name = min(bases[False].glob("*-1-of-2.safetensors")) if parted else bases[False]
-        inside = tensorfile.read_header(name).tensors if parted else state
+        name = min(bases[False].glob("*-1-of-2.safetensors")) if sharded else bases[False]
+        inside = tensorfile.read_header(name).tensors if sharded else state
         save_file({key: state[key] + 1 if key == "conv1.bias" else state[key].clone() for key in inside}, name)
     merged = {new: base.with_name(f"merged-{base.name}") for new, base in bases.items()}
     for new, base in bases.items():
@@ -281,7 +265,7 @@ def unmerge_case(things: Path, *, parted: bool) -> Case:
             loraio.merge_file(base, three, merged[new], reversible=True, allow_base_mismatch=True)
     return Case(
         lambda path, new: loraio.unmerge_file(merged[new], path, adapter=three, overwrite=path.exists(), workers=1),
-        output="out" if parted else "out.safetensors",
+        output="out" if sharded else "out.safetensors",
     )
 
 
@@ -303,17 +287,8 @@ def export_case(request: pytest.FixtureRequest, base: Path) -> Case:
 
 
 NAMES = (
-    "save",
-    "save_base",
-    "merge",
-    "merge, parted",
-    "merge, reversible",
-    "unmerge",
-    "unmerge, parted",
-    "pack",
-    "unpack",
-    "side file",
-    "export",
+    *("save", "save_base", "merge", "merge, sharded", "merge, reversible", "unmerge", "unmerge, sharded", "pack"),
+    *("unpack", "side file", "export"),
     *(f"convert to {dialect}" for dialect in ("native", *DIALECTS)),
 )
 
@@ -447,7 +422,7 @@ def test_a_real_filesystem_that_is_full_or_read_only_leaves_the_old_output(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = [line.split(": ") for line in done.stdout.splitlines()]
-    assert [name for name, _ in counts] == ["save", "save_base", "merge", "merge, parted", "convert to peft", "pack"]
+    assert [name for name, _ in counts] == ["save", "save_base", "merge", "merge, sharded", "convert to peft", "pack"]
     for _, count in counts:
         assert int(count.split()[0]) >= 3  # that did not fit
 
