@@ -179,7 +179,7 @@ def _trace(network: nn.Module, example: Tensor) -> Any:
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
-    program.example_inputs = None  # they would be written too
+    program._example_inputs = None  # they would be written too; the setter of torch 2.6 refuses None
     return program
 
 
