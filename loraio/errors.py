@@ -17,7 +17,7 @@
     └── VerificationError (RuntimeError)     a check of an output failed; nothing was written
 
 Each class inherits the fitting builtin too, so that a plain ``except FileNotFoundError`` works. The text of an error
-has three parts: what was wrong, with both values; where; and what to try.
+has three parts: the fault, with both values; its place; and a remedy to try.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decide whether an adapter may be merged into a base, given the receipts of earlier merges."""
+"""Allow or refuse a merge, given the receipts of earlier merges into the same base."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def check_receipts(
 ) -> tuple[str, ...]:
     """Refuse a second merge by the receipts alone, without looking at a tensor.
 
-    An adapter that was made for this very file, with its digest, needs no force. `check_base` refuses an adapter whose
-    base no receipt names.
+    An adapter that was made for this very file, with its digest, needs no force. `check_base` refuses an adapter with
+    a base that no receipt names.
 
     Args:
         adapter: the adapter.

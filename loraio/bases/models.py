@@ -155,7 +155,7 @@ def save_base(
     Raises:
         OutputExistsError, OutputError: the file is there already, or cannot be written.
         StateError: a weight is parametrized, by an attached adapter for example.
-        BaseMismatchError: the model is no longer the network whose name it carries.
+        BaseMismatchError: the model is no longer the network that it was built as.
     """
     state, heads = model.state_dict(), heads_of(model)
     parametrized = [name for name, module in model.named_modules() if isinstance(module, ParametrizationList)]

@@ -22,7 +22,7 @@ NETWORKS: dict[str, Network] = {
 }
 """The networks with a name of their own; they take their input shape and no other."""
 
-NAME_FORMS = "torchvision:NAME, timm:NAME or package.module:callable"
+NAME_FORMS = f"{', '.join(f'{library}:NAME' for library in LIBRARIES)} or package.module:callable"
 """Names of networks besides those of `NETWORKS`, in words."""
 
 

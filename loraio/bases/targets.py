@@ -122,7 +122,7 @@ def normalisation_tensors(model: nn.Module, *, affine: bool) -> list[str]:
 
 
 def _holds(module: nn.Module, parameter: str) -> bool:
-    """Whether the module has such a weight, plain or parametrized; it is not computed for the answer."""
+    """Return True if a module has such a weight, plain or parametrized, without computing it."""
     if module._parameters.get(parameter) is not None:
         return True
     return parameter in module._modules.get("parametrizations", ()) or (  # type: ignore[operator]
@@ -141,7 +141,7 @@ def select_targets(
         patterns: words ("conv", "linear", "embedding", "all"), class names ("ConvTranspose2d"), globs, or regular
             expressions after ``re:``. Globs and expressions must match the whole of the weight's name
             ("layer1.0.conv1.weight") or of its module's ("layer1.0.conv1"), with case.
-        exclude: patterns of the same kind; what they match is left out.
+        exclude: patterns of the same kind; their matches are left out.
 
     Raises:
         UnknownNameError: a pattern matches nothing, everything is excluded, or an expression is none.
@@ -163,7 +163,7 @@ def select_targets(
 
 
 def matches(target: TargetModule, pattern: str) -> bool:
-    """Whether a pattern of `select_targets` selects this weight.
+    """Return True if a pattern of `select_targets` selects a weight.
 
     Raises:
         UnknownNameError: the pattern is no regular expression after all.

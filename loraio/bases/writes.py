@@ -1,4 +1,4 @@
-"""Marks of tensors and of models, to tell later whether any tensor was written to."""
+"""Marks of tensors and of models, to tell later if any tensor was written to."""
 
 from __future__ import annotations
 

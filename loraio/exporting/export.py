@@ -144,9 +144,9 @@ def export(
 
 
 def _check_settings(batches: Sequence[int], shape: Sequence[int] | None, *, atol: float, rtol: float | None) -> None:
-    for what, sizes in (("batch sizes", batches), ("an input shape", () if shape is None else shape)):
+    for setting, sizes in (("batch sizes", batches), ("an input shape", () if shape is None else shape)):
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise ConfigError(f"{what} cannot be {tuple(sizes)}", hint="whole numbers of at least 1")
+            raise ConfigError(f"{setting} cannot be {tuple(sizes)}", hint="whole numbers of at least 1")
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not 0 <= value < math.inf:
             raise ConfigError(f"{name} is {value}, not a finite number of at least 0")

@@ -1,4 +1,4 @@
-"""Models of base checkpoints: what is loaded, what is saved, and what is hashed again."""
+"""Models of base checkpoints: loaded, saved, and hashed again only after a write."""
 
 from __future__ import annotations
 

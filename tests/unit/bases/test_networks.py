@@ -166,7 +166,7 @@ def test_the_lists_of_torchvision_are_all_known() -> None:
         shape = networks.find_network(f"torchvision:{name}").input_shape
         least = models.get_model_weights(name).DEFAULT.meta["min_size"]
         assert shape is not None
-        assert shape[1] >= least[0] or name == "vit_h_14"  # whose usual weights are for larger images
+        assert shape[1] >= least[0] or name == "vit_h_14"  # its usual weights are for larger images
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
@@ -321,7 +321,7 @@ def test_an_adapter_goes_on_and_off_a_network_of_torchvision(name: str, args: di
 def test_the_digit_cnn_keeps_as_little_for_the_backward_pass_in_either_order_of_memory() -> None:
     model = loraio.build_network("digit-cnn", seed=0)
 
-    def kept(*, channels_last: bool) -> int:
+    def saved_bytes(*, channels_last: bool) -> int:
         images = in_order(torch.rand(2, 1, 28, 28), channels_last=channels_last)
         storages: dict[int, torch.UntypedStorage] = {}
 
@@ -335,4 +335,4 @@ def test_the_digit_cnn_keeps_as_little_for_the_backward_pass_in_either_order_of_
         loss.backward()
         return total
 
-    assert kept(channels_last=True) == kept(channels_last=False)
+    assert saved_bytes(channels_last=True) == saved_bytes(channels_last=False)

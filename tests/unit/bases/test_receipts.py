@@ -1,4 +1,4 @@
-"""Merge receipts: the same from memory and from files, and what they say against the next merge."""
+"""Merge receipts: the same from memory and from files, and their objections to the next merge."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def export(model: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def run(path: Path, x: Tensor) -> Tensor:
-    """What the file answers, by an engine that shares nothing with torch."""
+    """Run the file by an engine that shares nothing with torch."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     return torch.from_numpy(result)

@@ -301,7 +301,7 @@ def test_nothing_of_a_swap_grows_with_the_number_of_names(
 def test_eight_threads_swap_and_mix_on_their_own_models_from_one_bank(
     folder: Path, trained_base: nn.Module, digits_test: loraio.Dataset
 ) -> None:
-    """With room for only some of what they use, so that eviction and reading go on all the time."""
+    """There is room for only some of the adapters, so that eviction and reading go on all the time."""
     images, names = digits_test.images[:9], ["three", "seven", None] * 3
     alone, reference = copy.deepcopy(trained_base), loraio.Bank(folder)
     expected: dict[str | None, torch.Tensor] = {None: outputs(alone, images)}

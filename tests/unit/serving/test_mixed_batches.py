@@ -1,4 +1,4 @@
-"""Mixed batches: the same outputs as one by one, by whichever route, on every layer type and in odd networks."""
+"""Mixed batches: the same outputs as one by one, by either route, on every layer type and in odd networks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bank_for(model: nn.Module, **options: Any) -> loraio.Bank:
 
 
 def one_by_one(model: nn.Module, bank: loraio.Bank, x: Tensor, names: Sequence[str | None]) -> list[Any]:
-    """What each sample gives alone, with its adapter attached."""
+    """Run each sample alone, with its adapter attached."""
     found = []
     with torch.no_grad():
         for row, name in enumerate(names):
@@ -97,7 +97,7 @@ def by_layers(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 
 class Convolutions(nn.Module):
-    """Every kind of convolution that the layers route knows, and what stands between them."""
+    """Every convolution that the layer route knows, with other layers between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -422,9 +422,9 @@ def test_a_bank_keeps_no_model_alive_that_its_own_modules_refer_to(
 ) -> None:
     bank, model = bank_for(base), copy.deepcopy(base)
     model.fc.whole = [model]  # type: ignore[union-attr]
-    kept, gone = bank.resident_bytes, weakref.ref(model)
+    before, gone = bank.resident_bytes, weakref.ref(model)
     bank.forward(model, digits_test.images[:12], NAMES)
-    folded = bank.resident_bytes - kept
+    folded = bank.resident_bytes - before
     del model
     gc.collect()
     assert gone() is None
