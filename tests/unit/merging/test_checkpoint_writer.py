@@ -75,15 +75,6 @@ def test_the_bytes_are_those_of_a_merge_in_memory_with_any_number_of_workers(
         assert merged.effect.targets == effect.targets
 
 
-def test_a_pickled_base_is_written_by_the_same_way(tmp_path: Path) -> None:
-    state, adapter = case()
-    expected = in_memory(state, adapter, tmp_path / "expected")
-    _, path = saved(state, adapter, tmp_path)
-    torch.save(state, tmp_path / "base.pt")
-    loraio.merge_file(tmp_path / "base.pt", path, tmp_path / "merged.safetensors")
-    assert (tmp_path / "merged.safetensors").read_bytes() == expected
-
-
 def test_a_base_that_differs_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     state, adapter = case()
     for name, message in [("Linear.weight", r"'Linear\.weight': "), ("large", "other tensors of the network differ")]:
