@@ -29,6 +29,9 @@ Words = NDArray[Any]
 LENGTH = 4
 """Each block begins with its length, in so many bytes, little-endian."""
 
+LEVEL = 1
+"""Of bzip2: blocks of 100 kB. Larger ones save 0.001 bits a weight and take 1.4 of the time."""
+
 
 def residue_of(part: Adapter, base: Tensor, folded: Tensor, strength: float) -> bytes:
     """Return a block from which `restored` makes the base weight.
@@ -89,7 +92,7 @@ def encode(base: Tensor, guess: Tensor, side: Tensor | None = None) -> bytes:
     steps = steps_between(base, guess)
     planes = np.ascontiguousarray(steps.view(np.uint8).reshape(len(steps), steps.itemsize).T)
     numbers = b"" if side is None else bytes(tensor_bytes(side).numpy().data)
-    rest = numbers + bz2.compress(planes.tobytes())
+    rest = numbers + bz2.compress(planes.tobytes(), LEVEL)
     return (LENGTH + len(rest)).to_bytes(LENGTH, "little") + rest
 
 
