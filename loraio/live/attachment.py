@@ -378,7 +378,7 @@ def attach(
         AdapterError: a sum would overflow its weight's dtype.
         StateError: the model carries an adapter already, or a target is shared or parametrized otherwise, or the
             adapter replaces whole tensors and ``reserve`` is given.
-        ConfigError: the strength is not a finite number, or ``max_rank`` not a number of at least 1 or not for training.
+        ConfigError: the strength is not a finite number, or ``max_rank`` is below 1 or not for training.
         UnknownNameError: a weight to be reserved is not in the model.
     """
     return Attachment(
