@@ -51,11 +51,8 @@ def test_an_error_gets_a_place_and_keeps_the_one_it_has() -> None:
     assert error.at("there").where == "here"
 
 
-def test_a_wrong_shape_is_an_adapter_error() -> None:
+def test_two_classes_have_a_parent_that_callers_may_catch() -> None:
     assert issubclass(errors.ShapeError, errors.AdapterError)
-
-
-def test_a_base_with_merged_adapters_is_another_base() -> None:
     assert issubclass(errors.AlreadyMergedError, errors.BaseMismatchError)
 
 
@@ -68,18 +65,21 @@ def test_the_tree_in_the_docstring_names_every_class_with_its_builtin() -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_the_text_says_what_then_all_problems_then_where_then_what_to_try(cls: type[LoraioError]) -> None:
+def test_the_text_has_the_fault_then_all_problems_then_the_place_then_a_hint(cls: type[LoraioError]) -> None:
     error = cls("two things are wrong", problems=["this", "that"], where="'a.file'", hint="another file")
     assert str(error) == "two things are wrong\n  this\n  that\n  in 'a.file'\n  try: another file"
     assert (error.message, error.problems) == ("two things are wrong", ("this", "that"))
     assert (error.where, error.hint) == ("'a.file'", "another file")
+    bare = cls("just this")
+    assert (str(bare), bare.problems, bare.where, bare.hint) == ("just this", (), None, None)
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_message_alone_is_the_whole_text(cls: type[LoraioError]) -> None:
-    error = cls("just this")
-    assert str(error) == "just this"
-    assert (error.problems, error.where, error.hint) == ((), None, None)
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(KeyError("a"), "KeyError: 'a'"), (ValueError("\n one\ntwo"), "ValueError: one"), (OSError(), "OSError")],
+)
+def test_the_first_line_of_a_foreign_error_has_its_class(error: Exception, line: str) -> None:
+    assert errors.first_line(error) == line
 
 
 @pytest.mark.parametrize("cls", CLASSES)
