@@ -43,6 +43,8 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
             base, without ``allow_base_mismatch``.
         StateError: the base carries an adapter, or a weight is shared or computed from another parametrization.
     """
+    from loraio.bases.identity import check_base
+
     foreign, where = dialect.read(source), f"{str(source.path)!r}"
     _refuse(dialect, foreign, options, where)
     values, state = source.read(), _state_of(base)
@@ -55,9 +57,9 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     _account(foreign, source, assembly, where)
     try:
         adapter = _finish(dialect, foreign, source, assembly)
+        check_base(adapter, state, allow_mismatch=options.allow_base_mismatch)
     except LoraioError as error:
         raise error.at(where) from error
-    _check_base(adapter, state, where, options)
     report = Report.of([*assembly.lines, *foreign.lines])
     if report.lost and not options.lossy:
         raise AdapterError(
@@ -229,12 +231,3 @@ def _is_about(kept: NativeMetadata, assembly: Assembly) -> bool:
     return same and {(n, w.role, w.shape, w.dtype) for n, w in kept.whole.items()} == {
         (n, w.role, w.shape, w.dtype) for n, w in assembly.whole.items()
     }
-
-
-def _check_base(adapter: Adapter, state: Mapping[str, Tensor], where: str, options: Options) -> None:
-    from loraio.bases.identity import check_base
-
-    try:
-        check_base(adapter, state, allow_mismatch=options.allow_base_mismatch)
-    except BaseMismatchError as error:
-        raise BaseMismatchError(error.message, problems=error.problems, where=where, hint=error.hint) from error

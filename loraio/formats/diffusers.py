@@ -71,7 +71,6 @@ class Diffusers:
     takes = ("prefix",)
 
     def recognise(self, source: Source) -> str | None:
-        """Find slots of an earlier era, or PEFT's slots behind a pipeline's part or beside the metadata."""
         for key in source.tensors:
             found = _parse(key)
             if found is None or found.slot not in ("A", "B"):
@@ -83,7 +82,6 @@ class Diffusers:
         return None
 
     def read(self, source: Source) -> Foreign:
-        """Return layers by their names in the file; every reason not to use them is listed."""
         settings_of = _settings(source)
         configs = {part: PeftConfig(values, part=part) for part, values in settings_of.items()}
         reading = Reading(source=source)
@@ -103,13 +101,11 @@ class Diffusers:
         return reading.foreign()
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """Return the module's name, as it is and behind each part of a pipeline."""
         if place.parameter != "weight":
             return ()
         return (place.path, *(f"{component}.{place.path}" for component in COMPONENTS))
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Return the reason why diffusers' keys, or PEFT's layers, do not hold this; None if they do."""
         if layer not in _LAYERS:
             return "diffusers' files have no slots for this layer type"
         return PEFT.refusal(layer, kind, grouped=grouped)
@@ -117,7 +113,6 @@ class Diffusers:
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Return the factors as PEFT has them."""
         return PEFT.factors(layer, values, place, options)
 
     def encode(
@@ -128,7 +123,6 @@ class Diffusers:
         state: Mapping[str, Tensor] | None,
         options: Options,
     ) -> Encoded:
-        """Lay the adapter out as one safetensors file of the present form."""
         if options.prefix is not None:
             lookup(dict.fromkeys(COMPONENTS), options.prefix, what="part of a pipeline")
         writing = Writing(tool=self.name, adapter=adapter)

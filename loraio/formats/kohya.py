@@ -63,14 +63,12 @@ class Kohya:
     ignores_dilation = True
 
     def recognise(self, source: Source) -> str | None:
-        """Find a slot that only this layout has."""
         for key in source.tensors:
             if key.partition(".")[2] in (DOWN, UP):
                 return f"the key {key!r}"
         return None
 
     def read(self, source: Source) -> Foreign:
-        """Return layers by their mangled names; every reason not to use them is listed."""
         names: dict[str, dict[str, str]] = {}
         for key in source.tensors:
             name, _, slot = key.partition(".")
@@ -133,11 +131,9 @@ class Kohya:
         return None
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """Return the mangled name behind each prefix; that of a pipeline's module behind its own prefix too."""
         return spelled(place.path) if place.parameter == "weight" else ()
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Return the reason why the tool's own modules do not hold this; None if they do."""
         if layer not in self.layers:
             return f"{self.tool} has no LoRA for this layer type"
         if kind != "lora":
@@ -149,7 +145,6 @@ class Kohya:
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Return the factors in other shapes; a core is multiplied into the down."""
         down, up = values[DOWN], values[UP]
         notes = []
         if MID in values:
@@ -175,7 +170,6 @@ class Kohya:
         state: Mapping[str, Tensor] | None,
         options: Options,
     ) -> Encoded:
-        """Lay the adapter out as one safetensors file."""
         needs = f"{self.tool} goes by the names of all modules and the padding of convolutions"
         writing = NamedWriting(
             tool=self.tool, adapter=adapter, network=network, state=state, options=options, needs=needs

@@ -43,7 +43,7 @@ class Loralib(StateDictDialect):
     """A module's name comes first. After a weight's name it is a factor of ours that has lost its metadata."""
 
     def take_whole(self, key: str, reading: Reading) -> None:
-        """Note a tensor of the base; that of a convolution inside of a ConvLoRA has the name of the ConvLoRA."""
+        # tensors of the convolution inside of a ConvLoRA take the name of the ConvLoRA
         inner = _INNER.fullmatch(key)
         path = inner["path"].removesuffix(".") if inner else ""
         name = joined(path, inner["parameter"]) if inner and path in reading.slots else key
@@ -53,7 +53,6 @@ class Loralib(StateDictDialect):
             reading.whole[name] = key
 
     def read_layer(self, name: str, slots: dict[str, str], reading: Reading) -> None:
-        """Add a layer with the rank of its lora_B: of MergedLinear and Conv2d that of lora_A is a multiple."""
         shapes = reading.pair(name, slots, "lora_A", "lora_B")
         if shapes is None:
             return
@@ -61,10 +60,10 @@ class Loralib(StateDictDialect):
         if not up[1] or not down[0] or down[0] % up[1]:
             reading.refuse_pair(name, down, up)
             return
+        # lora_A has a multiple of that rank in MergedLinear and Conv2d
         reading.layers.append(ForeignLayer(name=name, slots=slots, rank=up[1], alpha=None))
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Return the reason why loralib's layers do not hold this; None if they do."""
         if layer in ("Conv1d", "Conv3d"):
             return "loralib's Conv1d and Conv3d fail for kernels of more than one point"
         if layer not in _LAYERS:
@@ -74,7 +73,6 @@ class Loralib(StateDictDialect):
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Return the pair as it is; of a convolution or a MergedLinear an equal pair of another rank."""
         A, B = values["lora_A"], values["lora_B"]
         assert layer.alpha is not None
         if place.layer.name == "Conv2d":
@@ -84,7 +82,6 @@ class Loralib(StateDictDialect):
         return Factors(values={"lora_A": A, "lora_B": B})
 
     def write_layer(self, name: str, target: Target, export: Export) -> None:
-        """Add the pair of one weight; that of a convolution in loralib's own layout."""
         path, _ = module_and_parameter(name)
         factors = export.adapter.factors_of(name)
         A, B, note = factors["lora_A"], factors["lora_B"], ""

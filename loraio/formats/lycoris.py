@@ -69,7 +69,6 @@ class Lycoris(Kohya):
     ignores_dilation = False
 
     def recognise(self, source: Source) -> str | None:
-        """Find a slot or a prefix that sd-scripts does not have, or the name of the module in the metadata."""
         module = source.metadata.get("ss_network_module", "")
         for key, info in source.tensors.items():
             name, _, slot = key.partition(".")
@@ -124,13 +123,12 @@ class Lycoris(Kohya):
         return rank
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Return the reason why LyCORIS' modules do not hold this; since release 4 they hold grouped convolutions."""
+        # since release 4 grouped convolutions have modules too
         return None if layer in self.layers else "LyCORIS has no LoCon for this layer type"
 
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Return a pair as it is; of a product the pair that was asked for."""
         if layer.product or DIFF in values:
             made = self._from_product(layer, values, place, options)
         else:

@@ -35,7 +35,10 @@ _LAYERS = ("Conv1d", "Conv2d", "Conv3d", "Linear", "Bilinear", "MultiheadAttenti
 
 
 class MinLora(StateDictDialect):
-    """minLoRA, and other parametrizations with its names."""
+    """minLoRA, and other parametrizations with its names.
+
+    A layer is a weight, since any parameter may be parametrized; it may have several pairs, which become one.
+    """
 
     name = "minlora"
     tool = "minLoRA"
@@ -44,7 +47,6 @@ class MinLora(StateDictDialect):
     telling = re.compile(_PARAMETER + r"\d+\.lora_[AB]")
 
     def take(self, key: str, reading: Reading) -> bool:
-        """Note the factors; a layer is a weight, and may have several pairs, one upon the other."""
         match = self.keys.fullmatch(key)
         if match and match["slot"] == "lora_dropout_mask":
             reading.not_used[key] = "ones, which the dropout of training starts from"
@@ -54,12 +56,10 @@ class MinLora(StateDictDialect):
         return match is not None
 
     def take_whole(self, key: str, reading: Reading) -> None:
-        """Note a tensor of the base, also under its name as a parametrization's original."""
         match = _ORIGINAL.fullmatch(key)
         reading.whole[joined(match["path"] or "", match["parameter"]) if match else key] = key
 
     def read_layer(self, name: str, slots: dict[str, str], reading: Reading) -> None:
-        """Add a layer of the sum of its pairs' ranks."""
         ranks = []
         for at in _places(slots):
             own = {slot.partition(".")[2]: key for slot, key in slots.items() if slot.startswith(f"{at}.")}
@@ -76,11 +76,9 @@ class MinLora(StateDictDialect):
             reading.layers.append(ForeignLayer(name=name, slots=slots, rank=sum(ranks), alpha=None))
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """Return the weight's own name: any parameter may be parametrized."""
         return (place.name,)
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Return the reason why a parametrization does not hold this; None if it does."""
         if layer not in _LAYERS:
             return "minLoRA's pair would be of the weight as it lies, (in, out ...), which is no pair of (out, in ...)"
         return None if kind == "lora" else f"minLoRA has no {kind}"
@@ -88,7 +86,6 @@ class MinLora(StateDictDialect):
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Return the pair as it is, that of an Embedding exchanged; several pairs as one."""
         import torch
 
         assert layer.alpha is not None
@@ -106,7 +103,6 @@ class MinLora(StateDictDialect):
         return at_other_rank(down, torch.cat(ups, 1), alpha=layer.alpha, rank=common, note=note)
 
     def write_layer(self, name: str, target: Target, export: Export) -> None:
-        """Add the pair of one weight, as the tool's own ``get_lora_state_dict`` names it."""
         path, parameter = module_and_parameter(name)
         factors = export.adapter.factors_of(name)
         A, B = factors["lora_A"], factors["lora_B"]

@@ -9,7 +9,6 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from loraio.adapter.adapter import Adapter
@@ -22,14 +21,16 @@ from loraio.files.tensorfile import METADATA_KEY, Header
 FORMAT_VERSION = 2
 """Version of files that are written. Version 1, without digests and without common keys, is read too."""
 
-_DOCUMENT_KEYS: dict[str, type | tuple[type, ...]] = {
+_Types = dict[str, type | tuple[type, ...]]
+
+_DOCUMENT_KEYS: _Types = {
     "format_version": int,
     "targets": dict,
     "base": dict,
     "training": dict,
 }
-_BASE_KEYS: dict[str, type | tuple[type, ...]] = {"network": (str, type(None)), "sha256": str}
-_TARGET_KEYS: dict[str, type | tuple[type, ...]] = {
+_BASE_KEYS: _Types = {"network": (str, type(None)), "sha256": str}
+_TARGET_KEYS: _Types = {
     "kind": str,
     "rank": int,
     "alpha": (int, float),
@@ -40,17 +41,17 @@ _TARGET_KEYS: dict[str, type | tuple[type, ...]] = {
     "groups": int,
     "base_sha256": str,
 }
-_TARGET_OPTIONS: dict[str, type | tuple[type, ...]] = {"sketch": (list, str)}
+_TARGET_OPTIONS: _Types = {"sketch": (list, str)}
 _COMMON = ("kind", "rank", "alpha", "scale_rule", "dtype", "layer", "groups")
 """Keys that most targets may share."""
-_BASE_OPTIONS: dict[str, type | tuple[type, ...]] = {
+_BASE_OPTIONS: _Types = {
     "network_args": dict,
     "heads": dict,
     "sha256_without_statistics": str,
 }
-_WHOLE_KEYS: dict[str, type | tuple[type, ...]] = {"role": str, "shape": list, "dtype": str, "base_sha256": str}
-_WHOLE_OPTIONS: dict[str, type | tuple[type, ...]] = {"base_shape": list}
-_DOCUMENT_OPTIONS: dict[str, type | tuple[type, ...]] = {"common": dict, "whole": dict}
+_WHOLE_KEYS: _Types = {"role": str, "shape": list, "dtype": str, "base_sha256": str}
+_WHOLE_OPTIONS: _Types = {"base_shape": list}
+_DOCUMENT_OPTIONS: _Types = {"common": dict, "whole": dict}
 """Keys that may be missing, and are not written if they are empty."""
 
 
@@ -90,7 +91,7 @@ class Native:
                 extra=metadata.extra,
             )
         except LoraioError as error:
-            raise _located(error, f"{str(header.path)!r}") from error
+            raise error.at(f"{str(header.path)!r}") from error
 
     def write(self, adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool) -> None:
         """Write the adapter; see `loraio.save`."""
@@ -200,7 +201,7 @@ def read_metadata(header: Header) -> NativeMetadata:
     try:
         check_tensors(metadata.targets, metadata.whole, {name: info.shape for name, info in header.tensors.items()})
     except LoraioError as error:
-        raise _located(error, where) from error
+        raise error.at(where) from error
     whole = metadata.whole
     for name, info in header.tensors.items():
         if name in whole and info.dtype != whole[name].dtype:
@@ -223,59 +224,51 @@ def read_document(document: Any, *, where: str) -> NativeMetadata:
             where=where,
             hint="a newer loraio" if isinstance(version, int) and version > FORMAT_VERSION else None,
         )
-    _check_keys(document, _DOCUMENT_KEYS, "the metadata", where, _DOCUMENT_OPTIONS)
-    _check_keys(document["base"], _BASE_KEYS, "'base'", where, _BASE_OPTIONS)
-    targets: dict[str, Target] = {}
-    whole: dict[str, WholeTensor] = {}
-    common = document.get("common", {})
+    top, extra = _split(document, _DOCUMENT_KEYS, _DOCUMENT_OPTIONS, "the metadata", where)
+    base, base_extra = _split(top["base"], _BASE_KEYS, _BASE_OPTIONS, "'base'", where)
+    common = top.get("common", {})
     unknown = sorted(common.keys() - set(_COMMON))
     if unknown:
         raise FormatError(f"'common' has {', '.join(map(repr, unknown))}, which targets do not share", where=where)
     try:
-        for name, entry in sorted(document["targets"].items()):
-            entry = common | entry if isinstance(entry, dict) else entry
-            _check_keys(entry, _TARGET_KEYS, f"target {name!r}", where, _TARGET_OPTIONS)
-            known = {key: entry[key] for key in _TARGET_KEYS} | {"shape": tuple(entry["shape"])}
-            extra = _others(entry, _TARGET_KEYS | _TARGET_OPTIONS)
-            sketch = _unpacked(entry["sketch"], name, where) if "sketch" in entry else ()
-            targets[name] = Target(**known, sketch=sketch, extra=extra)
-        for name, entry in sorted(document.get("whole", {}).items()):
-            _check_keys(entry, _WHOLE_KEYS, f"whole tensor {name!r}", where, _WHOLE_OPTIONS)
-            shapes = {"shape": tuple(entry["shape"]), "base_shape": tuple(entry.get("base_shape", entry["shape"]))}
-            known = {key: entry[key] for key in _WHOLE_KEYS} | shapes
-            whole[name] = WholeTensor(**known, extra=_others(entry, _WHOLE_KEYS | _WHOLE_OPTIONS))
-        found = document["base"]
-        known = {key: found[key] for key in _BASE_KEYS | _BASE_OPTIONS if key in found}
-        base = BaseReference(**known, extra=_others(found, _BASE_KEYS | _BASE_OPTIONS))
-    except FormatError:
-        raise
+        return NativeMetadata(
+            targets={name: _target(name, common, entry, where) for name, entry in sorted(top["targets"].items())},
+            base=BaseReference(**base, extra=base_extra),
+            whole={name: _whole(name, entry, where) for name, entry in sorted(top.get("whole", {}).items())},
+            training=top["training"],
+            extra=extra,
+        )
     except LoraioError as error:
-        raise _located(error, where) from error
-    return NativeMetadata(
-        targets=targets,
-        base=base,
-        whole=whole,
-        training=document["training"],
-        extra=_others(document, _DOCUMENT_KEYS | _DOCUMENT_OPTIONS),
-    )
+        raise error.at(where) from error
 
 
-def _check_keys(
-    entry: Any,
-    keys: dict[str, type | tuple[type, ...]],
-    what: str,
-    where: str,
-    options: Mapping[str, type | tuple[type, ...]] = MappingProxyType({}),
-) -> None:
+def _target(name: str, common: Mapping[str, Any], entry: Any, where: str) -> Target:
+    entry = {**common, **entry} if isinstance(entry, dict) else entry
+    own, extra = _split(entry, _TARGET_KEYS, _TARGET_OPTIONS, f"target {name!r}", where)
+    sketch = _unpacked(own["sketch"], name, where) if "sketch" in own else ()
+    return Target(**own | {"shape": tuple(own["shape"]), "sketch": sketch}, extra=extra)
+
+
+def _whole(name: str, entry: Any, where: str) -> WholeTensor:
+    own, extra = _split(entry, _WHOLE_KEYS, _WHOLE_OPTIONS, f"whole tensor {name!r}", where)
+    shapes = {"shape": tuple(own["shape"]), "base_shape": tuple(own.get("base_shape", own["shape"]))}
+    return WholeTensor(**own | shapes, extra=extra)
+
+
+def _split(entry: Any, keys: _Types, options: _Types, what: str, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values of the format's own keys, checked, and those of all other keys."""
     if not isinstance(entry, dict):
         raise FormatError(f"{what} is not a JSON object", where=where)
-    for key, types in (keys | dict(options)).items():
+    own = {}
+    for key, types in (keys | options).items():
         if key not in entry and key in options:
             continue
         if key not in entry:
             raise FormatError(f"{what} has no {key!r}", where=where)
         if not isinstance(entry[key], types) or isinstance(entry[key], bool):
             raise FormatError(f"{what} has {key!r}: {entry[key]!r}, of a wrong type", where=where)
+        own[key] = entry[key]
+    return own, {key: value for key, value in entry.items() if key not in own}
 
 
 def _with_extra(own: dict[str, Any], extra: Mapping[str, Any], options: Iterable[str] = ()) -> dict[str, Any]:
@@ -283,12 +276,3 @@ def _with_extra(own: dict[str, Any], extra: Mapping[str, Any], options: Iterable
     if clash:
         raise AdapterError(f"extra holds {', '.join(map(repr, clash))}, which this version knows itself")
     return own | dict(extra)
-
-
-def _others(entry: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in known}
-
-
-def _located(error: LoraioError, where: str) -> LoraioError:
-    """Return the error with the file's name."""
-    return type(error)(error.message, problems=error.problems, where=where, hint=error.hint)

@@ -49,7 +49,6 @@ class Peft:
     takes = ()
 
     def recognise(self, source: Source) -> str | None:
-        """Find ``peft_type`` in a configuration, or keys that only PEFT's models have."""
         method = (source.config or {}).get("peft_type")
         for key in source.tensors:
             found = _parse(key)
@@ -62,7 +61,6 @@ class Peft:
         return None if method in (None, "LORA") else f"adapter_config.json says peft_type {method!r}"
 
     def read(self, source: Source) -> Foreign:
-        """Return layers, replaced tensors and settings; every reason not to use them is listed."""
         config = PeftConfig(source.config)
         reading = Reading(source=source, settings=dict(config.values), lines=config.lines(), refusals=config.refusals())
         saved = _sort_keys(reading)
@@ -78,17 +76,15 @@ class Peft:
         return reading.foreign(biases=biases)
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """Return the module's name; that of an attention layer stands for the weight of all three projections."""
+        # the name of an attention layer stands for the weight of all three projections
         return (place.path,) if place.parameter in PARAMETERS else ()
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Return the reason why PEFT's layers do not hold this; None if they do."""
         return why_not(layer, kind, grouped=grouped)
 
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Return the factors in other shapes; a bias beside B is scaled."""
         factors = {"lora_A": values["A"].flatten(1), "lora_B": values["B"].flatten(1)}
         if "magnitude" in values:
             factors["magnitude"] = values["magnitude"].flatten()
@@ -110,7 +106,6 @@ class Peft:
         state: Mapping[str, Tensor] | None,
         options: Options,
     ) -> Encoded:
-        """Return the two files of a folder."""
         return Export(adapter=adapter, network=network, state=state).encoded()
 
 

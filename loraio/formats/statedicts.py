@@ -45,7 +45,6 @@ class StateDictDialect:
     takes = ()
 
     def recognise(self, source: Source) -> str | None:
-        """Find a key that only this dialect has."""
         return next((f"the key {key!r}" for key in source.tensors if self.telling.fullmatch(key)), None)
 
     def take(self, key: str, reading: Reading) -> bool:
@@ -67,11 +66,9 @@ class StateDictDialect:
         raise NotImplementedError
 
     def spell(self, place: TargetModule) -> Sequence[str]:
-        """Return the module's name as it is."""
         return (place.path,) if place.parameter == "weight" else ()
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Return the reason why the tool's layers do not hold this; None if they do."""
         raise NotImplementedError
 
     def write_layer(self, name: str, target: Target, export: Export) -> None:
@@ -79,7 +76,6 @@ class StateDictDialect:
         raise NotImplementedError
 
     def read(self, source: Source) -> Foreign:
-        """Return layers by their pairs; every other key is a tensor that replaces the base's own."""
         reading = Reading(source=source)
         others = [key for key in source.tensors if not self.take(key, reading)]
         for key in others:
@@ -100,7 +96,6 @@ class StateDictDialect:
         state: Mapping[str, Tensor] | None,
         options: Options,
     ) -> Encoded:
-        """Lay the adapter out as a state dict."""
         export = Export(tool=self.tool, adapter=adapter, network=network)
         for name, target in adapter.targets.items():
             reason = self.refusal(target.layer, target.kind, grouped=target.groups > 1)

@@ -40,7 +40,6 @@ class Torchtune(StateDictDialect):
     telling = re.compile(rf"(?:.+\.)?(?:lora_[ab]\.weight|{_EXPERT})")
 
     def take(self, key: str, reading: Reading) -> bool:
-        """Note factors and magnitudes, and refuse experts."""
         if super().take(key, reading):
             return True
         expert = self.telling.fullmatch(key) is not None
@@ -49,7 +48,6 @@ class Torchtune(StateDictDialect):
         return expert
 
     def read_settings(self, reading: Reading) -> None:
-        """Note the configuration, and refuse settings that are not known."""
         config = reading.source.config or {}
         reading.settings |= config
         reading.lines += settings(config, "carried")
@@ -60,7 +58,6 @@ class Torchtune(StateDictDialect):
             reading.refusals.append(f"lora_alpha is {alpha!r}, not a number")
 
     def read_layer(self, name: str, slots: dict[str, str], reading: Reading) -> None:
-        """Add a layer of the one alpha that the configuration has for all."""
         shapes = reading.pair(name, slots, "lora_a.weight", "lora_b.weight")
         if shapes is None:
             return
@@ -79,7 +76,6 @@ class Torchtune(StateDictDialect):
         )
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
-        """Return the reason why torchtune's layers do not hold this; None if they do."""
         if layer != "Linear":
             return "torchtune has no LoRA for this layer type"
         return None if kind in ("lora", "dora") else f"torchtune has no {kind}"
@@ -87,7 +83,6 @@ class Torchtune(StateDictDialect):
     def factors(
         self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
     ) -> Factors:
-        """Return the factors as they are; of DoRA only those of layers without a bias."""
         factors = {"lora_A": values["lora_a.weight"], "lora_B": values["lora_b.weight"]}
         if layer.kind == "dora":
             if getattr(place.module, "bias", None) is not None:
@@ -96,7 +91,6 @@ class Torchtune(StateDictDialect):
         return Factors(values=factors)
 
     def write_layer(self, name: str, target: Target, export: Export) -> None:
-        """Add the factors of one weight."""
         path, _ = module_and_parameter(name)
         modules = dict(export.network.named_modules()) if export.network is not None else {}
         factors = export.adapter.factors_of(name)
@@ -111,7 +105,6 @@ class Torchtune(StateDictDialect):
         export.add(name, target, {joined(path, slot): value for slot, value in slots.items()})
 
     def check(self, export: Export) -> None:
-        """Refuse layers of several ranks or alphas."""
         ranks = {target.rank for target in export.adapter.targets.values()}
         for what, values in (("rank", ranks), ("alpha", set(export.alphas.values()))):
             if len(values) > 1:
