@@ -1,8 +1,15 @@
-"""safetensors in and out: a strict reader, whose header needs no torch, and a byte-stable writer.
+"""Check the headers of safetensors files, read the tensors of checked files, and write files byte for byte the same.
 
-The safetensors library has no part in it, because it accepts what this project must not: tensor names that occur twice,
-for example. All of loraio's metadata is one JSON document under
-the single header key ``loraio``: safetensors writes several keys in an order that changes from run to run.
+The gate needs no torch and stands in front of the safetensors library. It refuses what the library accepts:
+
+- a tensor's name, or a key of the metadata, that occurs twice, and unknown keys in a tensor's entry;
+- names that are empty, too long, or hold characters that are not printable, such as escape codes;
+- headers, numbers of tensors and numbers of dimensions beyond `loraio.files.limits`;
+- white space before the header, and a document of loraio that is not a JSON object;
+- files and tensors whose digests are not those in the document.
+
+All metadata of loraio is one JSON document under the header key ``loraio``: the library writes several keys in an
+order that changes from run to run.
 """
 
 from __future__ import annotations
@@ -18,13 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from loraio.errors import FormatError, MissingFileError, quoted
-from loraio.files import integrity
+from loraio.files import integrity, library
 from loraio.files.atomic import staged
 from loraio.files.limits import Limits, limits, raising
 from loraio.files.names import is_hidden
 from loraio.files.sniffing import FETCH_AGAIN, LOOKED_AT, open_file, reason, recognised
 from loraio.files.strictjson import canonical_json, parse_json
-from loraio.files.tensors import DTYPE_BITS, TORCH_DTYPES, dtype_code, tensor_bytes, tensor_sha256
+from loraio.files.tensors import DTYPE_BITS, TORCH_DTYPES, dtype_code, tensor_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +44,7 @@ _LAYOUT_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
-"""In which order of their dtypes the safetensors library writes tensors."""
+"""The order of dtypes in which the safetensors library writes tensors."""
 
 
 class TensorInfo(NamedTuple):
@@ -51,7 +58,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What the first bytes of a safetensors file say, checked.
+    """The checked header of a safetensors file.
 
     Attributes:
         path: the file.
@@ -76,7 +83,7 @@ class Header:
     data: bytes | None = field(default=None, repr=False)
 
     def document(self) -> dict[str, Any] | None:
-        """The JSON document under the key ``loraio``, without its digests; None when the file has none."""
+        """Return the JSON document under the key ``loraio``, without its digests; None if the file has none."""
         return self.parsed
 
 
@@ -84,14 +91,11 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """The header of a safetensors file, checked in full, without reading a tensor and without torch.
+    """Read and check the header of a safetensors file, without reading a tensor and without torch.
 
     Raises:
         MissingFileError: there is no such file.
-        FormatError: anything that the safetensors specification forbids, what it does not, such as duplicate names,
-            what is beyond `loraio.files.limits`, a document of loraio that is not a JSON object, and a header that is
-            not
-            what was written.
+        FormatError: the safetensors specification forbids it, or this module's docstring does.
     """
     path = Path(path)
     with open_file(path) as file:
@@ -102,7 +106,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def parse_file(data: bytes, path: str | os.PathLike[str]) -> Header:
-    """As `read_header`, of a whole safetensors file in memory; `read_tensors` takes the tensors from there too.
+    """Check a whole safetensors file in memory as `read_header` does; `read_tensors` takes its tensors from there.
 
     Args:
         data: all bytes of the file.
@@ -159,7 +163,9 @@ def _parse_header(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
-    """All tensors of the file, on the CPU, in memory of their own: the file may change or go away afterwards.
+    """Read all tensors of the file to the CPU, into memory of their own: the file may change or go away afterwards.
+
+    The header that was checked is compared with the one in the file, and each tensor with its digest, if it has one.
 
     Raises:
         FormatError: the file is no longer what its header said, is damaged, or holds a dtype that torch lacks.
@@ -173,7 +179,11 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
             start = file.read(8 + header.header_bytes)
             if hashlib.sha256(start).hexdigest() != header.sha256:
                 raise FormatError("the header changed while the file was being read", where=where)
-            tensors = {name: _next_tensor(file, name, info, where) for name, info in header.tensors.items()}
+            tensors = dict(library.read(file, header.tensors))
+        except EOFError as error:
+            raise FormatError(
+                f"the file ends within '{error}': it changed while it was being read", where=where
+            ) from None
         except OSError as error:
             raise FormatError(f"the file cannot be read: {reason(error)}", where=where) from error
     digests = header.digests or {}
@@ -181,20 +191,6 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
     if damaged:
         raise integrity.damaged_tensors(damaged, of=len(digests), where=where)
     return tensors
-
-
-def _next_tensor(file: BinaryIO, name: str, info: TensorInfo, where: str) -> Tensor:
-    """The tensor that begins where the file stands: they lie in order, without holes."""
-    import torch
-
-    tensor = torch.empty(info.shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
-    rest = tensor.reshape(-1).view(torch.uint8).numpy().data
-    while len(rest):
-        read: int = file.readinto(rest)  # type: ignore[attr-defined]  # which the type lacks, and every file has
-        if not read:
-            raise FormatError(f"the file ends within {name!r}: it changed while it was being read", where=where)
-        rest = rest[read:]
-    return tensor
 
 
 def _document(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
@@ -220,7 +216,7 @@ def _is_count(value: Any) -> bool:
 
 
 def check_name(name: str, most: Limits, where: str) -> None:
-    """Refuse a tensor's name that in a file, a log or on a screen is not what it seems to be.
+    """Refuse a tensor's name that would look like another one in a log or on a screen.
 
     Raises:
         FormatError: it is empty, longer than the limits say, or not printable.
@@ -292,7 +288,7 @@ def _check_offsets(tensors: Mapping[str, TensorInfo], data_begin: int, size: int
 
 
 def _not_safetensors(start: bytes, length: int, size: int, most: Limits, where: str) -> FormatError:
-    """The error for a file whose first eight bytes are no length of a header that can be read."""
+    """Make the error for a file that does not begin with the length of a readable header."""
     found = recognised(start)
     if start[8:9] == b"{" and not (found and length > size):
         if length > size - 8:
@@ -316,7 +312,7 @@ def _not_safetensors(start: bytes, length: int, size: int, most: Limits, where: 
 def layout(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], *, where: str
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """How a safetensors file starts, and where the bytes of each tensor go.
+    """Return the start of a safetensors file, and the place of each tensor's bytes.
 
     The order is that of the safetensors library, wide dtypes first and then by name, so that the file is byte for byte
     what the library writes.
@@ -365,7 +361,7 @@ def metadata_of(
     *,
     where: str,
 ) -> dict[str, str]:
-    """The metadata of a file that holds this document, with a place for the digest that `layout` puts in.
+    """Return the metadata of a file that holds a document, with room for the digest that `layout` fills in.
 
     Args:
         document: JSON values.
@@ -398,7 +394,7 @@ def write(
     """Write one safetensors file, atomically; the same tensors and document always give the same bytes.
 
     Args:
-        tensors: any device; brought to the CPU and made contiguous, one at a time.
+        tensors: any device; brought to the CPU and made contiguous, a few at a time.
         path: the file to make.
         document: goes under the header key ``loraio``, as canonical JSON, with the digests of all tensors.
         metadata: further strings of the header.
@@ -419,7 +415,6 @@ def write(
     with staged(path, overwrite=overwrite, inputs=inputs) as temporary:
         with temporary.open("wb") as file:
             file.write(start)
-            for name in placed:
-                file.write(tensor_bytes(tensors[name]).numpy().data)
+            file.writelines(library.serialized(tensors, placed))
         if check is not None:
             check(temporary)

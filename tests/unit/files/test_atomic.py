@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from loraio.errors import OutputError, OutputExistsError
-from loraio.files import folders, tensorfile
+from loraio.files import folders, library, tensorfile
 from loraio.files.atomic import staged
 from loraio.files.folders import staged_folder
 
@@ -150,8 +150,7 @@ def test_a_system_call_that_fails_leaves_no_new_file(
 
 def test_a_disk_that_is_full_leaves_the_old_file(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile, "tensor_sha256", lambda _: "0" * 64)  # so that the header is written by then
-        patch.setattr(tensorfile, "tensor_bytes", failing("No space left on device"))
+        patch.setattr(library, "serialized", failing("No space left on device"))
         with pytest.raises(OutputError, match="No space left"):
             write(old, 2.0, overwrite=True)
     assert value_in(old) == 1.0

@@ -82,5 +82,5 @@ def test_another_name_of_an_input_is_refused_too(things: Path, name: str, link: 
 
 def test_log_and_side_file_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "log.csv")
-    with pytest.raises(ConfigError, match="are one file"):
+    with pytest.raises(ConfigError, match="are the same file"):
         loraio.RunFiles(log=tmp_path / "log.csv", checkpoint=tmp_path / "link").check()
