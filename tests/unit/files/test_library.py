@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.torch import save
@@ -51,11 +51,12 @@ def test_the_gate_refuses_what_the_library_accepts(tmp_path: Path, header: str, 
         tensorfile.parse_file(content, tmp_path / "some.safetensors")
 
 
-names = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=4)
+names = st.text("aB0.é", min_size=1, max_size=4)
 dtypes = st.sampled_from([getattr(torch, name) for name in TORCH_DTYPES.values()])
 shapes = st.lists(st.integers(0, 3), max_size=3)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(facts=st.dictionaries(names, st.tuples(dtypes, shapes), max_size=5), text=st.none() | st.text(max_size=8))
 def test_the_layout_of_the_streaming_writer_is_that_of_the_library(
     facts: dict[str, tuple[torch.dtype, list[int]]], text: str | None
