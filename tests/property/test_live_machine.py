@@ -63,12 +63,12 @@ class LiveModel(RuleBasedStateMachine):
 
     @property
     def attached(self) -> bool:
-        """Whether an adapter is on the model."""
+        """True while an adapter is on the model."""
         return self.adapter is not None
 
     @property
     def fits(self) -> bool:
-        """Whether the base is what the adapters were made for."""
+        """True while the base is the one that the adapters were made for."""
         return all(self.base[name].equal(tensor) for name, tensor in self.original.items())
 
     def refused(self, error: type[Exception], move: Any, *arguments: Any, **options: Any) -> None:
@@ -153,7 +153,7 @@ class LiveModel(RuleBasedStateMachine):
 
     @rule(name=NAMES, strength=STRENGTHS | st.just(1e60))
     def merge(self, name: str, strength: float) -> None:
-        """What is underneath, which it leaves alone."""
+        """Merge the base below, and leave it alone."""
         state, adapter = loraio.base_state_dict(self.model), self.adapters[name]
         if not self.fits:
             self.refused(BaseMismatchError, loraio.merge, state, adapter, strength)

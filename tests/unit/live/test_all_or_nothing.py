@@ -1,8 +1,8 @@
 """An exception at any line of any change leaves model and handle as they were, and the change can still be made.
 
-A trace function raises at one line of the package after the other: with the environment variable ``EVERY_LINE`` at
-each that a change comes to, when it comes there first and when last; by default at a quarter of those in the modules
-that make changes.
+A trace function raises at one line of the package after the other. By default it takes a quarter of the lines in the
+modules that make changes; with the environment variable ``EVERY_LINE`` all lines that a change reaches, at the first
+and at the last time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Tracer:
 
     Args:
         at: the line's number in the order of execution; None only counts.
-        error: what is raised.
+        error: the exception to raise.
     """
 
     def __init__(self, at: int | None = None, error: type[BaseException] = MemoryError) -> None:
@@ -149,7 +149,7 @@ def assert_all_or_nothing(
     Args:
         model: the model.
         live: the handle on it.
-        change: what is to be tried.
+        change: the change to try.
         back: takes it back, up to objects that are made anew.
     """
     change()

@@ -3,66 +3,27 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from live_models import Everything, outputs, same_bits
 from torch import nn
 from torch.nn.utils import parametrize
 
 import loraio
 from loraio.errors import BaseMismatchError, ConfigError, StateError
-from loraio.live.parametrization import AdapterPart
-from loraio.live.snapshot_builder import SnapshotBuilder
-
-
-class Snapshot:
-    """Everything about a model that must be the same after detach."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.parameters = list(model.named_parameters())
-        self.state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.flags = [parameter.requires_grad for parameter in model.parameters()]
-        self.places = [parameter.data_ptr() for parameter in model.parameters()]
-        self.versions = [parameter._version for parameter in model.parameters()]
-        self.classes = [type(module) for module in model.modules()]
-        self.attributes = [sorted(vars(module)) for module in model.modules()]
-
-    def assert_same(self) -> None:
-        now = list(self.model.named_parameters())
-        assert [name for name, _ in now] == [name for name, _ in self.parameters]
-        assert all(a is b for (_, a), (_, b) in zip(now, self.parameters, strict=True)), "other Parameter objects"
-        state = self.model.state_dict()
-        assert list(state) == list(self.state), "other keys, or another order"
-        assert all(same_bits(state[name], self.state[name]) for name in state)
-        assert [parameter.requires_grad for parameter in self.model.parameters()] == self.flags
-        assert [parameter.data_ptr() for parameter in self.model.parameters()] == self.places, "other memory"
-        assert [parameter._version for parameter in self.model.parameters()] == self.versions, "written to"
-        assert [type(module) for module in self.model.modules()] == self.classes
-        assert [sorted(vars(module)) for module in self.model.modules()] == self.attributes
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8))
 
 
 @pytest.fixture
-def before(base: nn.Module) -> Iterator[Snapshot]:
+def before(base: nn.Module) -> Iterator[Everything]:
     """A snapshot of the base that is checked again when the test is over."""
     base.conv2.weight.requires_grad_(False)  # type: ignore[union-attr]
-    snapshot = Snapshot(base)
+    snapshot = Everything(base)
     yield snapshot
     snapshot.assert_same()
-
-
-def outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(images)
-    return result
 
 
 def merged_outputs(
@@ -75,7 +36,7 @@ def merged_outputs(
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, -2.0, 0.0, 3])
 def test_attached_computes_what_merged_computes_to_the_bit(
-    base: nn.Module, three: loraio.Adapter, digits_test: loraio.Dataset, before: Snapshot, strength: float
+    base: nn.Module, three: loraio.Adapter, digits_test: loraio.Dataset, before: Everything, strength: float
 ) -> None:
     images = digits_test.images[:64]
     expected = merged_outputs(base, three, images, strength)
@@ -85,7 +46,7 @@ def test_attached_computes_what_merged_computes_to_the_bit(
 
 
 def test_the_handle_switches_swaps_and_sets_strength(
-    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, digits_test: loraio.Dataset, before: Snapshot
+    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, digits_test: loraio.Dataset, before: Everything
 ) -> None:
     images = digits_test.images[:64]
     plain, with_three, with_seven = (
@@ -125,7 +86,7 @@ def merged_outputs_of(
 
 
 def test_whoever_reads_the_weight_sees_the_adapted_one(
-    base: nn.Module, three: loraio.Adapter, before: Snapshot
+    base: nn.Module, three: loraio.Adapter, before: Everything
 ) -> None:
     expected = loraio.merge(base.state_dict(), three)["conv1.weight"]
     with loraio.attach(base, three), torch.no_grad():
@@ -133,7 +94,7 @@ def test_whoever_reads_the_weight_sees_the_adapted_one(
 
 
 def test_detach_gives_the_model_back_after_an_exception(
-    base: nn.Module, three: loraio.Adapter, before: Snapshot
+    base: nn.Module, three: loraio.Adapter, before: Everything
 ) -> None:
     with pytest.raises(KeyError), loraio.attach(base, three):
         raise KeyError
@@ -141,7 +102,7 @@ def test_detach_gives_the_model_back_after_an_exception(
 
 
 def test_a_detached_handle_refuses_everything_but_reading(
-    base: nn.Module, three: loraio.Adapter, before: Snapshot
+    base: nn.Module, three: loraio.Adapter, before: Everything
 ) -> None:
     live = loraio.attach(base, three)
     live.detach()
@@ -154,19 +115,9 @@ def test_a_detached_handle_refuses_everything_but_reading(
         live.strength = 2.0
 
 
-def test_a_second_adapter_is_refused(
-    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, before: Snapshot
-) -> None:
-    with loraio.attach(base, three):
-        inside = Snapshot(base)
-        with pytest.raises(StateError, match="carries an adapter already"):
-            loraio.attach(base, seven)
-        inside.assert_same()
-
-
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1", None, True])
 def test_a_strength_that_is_no_finite_number_is_refused(
-    base: nn.Module, three: loraio.Adapter, before: Snapshot, strength: Any
+    base: nn.Module, three: loraio.Adapter, before: Everything, strength: Any
 ) -> None:
     with pytest.raises(ConfigError, match="strength"):
         loraio.attach(base, three, strength)
@@ -181,7 +132,7 @@ def test_another_base_is_refused_and_every_target_named(base: nn.Module, three: 
         weight: torch.Tensor = base.conv1.weight  # type: ignore[union-attr, assignment]
         weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))  # one ulp
         base.conv3.weight.mul_(2)  # type: ignore[union-attr, operator]
-    snapshot = Snapshot(base)
+    snapshot = Everything(base)
     with pytest.raises(BaseMismatchError, match="2 of 3 targets differ") as caught:
         loraio.attach(base, three)
     assert ["conv1.weight" in line or "conv3.weight" in line for line in caught.value.problems] == [True, True]
@@ -236,7 +187,7 @@ def test_a_target_that_is_parametrized_already_is_refused(base: nn.Module, three
 
 
 def test_a_parametrization_put_on_top_must_come_off_first(
-    base: nn.Module, three: loraio.Adapter, before: Snapshot
+    base: nn.Module, three: loraio.Adapter, before: Everything
 ) -> None:
     live = loraio.attach(base, three)
     parametrize.register_parametrization(base.conv1, "weight", nn.Identity())  # type: ignore[arg-type]
@@ -245,93 +196,6 @@ def test_a_parametrization_put_on_top_must_come_off_first(
             call()
     del base.conv1.parametrizations.weight[1]  # type: ignore[union-attr, operator, arg-type]
     live.detach()
-
-
-def test_a_swap_to_a_foreign_adapter_leaves_the_old_one_working(
-    base: nn.Module, three: loraio.Adapter, digits_test: loraio.Dataset, before: Snapshot
-) -> None:
-    images = digits_test.images[:16]
-    target = replace(three.targets["conv1.weight"], base_sha256="0" * 64)
-    foreign = replace(three, targets={**three.targets, "conv1.weight": target})
-    with loraio.attach(base, three) as live:
-        expected = outputs(base, images)
-        with pytest.raises(BaseMismatchError, match="1 of 3"):
-            live.swap(foreign)
-        assert live.adapter is three
-        assert same_bits(outputs(base, images), expected)
-
-
-@pytest.mark.parametrize("failing_call", range(3))
-def test_an_exception_inside_attach_or_swap_changes_nothing(
-    base: nn.Module,
-    three: loraio.Adapter,
-    seven: loraio.Adapter,
-    digits_test: loraio.Dataset,
-    monkeypatch: pytest.MonkeyPatch,
-    before: Snapshot,
-    failing_call: int,
-) -> None:
-    images = digits_test.images[:16]
-    with monkeypatch.context() as patch:
-        patch.setattr(SnapshotBuilder, "_part", failing_method(failing_call))
-        with pytest.raises(MemoryError):
-            loraio.attach(base, three)
-    before.assert_same()
-    with loraio.attach(base, three) as live:
-        expected = outputs(base, images)
-        with monkeypatch.context() as patch:
-            patch.setattr(SnapshotBuilder, "_part", failing_method(failing_call))
-            with pytest.raises(MemoryError):
-                live.swap(seven)
-        assert live.adapter is three
-        assert same_bits(outputs(base, images), expected)
-
-
-def failing_method(at: int) -> Any:
-    """`SnapshotBuilder._part`, which raises once, at its ``at``-th call."""
-    real = SnapshotBuilder._part
-    left = {"calls": at}
-
-    def method(self: SnapshotBuilder, *args: Any) -> AdapterPart:
-        left["calls"] -= 1
-        if left["calls"] == -1:
-            raise MemoryError
-        return real(self, *args)
-
-    return method
-
-
-def test_a_thousand_random_steps_leave_the_base_bit_identical(
-    base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, digits_test: loraio.Dataset, before: Snapshot
-) -> None:
-    images = digits_test.images[:2]
-    dice = random.Random(0)
-    live: loraio.Attachment | None = None
-    adapter, strength, enabled = three, 1.0, True
-    for _ in range(1000):
-        move = dice.choice(["attach", "detach", "swap", "strength", "toggle"])
-        if live is None:
-            adapter, strength, enabled = dice.choice([three, seven]), dice.uniform(-2, 2), True
-            live = loraio.attach(base, adapter, strength)
-        elif move == "detach":
-            live.detach()
-            live = None
-        elif move == "swap":
-            adapter = dice.choice([three, seven])
-            live.swap(adapter)
-        elif move == "strength":
-            live.strength = strength = dice.uniform(-2, 2)
-        elif move == "toggle":
-            enabled = not enabled
-            (live.enable if enabled else live.disable)()
-        if dice.random() < 0.05:
-            on = live is not None and enabled
-            state = loraio.base_state_dict(base)
-            other = loraio.build_network("digit-cnn")
-            other.load_state_dict(loraio.merge(state, adapter, strength) if on else state)
-            assert same_bits(outputs(base, images), outputs(other, images))
-    if live is not None:
-        live.detach()
 
 
 def test_gradients_reach_exactly_the_factors_when_trainable(
@@ -365,7 +229,7 @@ def test_gradients_reach_the_base_too_when_it_asks_for_them(
 
 
 def test_the_base_is_there_under_its_own_names_while_attached(
-    base: nn.Module, three: loraio.Adapter, before: Snapshot
+    base: nn.Module, three: loraio.Adapter, before: Everything
 ) -> None:
     plain = base.state_dict()
     assert list(loraio.base_state_dict(base)) == list(plain)
@@ -386,7 +250,7 @@ def test_other_dtypes_attach_and_merge_to_the_same_bits(
     adapter = replace(adapter, factors=factors)
     images = digits_test.images[:4].to(dtype)
     expected = merged_outputs(model, adapter, images)
-    snapshot = Snapshot(model)
+    snapshot = Everything(model)
     with loraio.attach(model, adapter):
         assert same_bits(outputs(model, images), expected)
     assert not same_bits(outputs(model, images), expected)

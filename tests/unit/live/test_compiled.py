@@ -6,56 +6,40 @@ import copy
 import itertools
 import random
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from live_models import (
+    COMPILED,
+    WRITES,
+    Passes,
+    adapter_for,
+    answer,
+    assert_fresh,
+    base_weight,
+    compiled_once,
+    outputs,
+    places,
+    same_bits,
+    write,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import loraio
-from loraio.errors import BaseMismatchError, ConfigError, StateError, UnknownNameError
+from loraio.errors import BaseMismatchError, StateError, UnknownNameError
 from loraio.files.tensors import tensor_bytes
 from loraio.live.parametrization import FoldedWeight
-from loraio.live.places import Place
 from loraio.live.reserving import Reserve
 
-COMPILED = {"rtol": 1e-5, "atol": 1e-4}
-"""Compiled kernels sum float32 in another order than eager ones; logits are up to 100."""
+pytestmark = pytest.mark.usefixtures("compiler")
 
 needs_cpp = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
 )
 INDUCTOR = pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])
-
-
-def adapter_for(model: nn.Module, seed: int, *targets: str, **options: Any) -> loraio.Adapter:
-    """An adapter with random factors, large enough to change every answer."""
-    fresh = loraio.new_adapter(model, loraio.TrainConfig(targets=targets, **options))
-    generator = torch.Generator().manual_seed(seed)
-    factors = {
-        name: factor * 1.25 if name.endswith("magnitude") else 0.2 * torch.randn(factor.shape, generator=generator)
-        for name, factor in fresh.factors.items()
-    }
-    return replace(fresh, factors=factors)
-
-
-@pytest.fixture(autouse=True)
-def _compiler() -> Iterator[None]:
-    from torch._inductor import config
-
-    torch._dynamo.reset()
-    with config.patch(compile_threads=1):  # the workers of a pool would import torch first
-        yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def images(digits_test: loraio.Dataset) -> Tensor:
-    return digits_test.images[:4]
 
 
 @pytest.fixture
@@ -69,54 +53,9 @@ def many(trained_base: nn.Module) -> list[loraio.Adapter]:
         ("alpha/sqrt(r)", 5, 0.5, ("fc",)),
     ]
     return [
-        adapter_for(copy.deepcopy(trained_base), rank, *targets, kind=kind, rank=rank, alpha=alpha, scale_rule=rule)
-        for kind, (rule, rank, alpha, targets) in itertools.product(("lora", "dora"), forms)
+        adapter_for(copy.deepcopy(trained_base), *on, seed=r, kind=kind, rank=r, alpha=alpha, scale_rule=rule)
+        for kind, (rule, r, alpha, on) in itertools.product(("lora", "dora"), forms)
     ]
-
-
-@pytest.fixture
-def one_conv(base: nn.Module) -> loraio.Adapter:
-    return adapter_for(base, 1, "conv1", rank=1)
-
-
-def outputs(model: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(x.to(next(model.parameters()).dtype))
-    return result
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))
-
-
-def adapted_state(live: loraio.Attachment) -> dict[str, Tensor]:
-    """What base and adapter, as they are now, give when merged."""
-    state = loraio.base_state_dict(live.model)
-    return loraio.merge(state, live.adapter, live.strength, allow_base_mismatch=True) if live.enabled else state
-
-
-def places(live: loraio.Attachment) -> dict[str, Place]:
-    return live._places
-
-
-def assert_fresh(compiled: Any, live: loraio.Attachment, x: Tensor) -> Tensor:
-    """The compiled model computes with the merged bits what the eager one computes; its answer."""
-    found = outputs(compiled, x)
-    torch.testing.assert_close(found, outputs(live.model, x), **COMPILED)
-    state = adapted_state(live)
-    for name, place in places(live).items():
-        assert isinstance(place.part, FoldedWeight)
-        assert place.part.slot is not None
-        assert same_bits(place.part.slot.tensor, state[name]), name
-    other = loraio.build_network("digit-cnn").to(found.dtype)
-    other.load_state_dict(state, assign=True)
-    torch.testing.assert_close(found, outputs(other, x), **COMPILED)
-    return found
-
-
-def compiled_once(model: nn.Module, backend: str = "eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(model, fullgraph=True, backend=counter, **options), counter
 
 
 # swaps
@@ -199,7 +138,7 @@ def test_a_part_that_is_compiled_alone_is_compiled_once(
     assert counter.frame_count == 1
 
 
-# what is reserved
+# reserved weights
 
 FORMS: dict[str, tuple[Callable[[list[loraio.Adapter]], Reserve], tuple[str, ...]]] = {
     "nothing more": (lambda many: (), ("conv1",)),
@@ -271,7 +210,7 @@ def test_whole_tensors_have_no_reserve(base: nn.Module, three: loraio.Adapter) -
 
 
 def test_what_cannot_be_reserved_is_refused(base: nn.Module, one_conv: loraio.Adapter) -> None:
-    elsewhere = adapter_for(nn.Sequential(nn.Linear(2, 2)), 1, "linear", rank=1)
+    elsewhere = adapter_for(nn.Sequential(nn.Linear(2, 2)), "linear", rank=1)
     with pytest.raises(UnknownNameError, match=r"no target '0\.weight'"):
         loraio.attach(base, one_conv, reserve=elsewhere)
     with pytest.raises(UnknownNameError, match="pattern 'conv9' matches no weight"):
@@ -305,37 +244,6 @@ def test_detach_gives_back_what_was_reserved_and_never_adapted(
 # nothing is stale
 
 
-def write(parameter: Tensor) -> None:
-    with torch.no_grad():
-        parameter.mul_(1.5)
-
-
-def original(model: nn.Module, name: str = "conv2") -> nn.Parameter:
-    found: nn.Parameter = model.get_submodule(name).parametrizations.weight.original  # type: ignore[assignment,union-attr]
-    return found
-
-
-def step(model: nn.Module, *, fused: bool) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
-    model(torch.ones(1, 1, 28, 28)).sum().backward()
-    optimizer.step()
-
-
-CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "write to a base weight": lambda model: write(original(model)),
-    "write to a reserved base weight": lambda model: write(original(model, "fc")),
-    "write to a factor": lambda model: write(next(model.conv2.parametrizations.buffers())),
-    "load_state_dict": lambda model: model.load_state_dict({n: t * 1.5 for n, t in model.state_dict().items()}),
-    "load_state_dict that assigns": lambda model: model.load_state_dict(
-        {name: tensor * 1.5 for name, tensor in model.state_dict().items()}, assign=True
-    ),
-    "other memory": lambda model: setattr(original(model), "data", original(model).data * 1.5),
-    "a cast and back": lambda model: model.half().float(),
-    "a step of an optimizer": lambda model: step(model, fused=False),
-    "a step of a fused optimizer": lambda model: step(model, fused=True),
-}
-
-
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 def test_no_change_past_the_handle_leaves_a_stale_weight_or_compiles_anew(
     base: nn.Module, three: loraio.Adapter, images: Tensor, backend: str
@@ -343,7 +251,8 @@ def test_no_change_past_the_handle_leaves_a_stale_weight_or_compiles_anew(
     compiled, counter = compiled_once(base, backend)
     live = loraio.attach(base, three, reserve="all", allow_base_mismatch=True)
     before = outputs(compiled, images)
-    for name, change in CHANGES.items():
+    changes = {**WRITES, "write to a reserved base weight": lambda model: write(base_weight(model, "fc"))}
+    for name, change in changes.items():
         change(base)
         found = outputs(compiled, images)  # before anything else looks
         assert not found.equal(before), name
@@ -367,7 +276,7 @@ def test_a_weight_is_folded_once_in_a_compiled_model_too(
     for _ in range(3):
         outputs(compiled, images)
     assert len(calls) == 3
-    write(original(base))
+    write(base_weight(base))
     for _ in range(3):
         outputs(compiled, images)
     assert len(calls) == 4
@@ -377,7 +286,7 @@ def test_uncounted_writes_need_a_refresh(base: nn.Module, three: loraio.Adapter,
     compiled, _ = compiled_once(base)
     live = loraio.attach(base, three, reserve="all")
     before = outputs(compiled, images)
-    original(base).data.mul_(1.5)
+    base_weight(base).data.mul_(1.5)
     assert outputs(compiled, images).equal(before)  # as the documentation says
     live.refresh()
     assert not assert_fresh(compiled, live, images).equal(before)
@@ -412,13 +321,13 @@ def test_a_copy_is_compiled_and_changed_for_itself(
     own, counter = compiled_once(twin, "aot_eager")
     other = loraio.attachment_of(twin)
     assert same_bits(assert_fresh(own, other, images), before)
-    write(original(twin))
+    write(base_weight(twin))
     assert not assert_fresh(own, other, images).allclose(before)
     assert same_bits(assert_fresh(compiled, live, images), before)
     live.swap(seven)
     assert not assert_fresh(compiled, live, images).allclose(before)
     before = outputs(compiled, images)
-    write(original(base))
+    write(base_weight(base))
     assert not assert_fresh(compiled, live, images).allclose(before)
     del base, compiled, live
     other.strength = 0.5
@@ -475,164 +384,9 @@ def test_threads_see_one_strength_or_the_other(base: nn.Module, one_conv: loraio
         live.strength = strength
         allowed.append(outputs(compiled, images))
     assert not allowed[0].equal(allowed[1])
-    wrong: list[Tensor] = []
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            found = outputs(compiled, images)
-            if not any(same_bits(found, each) for each in allowed):
-                wrong.append(found)
-
-    threads = [threading.Thread(target=look) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for number in range(200):
-        live.strength = (0.5, 1.0)[number % 2]
-        outputs(compiled, images)
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with Passes(lambda: outputs(compiled, images), 4) as passes:
+        for number in range(200):
+            live.strength = (0.5, 1.0)[number % 2]
+            outputs(compiled, images)
+    assert passes.answers <= {*map(answer, allowed)}
     assert counter.frame_count == 1
-
-
-# training
-
-
-@pytest.fixture
-def trained(base: nn.Module) -> list[loraio.Adapter]:
-    """Start values of one kind that differ in rank, alpha, scale rule and targets."""
-    base.requires_grad_(False)
-    forms: list[tuple[str, int, float, tuple[str, ...]]] = [
-        ("alpha/r", 1, 3, ("conv1",)),
-        ("alpha/sqrt(r)", 4, 6.5, ("conv",)),
-        ("alpha/r", 8, 2, ("conv2", "fc")),
-        ("alpha/r", 3, 9, ("all",)),
-    ]
-    adapters = [adapter_for(base, 1, *on, rank=r, alpha=alpha, scale_rule=rule) for rule, r, alpha, on in forms]
-    return [replace(each, factors={name: 0.25 * f for name, f in each.factors.items()}) for each in adapters]
-
-
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
-    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
-}
-
-
-def train(
-    model: Any, live: loraio.Attachment, data: loraio.Dataset, optimizer: Callable[[Any], torch.optim.Optimizer]
-) -> loraio.Adapter:
-    steps = optimizer(list(live.parameters()))
-    for _ in range(3):
-        steps.zero_grad()
-        nn.functional.cross_entropy(model(data.images[:32]), data.labels[:32]).backward()
-        steps.step()
-    return live.adapter
-
-
-def padding(live: loraio.Attachment) -> list[Tensor]:
-    """All that is in the factors and not in the adapter."""
-    found: list[Tensor] = []
-    for place in places(live).values():
-        assert isinstance(place.part, FoldedWeight)
-        rank = place.part.target.rank if place.part.target else 0
-        found += [place.part.lora_A[rank:], place.part.lora_B[:, rank:]]  # type: ignore[index]
-    return found
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_a_compiled_step_trains_adapters_of_other_ranks_and_targets(
-    base: nn.Module, trained: list[loraio.Adapter], digits: loraio.Dataset, backend: str, optimizer: str
-) -> None:
-    twin = copy.deepcopy(base)
-    compiled, counter = compiled_once(base, backend)
-    live = loraio.attach(base, trained[-1], trainable=True, reserve="all", max_rank=8)
-    train(compiled, live, digits, OPTIMIZERS[optimizer])
-    outputs(compiled, digits.images[:32])
-    count = counter.frame_count
-    for adapter in trained:
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            live.swap(adapter)
-            found = train(compiled, live, digits, OPTIMIZERS[optimizer])
-            assert_fresh(compiled, live, digits.images[:32])
-        with loraio.attach(twin, adapter, trainable=True) as other:
-            expected = train(twin, other, digits, OPTIMIZERS[optimizer])
-        assert found.targets == adapter.targets
-        for name, factor in expected.factors.items():
-            assert found.factors[name].shape == factor.shape
-            assert not found.factors[name].equal(adapter.factors[name])
-            torch.testing.assert_close(found.factors[name], factor, rtol=1e-2, atol=1e-3)
-        assert not any(bool(zeros.any()) for zeros in padding(live))
-    assert counter.frame_count == count
-    live.detach()
-    torch.testing.assert_close(outputs(base, digits.images[:4]), outputs(twin, digits.images[:4]), rtol=0, atol=0)
-
-
-def test_gradients_of_the_padding_are_zero_because_both_factors_are_padded_with_zeros(
-    base: nn.Module, trained: list[loraio.Adapter], digits: loraio.Dataset
-) -> None:
-    live = loraio.attach(base, trained[0], trainable=True, max_rank=8)
-    part: Any = places(live)["conv1.weight"].part
-    compiled, _ = compiled_once(base, "aot_eager")
-
-    def gradients() -> tuple[Tensor, Tensor]:
-        base.zero_grad()
-        nn.functional.cross_entropy(compiled(digits.images[:32]), digits.labels[:32]).backward()
-        return part.lora_A.grad, part.lora_B.grad
-
-    down, up = gradients()
-    assert down[:1].any()
-    assert up[:, :1].any()
-    assert not down[1:].any()
-    assert not up[:, 1:].any()
-    with torch.no_grad():
-        part.lora_A[1:] = 1
-    assert gradients()[1][:, 1:].any(), "zeros in one of them alone would move"
-
-
-@pytest.mark.parametrize("kind", loraio.adapter.kinds.KINDS)
-def test_an_eager_step_takes_padded_factors_too(
-    base: nn.Module, trained: list[loraio.Adapter], digits: loraio.Dataset, kind: str
-) -> None:
-    twin = copy.deepcopy(base)
-    adapter = adapter_for(twin, 1, "conv2", "fc", kind=kind, rank=2, alpha=1)
-    live = loraio.attach(base, trained[3], trainable=True, reserve="all", max_rank=4)  # whose layers step on their own
-    live.swap(adapter)
-    assert live.adapter is adapter
-    other = loraio.attach(twin, adapter, trainable=True)
-    assert same_bits(outputs(base, digits.images[:4]), outputs(twin, digits.images[:4]))
-    found, expected = (train(m, on, digits, OPTIMIZERS["SGD"]) for m, on in ((base, live), (twin, other)))
-    for name, factor in expected.factors.items():
-        torch.testing.assert_close(found.factors[name], factor, rtol=1e-3, atol=1e-5)
-    assert found.factors["fc.weight.lora_A"].shape == (2, 2048)
-    assert len(list(live.parameters())) == len(adapter.factors)
-    assert not any(bool(zeros.any()) for zeros in padding(live))
-
-
-def test_a_rank_above_the_largest_is_refused_before_anything_changes(
-    base: nn.Module, trained: list[loraio.Adapter]
-) -> None:
-    with pytest.raises(StateError, match="rank 4, the attached model has a place for 3"):
-        loraio.attach(base, trained[1], trainable=True, max_rank=3)
-    live = loraio.attach(base, trained[0], trainable=True, reserve="all", max_rank=4)
-    parameters = list(live.parameters())
-    with pytest.raises(StateError, match=r"rank 8, .*\n.*max_rank=8"):
-        live.swap(trained[2])
-    assert all(a is b for a, b in zip(live.parameters(), parameters, strict=True))
-    assert live.adapter is trained[0]
-
-
-@pytest.mark.parametrize("max_rank", [0, -1, 2.0, True, "4"])
-def test_a_largest_rank_is_a_whole_number(base: nn.Module, one_conv: loraio.Adapter, max_rank: Any) -> None:
-    with pytest.raises(ConfigError, match="max_rank is"):
-        loraio.attach(base, one_conv, trainable=True, max_rank=max_rank)
-
-
-def test_a_largest_rank_is_for_training(base: nn.Module, one_conv: loraio.Adapter) -> None:
-    with pytest.raises(ConfigError, match="for adapters that are trained"):
-        loraio.attach(base, one_conv, max_rank=4)
-    live = loraio.attach(base, one_conv, trainable=True, reserve="all")
-    with pytest.raises(StateError, match="being trained cannot be swapped"):
-        live.swap(one_conv)

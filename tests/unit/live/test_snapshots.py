@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from live_models import Passes, answer
 from small import INPUT, Small, outputs, small_adapter, small_adapters, small_base
 from torch import Tensor, nn
 
@@ -34,50 +35,6 @@ def adapters(model: nn.Module) -> dict[str, loraio.Adapter]:
     return small_adapters(model)
 
 
-class Passes:
-    """Threads that run forward passes until told to stop, and what came out, each answer once.
-
-    Args:
-        forward: a pass.
-        threads: how many.
-    """
-
-    def __init__(self, forward: Callable[[], Tensor], threads: int = 8) -> None:
-        self.forward = forward
-        self.answers: set[tuple[float, ...]] = set()
-        self.errors: list[BaseException] = []
-        self.counts = [0] * threads
-        self._done = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(threads)]
-
-    def _run(self, number: int) -> None:
-        try:
-            while not self._done.is_set():
-                self.answers.add(answer(self.forward()))
-                self.counts[number] += 1
-        except BaseException as error:
-            self.errors.append(error)
-            raise
-
-    def wait_for_some(self) -> None:
-        """Wait until each thread has begun a pass and ended it."""
-        goal = [count + 2 for count in self.counts]
-        while any(map(int.__lt__, self.counts, goal)) and not self.errors:
-            time.sleep(0)
-
-    def __enter__(self) -> Passes:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        for thread in self._threads:
-            thread.join(60)
-        assert not any(thread.is_alive() for thread in self._threads)
-        assert not self.errors
-
-
 class Pause(nn.Module):
     """Lets other threads go on between two layers."""
 
@@ -86,12 +43,8 @@ class Pause(nn.Module):
         return x
 
 
-def answer(output: Tensor) -> tuple[float, ...]:
-    return tuple(output.flatten().tolist())
-
-
 def expected(model: nn.Module, *changes: Callable[[], Any]) -> set[tuple[float, ...]]:
-    """What the model says after each of some changes."""
+    """Return the model's answer after each of some changes."""
     found = set()
     for change in changes:
         change()
@@ -146,6 +99,23 @@ def test_whatever_the_handle_does_is_seen_as_a_whole(model: nn.Module, adapters:
         live.detach()
         passes.wait_for_some()
     assert passes.answers == allowed | {answer(outputs(plain))}
+
+
+def test_threads_see_new_targets_come_and_all_of_them_go_as_a_whole(adapters: dict[str, loraio.Adapter]) -> None:
+    plain = small_base()
+    with loraio.attach(plain, adapters["dora"]) as live:
+        allowed = expected(plain, lambda: None, lambda: live.swap(adapters["head"]))
+    allowed.add(answer(outputs(plain)))
+    for _ in range(20):
+        model = small_base()
+        live = loraio.attach(model, adapters["dora"])
+        with Passes(lambda model=model: outputs(model)) as passes:  # type: ignore[misc]
+            passes.wait_for_some()
+            live.swap(adapters["head"])
+            passes.wait_for_some()
+            live.detach()
+            passes.wait_for_some()
+        assert passes.answers == allowed
 
 
 def test_two_threads_change_while_others_look_and_read_the_adapter(

@@ -4,14 +4,11 @@ wherever something is out of the ordinary."""
 from __future__ import annotations
 
 import copy
-import ctypes
-import os
-import subprocess
-import sys
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
+import live_models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,15 +21,7 @@ from loraio.live.geometry import Geometry
 from loraio.live.routes import Route
 from loraio.live.training_step import FORWARDS, forward_for
 
-
-def adapter_for(model: nn.Module, **options: Any) -> loraio.Adapter:
-    """An adapter for every target, with factors that are not zero."""
-    config = loraio.TrainConfig(**{"rank": 2, "alpha": 3, "targets": ("all",), "clamp_rank": True, **options})
-    adapter = loraio.new_adapter(model, config)
-    generator = torch.Generator().manual_seed(1)
-    factors = {name: 0.3 * torch.randn(factor.shape, generator=generator) for name, factor in adapter.factors.items()}
-    return replace(adapter, factors=factors)
-
+adapter_for = functools.partial(live_models.adapter_for, alpha=3, clamp_rank=True)
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "wide": lambda: (nn.Conv2d(16, 24, 3, padding=1), torch.randn(2, 16, 6, 6)),
@@ -79,7 +68,7 @@ class Ops(TorchDispatchMode):
 
 
 def plain(model: nn.Module, x: Tensor, adapter: loraio.Adapter, leaves: dict[str, Tensor]) -> Tensor:
-    """What the model gives with weights that are folded in tensor arithmetic."""
+    """Return the model's output with weights that are folded in tensor arithmetic."""
     weights = {
         name: model.state_dict()[name]
         + (target.scale * leaves[f"{name}.lora_B"] @ leaves[f"{name}.lora_A"]).view(target.shape)
@@ -101,7 +90,7 @@ def own(functions: Any) -> Iterator[str]:
 
 
 def is_cheap(result: Tensor) -> bool:
-    """Whether a result came by way of this module."""
+    """Return True if a result came from a training step of our own."""
     assert result.grad_fn is not None
     return any(name in ("ConvolutionBackward", "ProjectionBackward") for name in own(result.grad_fn))
 
@@ -231,8 +220,8 @@ def test_gradients_of_input_and_whole_weight_come_of_one_call() -> None:
 
 def test_nothing_is_computed_for_an_input_that_needs_no_gradient() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).requires_grad_(False)
-    for names, inputs in (("all", 1), (("2",), 0)):
-        with loraio.attach(model, adapter_for(model, targets=("all",) if names == "all" else names), trainable=True):
+    for names, inputs in ((("all",), 1), (("2",), 0)):
+        with loraio.attach(model, adapter_for(model, *names), trainable=True):
             loss = model(torch.randn(2, 3, 8, 8)).sum()
             with Ops() as ops:
                 loss.backward()
@@ -261,7 +250,7 @@ def test_hardly_more_is_kept_for_the_backward_pass_than_by_full_fine_tuning(netw
         return total
 
     full = kept()
-    adapter = adapter_for(model, targets=("conv", "linear"), rank=8)
+    adapter = adapter_for(model, "conv", "linear", rank=8)
     model.requires_grad_(False)
     with loraio.attach(model, adapter, trainable=True):
         assert kept() <= (1.03 if network == "digit-cnn" else 0.75) * full
@@ -335,36 +324,6 @@ def test_a_layer_that_meets_ever_new_sizes_forgets_routes(monkeypatch: Any) -> N
         for size in (4, 5, 6, 4):
             assert model(torch.randn(1, 4, size, size)).shape[2] == size - 2
             assert 1 <= len(part.routes) <= 2
-
-
-BLOCKS = """
-import ctypes, sys, torch, loraio
-from torch import nn
-
-class Info(ctypes.Structure):
-    _fields_ = [(f"field{number}", ctypes.c_size_t) for number in range(10)]
-
-look = ctypes.CDLL(None).mallinfo2
-look.restype = Info
-model = nn.Sequential(nn.Conv2d(1, 2, 3)).requires_grad_(False)
-if sys.argv[1] == "attached":
-    loraio.attach(model, loraio.new_adapter(model, loraio.TrainConfig(rank=1)), trainable=True)
-before = look().field3
-block = torch.empty(2**24, dtype=torch.uint8)
-print(look().field3 - before)
-"""
-"""Whether 16 MiB come from the system by themselves, and go back to it at once: mallinfo(3)."""
-
-
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallinfo2"),
-    reason="of glibc's own ways",
-)
-@pytest.mark.parametrize(("how", "count"), [("attached", 0), ("alone", 1)])
-def test_a_training_step_keeps_its_memory_for_the_next_one(how: str, count: int) -> None:
-    usual = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
-    done = subprocess.run([sys.executable, "-c", BLOCKS, how], env=usual, capture_output=True, check=True)
-    assert int(done.stdout) == count
 
 
 # the plain way

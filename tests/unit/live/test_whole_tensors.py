@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from live_models import Everything, outputs, same_bits
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -21,13 +22,10 @@ from loraio.errors import (
     BaseMismatchError,
     ConfigError,
     DataError,
-    FormatError,
     ShapeError,
     StateError,
     UnknownNameError,
 )
-from loraio.files import tensorfile
-from loraio.files.tensors import tensor_bytes
 
 SHA = "0123456789abcdef" * 4
 
@@ -80,39 +78,6 @@ def adapters(network: nn.Module, digits: loraio.Dataset) -> dict[str, loraio.Ada
     return made | {"headless": trained(network, replace(seven, class_names=()), "stats", heads={})}
 
 
-class Snapshot:
-    """Everything about a model that must be as before."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.state = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
-        self.facts = self._facts()
-
-    def _facts(self) -> list[Any]:
-        modules = list(self.model.modules())
-        flags = [(id(module), type(module), dict.copy(vars(module)).keys(), module.training) for module in modules]
-        sizes = [getattr(module, "out_features", None) for module in modules]
-        return [flags, sizes, [parameter.requires_grad for parameter in self.model.parameters()]]
-
-    def assert_same(self) -> None:
-        now = self.model.state_dict(keep_vars=True)
-        assert list(now) == list(self.state)
-        for name, (identity, tensor) in self.state.items():
-            assert id(now[name]) == identity, name
-            assert same_bits(now[name], tensor), name
-        assert self._facts() == self.facts
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))
-
-
-def outputs(model: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(x)
-    return result
-
-
 # what training makes
 
 
@@ -121,7 +86,7 @@ def test_training_gives_the_base_back_and_moves_what_it_was_told_to(
     network: nn.Module, digits: loraio.Dataset, norm: str
 ) -> None:
     network.train()
-    before = Snapshot(network)
+    before = Everything(network)
     base = network.state_dict()
     adapter = trained(network, digits, norm)
     before.assert_same()
@@ -214,7 +179,7 @@ def test_a_network_without_normalisation_cannot_adapt_it(base: nn.Module) -> Non
 def test_a_head_for_another_number_of_classes_than_the_data_have_is_refused(
     network: nn.Module, digits: loraio.Dataset
 ) -> None:
-    before = Snapshot(network)
+    before = Everything(network)
     with pytest.raises(DataError, match=r"gives \(9,\) numbers for an image, the data need \(10,\)"):
         trained(network, digits, heads={"fc": 9})
     before.assert_same()
@@ -280,7 +245,7 @@ def test_attach_swap_disable_and_detach_leave_no_trace(
 ) -> None:
     images = digits_test.images[:16]
     plain = outputs(network, images)
-    before = Snapshot(network)
+    before = Everything(network)
     expected = {}
     for name, adapter in adapters.items():
         with loraio.attach(network, adapter):
@@ -338,7 +303,7 @@ def test_a_merge_that_lost_a_whole_tensor_is_caught(
 def test_statistics_do_not_drift_whatever_mode_the_model_is_set_to(
     network: nn.Module, adapters: dict[str, loraio.Adapter], digits: loraio.Dataset
 ) -> None:
-    before = Snapshot(network)
+    before = Everything(network)
     images = digits.images[:32]
     for adapter in adapters.values():
         for trainable in (False, True):
@@ -364,7 +329,7 @@ def test_copies_and_casts_take_the_whole_tensors_along(
     network: nn.Module, adapters: dict[str, loraio.Adapter], digits_test: loraio.Dataset
 ) -> None:
     images = digits_test.images[:8]
-    before = Snapshot(network)
+    before = Everything(network)
     adapter = adapters["stats"]
     with loraio.attach(network, adapter) as live:
         expected = outputs(network, images)
@@ -442,7 +407,7 @@ def test_another_base_is_refused_with_every_tensor_named(
     with torch.no_grad():
         network.norm1.running_mean.add_(1)  # type: ignore[operator,union-attr]
         network.fc.bias.add_(1)  # type: ignore[operator,union-attr]
-    before = Snapshot(network)
+    before = Everything(network)
     with pytest.raises(BaseMismatchError, match="2 of 10 targets and whole tensors differ") as caught:
         loraio.attach(network, adapter)
     assert caught.value.problems == ("'fc.bias': other values", "'norm1.running_mean': other values")
@@ -474,45 +439,3 @@ def test_roles_that_the_network_does_not_bear_out_are_refused(
     nn.utils.parametrizations.weight_norm(parametrized.get_submodule("fc"))
     with pytest.raises((BaseMismatchError, StateError)):
         loraio.attach(parametrized, adapters["frozen"])
-
-
-# merged files, and bases with heads
-
-
-def test_a_merged_file_is_a_base_with_the_new_head(tmp_path: Path, digits: loraio.Dataset) -> None:
-    base = loraio.build_network(
-        "torchvision:squeezenet1_1", args={"num_classes": 7}, seed=1
-    )  # its head is a convolution
-    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    rgb = replace(digits, images=digits.images[:64].expand(-1, 3, -1, -1), labels=digits.labels[:64])
-    loraio.save_base(base, tmp_path / "base")
-    config = loraio.TrainConfig(heads={"classifier.1": 10}, targets=("features.3.squeeze",), **STEPS)
-    adapter = loraio.train(base, config, rgb)
-    loraio.save(adapter, tmp_path / "adapter")
-    loraio.merge_file(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    merged = loraio.load_base(tmp_path / "merged")
-    assert loraio.read_base(tmp_path / "merged").heads == {"classifier.1": 10}
-    with loraio.attach(base, adapter):
-        assert base.get_submodule("classifier.1").out_channels == 10
-        assert same_bits(outputs(base, images), outputs(merged, images))
-    loraio.save_base(merged, tmp_path / "again")
-    assert loraio.read_base(tmp_path / "again").heads == {"classifier.1": 10}
-    second = loraio.train(merged, replace(config, heads={"classifier.1": 12}, seed=2), rgb_of(rgb, 12))
-    assert second.base.heads == {"classifier.1": 10}
-    loraio.save(second, tmp_path / "second")
-    loraio.merge_file(tmp_path / "merged", tmp_path / "second", tmp_path / "twice")
-    assert loraio.load_base(tmp_path / "twice").get_submodule("classifier.1").out_channels == 12
-    report = loraio.verify(merged.state_dict(), second, loraio.read_base(tmp_path / "twice").state, inputs=images)
-    assert report.ok
-
-
-def rgb_of(data: loraio.Dataset, classes: int) -> loraio.Dataset:
-    return replace(data, classes=classes, class_names=tuple(map(str, range(classes))))
-
-
-@pytest.mark.parametrize("heads", [{"fc": 0}, {"fc": "10"}, ["fc"], {"nowhere": 3}])
-def test_a_base_file_with_wrong_heads_is_refused(tmp_path: Path, base: nn.Module, heads: Any) -> None:
-    document = {"format_version": 1, "network": "digit-cnn", "heads": heads}
-    tensorfile.write(base.state_dict(), tmp_path / "base", document=document)
-    with pytest.raises((FormatError, BaseMismatchError), match=r"heads are|no layer"):
-        loraio.load_base(tmp_path / "base")
