@@ -254,6 +254,7 @@ class Attachment:
             take_no_snapshots(self.model, rollback)
             # these hold on to the handle, and so to the model
             self._builder.forget()
+            rollback.set(vars(self._builder), "_handle", None)
             rollback.set(vars(self), "_known_fit", KnownFit(None, self.model))
             return replace(before, places={}, parts={}, cache=WeightCache(), learned=learned)
 
