@@ -1,4 +1,4 @@
-"""What an adapter is, and what it does to one weight."""
+"""Adapters, and how they change one weight."""
 
 from loraio.adapter.adapter import Adapter
 from loraio.adapter.metadata import BaseReference, Target, WholeTensor

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
-    """All that one training run made, and what is needed to use it.
+    """The result of one training run, with all that is needed to use it.
 
     Attributes:
         targets: by the weight's state-dict name, in the model's order when trained, in name order when read.
@@ -90,7 +90,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the factors hold, over all targets."""
+        """Number of parameters in the factors of all targets."""
         return sum(target.parameters for target in self.targets.values())
 
     @property
@@ -108,7 +108,7 @@ class Adapter:
         }
 
     def factors_of(self, name: str) -> dict[str, Tensor]:
-        """The factors of one target by their short names: ``{"lora_A": ..., "lora_B": ...}``.
+        """Return the factors of one target by their short names: ``{"lora_A": ..., "lora_B": ...}``.
 
         Raises:
             UnknownNameError: no such target.
@@ -117,7 +117,7 @@ class Adapter:
         return {short: self.factors[f"{name}.{short}"] for short in target.factor_shapes}
 
     def fold(self, name: str, weight: Tensor, *, strength: float = 1.0, exact: bool = True) -> Tensor:
-        """The new weight of one target, rounded once; the factors go to the weight's device.
+        """Return the new weight of one target, rounded once; the factors go to the weight's device.
 
         Args:
             name: of the target.
@@ -138,7 +138,7 @@ class Adapter:
         return fold_finite(name, target, weight, self.factors_of(name), strength=strength, exact=exact)
 
     def replace(self, name: str, base: Tensor) -> Tensor:
-        """A copy of a whole tensor, for use in the place of the base's: on its device, in its dtype.
+        """Copy a whole tensor to the device and dtype of the base's tensor, which it replaces.
 
         Raises:
             UnknownNameError: no such whole tensor.
@@ -152,7 +152,7 @@ def _rebuilt(parts: dict[str, Any]) -> Adapter:
 
 
 def parts_of(adapter: Adapter, name: str) -> Iterator[tuple[slice, Adapter]]:
-    """One target in `Target.slices`, each with an adapter that folds it to its slice of the folded weight, bit for bit.
+    """Yield the `Target.slices` of one target, each with an adapter that folds that slice, bit for bit.
 
     Args:
         adapter: the adapter.
@@ -169,7 +169,7 @@ def parts_of(adapter: Adapter, name: str) -> Iterator[tuple[slice, Adapter]]:
 
 
 def _unchecked(targets: Mapping[str, Target], factors: Mapping[str, Tensor], base: BaseReference) -> Adapter:
-    """A part of an adapter, which has been checked as a whole: looking at all factors again for each takes a while."""
+    """Make a slice of an adapter without checking its factors again, which would take long."""
     part = object.__new__(Adapter)
     given: dict[str, Any] = {"targets": targets, "factors": factors, "base": base}
     for entry in fields(Adapter):

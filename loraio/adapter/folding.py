@@ -1,7 +1,6 @@
-"""A weight and its factors give the new weight: summed slice by slice in a wider dtype, and rounded once.
+"""Fold factors into a weight slice by slice: widen, sum in a wider dtype, and round once.
 
-A weight is larger than a processor's caches, and so are the passes that widening, summing and rounding take over it:
-slice by slice, each of them finds in the cache what the one before has left there.
+A whole weight is larger than a processor's caches. A slice stays in the cache from one pass to the next.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ _OUT, _FAN_IN, _RANK = -1, -2, -3  # stand for sizes, to learn which axis of a f
 
 
 def slices(shape: Sequence[int], layer: LayerType, kind: Kind) -> list[slice]:
-    """How a weight is parted for a fold on the CPU, along its first dimension, into about `BLOCK` numbers each.
+    """Cut a weight along its first dimension into slices of about `BLOCK` numbers, for a fold on the CPU.
 
-    It follows from the shape alone, so that a weight is summed in the same order wherever and by whomever it is folded.
-    A weight of which no slice can be folded by itself comes in one.
+    The slices follow from the shape alone, so that a weight is summed in the same order everywhere. A weight that must
+    be folded as a whole comes in one slice.
 
     Args:
         shape: of the weight.
@@ -47,7 +46,7 @@ def slices(shape: Sequence[int], layer: LayerType, kind: Kind) -> list[slice]:
 
 
 def share(at: slice, factors: Mapping[str, Tensor], layer: LayerType, kind: Kind) -> dict[str, Tensor]:
-    """What one of the `slices` needs of the factors, as views.
+    """Return views of the factors that one of the `slices` needs.
 
     Args:
         at: the slice.
@@ -58,7 +57,7 @@ def share(at: slice, factors: Mapping[str, Tensor], layer: LayerType, kind: Kind
 
 
 def _axes(layer: LayerType, kind: Kind) -> dict[str, int | None]:
-    """Along which of its axes each factor is parted with the weight; None for one that all slices need."""
+    """Return the axis along which each factor is cut with the weight; None for a factor that all slices need."""
     along = {"rows": _OUT, "columns": _FAN_IN}.get(layer.slices)
     shapes = kind.shapes(_OUT, _FAN_IN, _RANK)
     return {short: shape.index(along) if along in shape else None for short, shape in shapes.items()}
@@ -72,10 +71,10 @@ def _share(at: slice, factors: Mapping[str, Tensor], axes: Mapping[str, int | No
 
 
 class SlicedFold:
-    """A weight on its way to the new weight, each number a sum in a wider dtype that is rounded once, ties to even.
+    """A fold in progress: each number is a sum in a wider dtype, rounded once, ties to even.
 
-    Every slice is widened into one piece of memory of its own: the bits of a float64 sum do not depend on where in
-    memory the weight lies, nor in which order. Each is written by one operation.
+    Every slice is widened into contiguous memory, so that the weight's address and strides do not change the sums.
+    Each slice is written by one operation.
 
     Args:
         weight: on the CPU, plain memory; any float dtype and strides.
@@ -182,7 +181,7 @@ _NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 def _scratch(numbers: int, dtype: torch.dtype) -> Tensor:
-    """Memory to sum in: that of the thread's last fold, where a block is enough. The system need not give it anew."""
+    """Return memory to sum in. Each thread reuses its block, since fresh memory costs page faults."""
     import torch
 
     if numbers > _SCRATCH:

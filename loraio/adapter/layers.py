@@ -41,17 +41,17 @@ class LayerType:
         return shape[0], math.prod(shape[1:])
 
     def to_matrix(self, weight: Tensor, groups: int = 1) -> Tensor:
-        """The weight as (out, fan_in); a view where the memory allows it."""
+        """Return the weight as (out, fan_in), a view if the memory allows it."""
         return weight.reshape(self.matrix_shape(weight.shape))
 
     def from_matrix(self, matrix: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
-        """The inverse of `to_matrix`."""
+        """Invert `to_matrix`."""
         return matrix.reshape(tuple(shape))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransposedConvolution(LayerType):
-    """A layer whose weight is (in, out / groups, kernel...); the groups part its first dimension."""
+    """A layer whose weight is (in, out / groups, kernel...); the groups divide its first dimension."""
 
     slices: str = "neither"
 
@@ -65,7 +65,7 @@ class TransposedConvolution(LayerType):
         return parts.transpose(1, 2).reshape(self.matrix_shape(weight.shape, groups))
 
     def from_matrix(self, matrix: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
-        """The inverse of `to_matrix`."""
+        """Invert `to_matrix`."""
         parts = matrix.reshape(groups, shape[1], shape[0] // groups, -1)
         return parts.transpose(1, 2).reshape(tuple(shape))
 
@@ -81,11 +81,11 @@ class Table(LayerType):
         return shape[1], shape[0]
 
     def to_matrix(self, weight: Tensor, groups: int = 1) -> Tensor:
-        """The transpose, a view."""
+        """Return the transpose, a view."""
         return weight.T
 
     def from_matrix(self, matrix: Tensor, shape: Sequence[int], groups: int = 1) -> Tensor:
-        """The transpose."""
+        """Return the transpose."""
         return matrix.T
 
 

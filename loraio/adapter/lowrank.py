@@ -9,7 +9,7 @@ from loraio.errors import ConfigError, ShapeError
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The two factors of the best approximation of a matrix at a given rank.
+    """Return the two factors of the best approximation of a matrix at a given rank.
 
     The singular values are shared out evenly, sqrt(S) to each side, so that neither factor dwarfs the other.
 
@@ -41,7 +41,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(matrix: Tensor, *, tolerance: float | None = None) -> int:
-    """How many singular values of a matrix stand out from rounding error.
+    """Count the singular values of a matrix that stand out from rounding error.
 
     Args:
         matrix: (out, in), any float dtype.

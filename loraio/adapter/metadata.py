@@ -27,7 +27,7 @@ SCALE_RULES: dict[str, Callable[[float, int], float]] = {
     "alpha/r": lambda alpha, rank: alpha / rank,
     "alpha/sqrt(r)": lambda alpha, rank: alpha / math.sqrt(rank),
 }
-"""What alpha and rank give; the second is rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
+"""Scales from alpha and rank. The second is rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
 
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -39,7 +39,7 @@ WHOLE_DTYPES = (*FLOAT_DTYPES, "I64")
 
 
 ROLES = ("bias", "head", "layer", "norm")
-"""What whole tensors are for: a layer's bias, a head of the adapter's own, any other layer, normalisation layers."""
+"""Purposes of whole tensors: a layer's bias, a head of the adapter's own, any other layer, normalisation layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class Target:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by, strength apart."""
+        """Factor of the product, without strength."""
         return SCALE_RULES[self.scale_rule](self.alpha, self.rank)
 
     @property
@@ -118,17 +118,17 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the factors hold."""
+        """Number of parameters in the factors."""
         return sum(math.prod(shape) for shape in self.factor_shapes.values())
 
     @property
     def saves_nothing(self) -> bool:
-        """Whether the factors hold at least as many numbers as the base weight itself."""
+        """True if the factors hold at least as many numbers as the base weight."""
         return self.parameters >= math.prod(self.shape)
 
     @property
     def largest_saving_rank(self) -> int:
-        """The largest rank at which the factors hold fewer numbers than the base weight; 0 where no rank does."""
+        """Largest rank at which the factors hold fewer numbers than the base weight; 0 if no rank does."""
         ranks = range(1, min(self.matrix_shape) + 1)  # beyond the rank that a matrix can have nothing is saved
         return bisect.bisect_left(ranks, True, key=lambda rank: replace(self, rank=rank).saves_nothing)
 
@@ -180,7 +180,7 @@ class Target:
     def sliced_fold(
         self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0, exact: bool = True
     ) -> SlicedFold | None:
-        """The fold that `fold` makes, before it is made; None where the memory is not plain, or not a CPU's.
+        """Prepare the fold that `fold` makes; return None if the memory is not plain memory of the CPU.
 
         An accelerator gains nothing from slices.
         """
@@ -201,7 +201,7 @@ class Target:
         )
 
     def stays_finite(self, peaks: Mapping[str, float], dtype: torch.dtype, *, strength: float) -> bool:
-        """Whether `fold` surely makes no finite number infinite, told from the factors alone.
+        """Return True if the factors alone show that `fold` makes no finite number infinite.
 
         Args:
             peaks: the largest magnitude in each factor, or more, by short name.
@@ -215,13 +215,13 @@ class Target:
         return self._kind.stays_finite(peaks, rank=self.rank, scale=self.scale, strength=strength, room=room)
 
     def slices(self) -> list[slice]:
-        """How the weight is parted for a fold on the CPU, see `loraio.adapter.folding.slices`."""
+        """Cut the weight for a fold on the CPU, as `loraio.adapter.folding.slices` does."""
         from loraio.adapter.folding import slices
 
         return slices(self.shape, self._layer, self._kind)
 
     def part(self, at: slice, factors: Mapping[str, Tensor]) -> tuple[Target, dict[str, Tensor]]:
-        """One of the `slices` as a target of its own, and its share of the factors."""
+        """Return one of the `slices` as a target of its own, with its share of the factors."""
         from loraio.adapter.folding import share
 
         if at.stop - at.start == self.shape[0]:
@@ -230,7 +230,7 @@ class Target:
         return part, share(at, factors, self._layer, self._kind)
 
     def fold_for_training(self, weight: Tensor, factors: Mapping[str, Tensor], *, strength: float = 1.0) -> Tensor:
-        """The new weight, differentiable, computed in float32 (float64 for float64 weights).
+        """Return the new weight, differentiable, computed in float32 (float64 for float64 weights).
 
         Equal to `fold` up to the rounding of that dtype; arguments and result as there, with gradients.
         """
@@ -293,7 +293,7 @@ class WholeTensor:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds."""
+        """Number of its values."""
         return math.prod(self.shape)
 
 
@@ -332,14 +332,14 @@ class BaseReference:
 
 
 def _sums(weight: Tensor, exact: bool) -> torch.dtype:
-    """The dtype that a weight's sums are made in."""
+    """Return the dtype of a weight's sums."""
     import torch
 
     return torch.float64 if exact else torch.promote_types(weight.dtype, torch.float32)
 
 
 def check_strength(strength: float) -> float:
-    """The strength as a float.
+    """Return the strength as a float.
 
     Raises:
         ConfigError: not a finite number.
@@ -350,7 +350,7 @@ def check_strength(strength: float) -> float:
 
 
 def check_heads(heads: Any, *, what: str) -> None:
-    """Refuse what is not an object of layer names and numbers of outputs.
+    """Refuse heads that are not an object of layer names and numbers of outputs.
 
     Raises:
         AdapterError: it is not.

@@ -1,4 +1,4 @@
-"""Whether a weight overflows when an adapter is folded into it: told from the factors alone, where that can be."""
+"""Refuse adapters that make a weight overflow, from the factors alone where possible."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refuse_overflow(
 
 
 def _peak(tensors: list[Tensor]) -> float:
-    """The largest magnitude, in one pass for all of them; NaN where there is one."""
+    """Return the largest magnitude of all tensors; NaN if there is one."""
     if len({tensor.device for tensor in tensors}) > 1:
         return max(_peak([tensor]) for tensor in tensors)
     return float(torch.cat([tensor.detach().flatten() for tensor in tensors]).abs_().max())
@@ -70,7 +70,7 @@ def fold_finite(
     strength: float = 1.0,
     exact: bool = True,
 ) -> Tensor:
-    """As `Target.fold`, with factors on any device; refuses a sum that overflows.
+    """Fold as `Target.fold` does, with factors on any device, and refuse a sum that overflows.
 
     Args:
         name: of the target, for the error.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float64 values rounded to another float dtype, once, to nearest, ties to even.
+    """Round float64 values to another float dtype once, to nearest, ties to even.
 
     torch converts float64 to float16 and bfloat16 by way of float32, which rounds twice and is wrong by an ulp when
     the first rounding lands on a tie of the second. A step off the tie, to the side of the exact value, cures that.
@@ -31,7 +31,7 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def ready_to_round(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float64 values such that torch's own conversion rounds them once; for 16-bit dtypes that is a float32 tensor.
+    """Adjust float64 values so that torch's own conversion rounds once; for 16-bit dtypes to a float32 tensor.
 
     Args:
         exact, dtype: as `round_once` takes them.
@@ -69,7 +69,7 @@ def _to_odd(exact: Tensor, near: Tensor) -> Tensor:
 
 
 def is_plain_memory(*tensors: Tensor) -> bool:
-    """Whether tensors are memory of the CPU, and nothing that stands for one in a trace or a transform of a program."""
+    """Return True if tensors are memory of the CPU, and not stand-ins in a trace or a transform of a program."""
     return (
         all(tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
         and not torch.compiler.is_compiling()
@@ -80,7 +80,7 @@ def is_plain_memory(*tensors: Tensor) -> bool:
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The spacing of a float dtype at given values: one unit in the last place.
+    """Return the spacing of a float dtype at given values: one unit in the last place.
 
     Args:
         values: float64, any shape.

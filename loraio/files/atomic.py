@@ -1,4 +1,4 @@
-"""Files that are written: refused early, written beside their place, and named only when they are whole."""
+"""Write files atomically: refuse bad outputs early, write beside the place, and rename only what is whole."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def staged(
     inputs: Iterable[str | os.PathLike[str]] = (),
     tidy: bool = True,
 ) -> Iterator[Path]:
-    """A temporary file beside ``path`` that gets its name when the block ends well, and is removed when it does not.
+    """Yield a temporary file that replaces ``path`` if the block succeeds, and is removed if it fails.
 
-    At every moment ``path`` is the old file, whole, or the new one, whole. The file is flushed to the disk first; mode
-    and owner are those of the file replaced, as far as the system allows it, else what the umask gives; a symbolic link
-    stays a link. Without ``overwrite`` a file that appears in the meantime is not replaced either. A process that is
-    killed leaves the temporary file, which the next one that writes ``path`` removes.
+    At every moment ``path`` is the whole old file or the whole new one. The new file is flushed to the disk before it
+    gets its name. It takes mode and owner of the file that it replaces, as far as the system allows, or else what the
+    umask gives. A symbolic link stays a link. Without ``overwrite``, a file that appears in the meantime stays too. A
+    killed process leaves its temporary file; the next one that writes ``path`` removes it.
 
     Args:
         path: the file to make.
         overwrite, inputs: as `check_output`.
-        tidy: whether to look for temporary files that were left.
+        tidy: remove temporary files that killed processes left.
 
     Raises:
         OutputExistsError, OutputError: as `check_output`, and when the system refuses a write.
@@ -137,7 +137,7 @@ _HINTS = {
 
 @contextlib.contextmanager
 def system_errors(name: str, folder: Path | None = None) -> Iterator[None]:
-    """Turn what the operating system refuses into an `OutputError` for the output of that name."""
+    """Turn errors of the operating system into an `OutputError` for the output of that name."""
     try:
         yield
     except LoraioError:
@@ -154,7 +154,7 @@ def output_error(what: str, error: OSError, reason: str | None = None) -> Output
 
 
 def mode_of(path: str | os.PathLike[str]) -> int | None:
-    """Type and mode of the file that a path leads to; None where there is none."""
+    """Return type and mode of the file at a path; None if there is none."""
     try:
         return Path(path).stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -162,7 +162,7 @@ def mode_of(path: str | os.PathLike[str]) -> int | None:
 
 
 def _is_same(target: Path, source: str | os.PathLike[str]) -> bool:
-    """Whether a file that is written would be that one, which may not be there yet."""
+    """Return True if writing the target would overwrite the source, which may not exist yet."""
     if target.exists() and Path(source).exists():
         return target.samefile(source)
     return target == Path(os.path.realpath(source))
@@ -176,7 +176,7 @@ def _kind(mode: int) -> str:
 
 
 def _withhold(temporary: Path, target: Path) -> int:
-    """The mode that the temporary has; while it is written nobody else reads it who may not read the file before."""
+    """Return the temporary file's mode, and hide it from everyone who may not read the file that it replaces."""
     mode = stat.S_IMODE(temporary.stat().st_mode)
     if target.exists():
         with contextlib.suppress(PermissionError):  # a filesystem whose files all have one mode
@@ -185,7 +185,7 @@ def _withhold(temporary: Path, target: Path) -> int:
 
 
 def _give_mode(temporary: Path, target: Path, mode: int) -> None:
-    """Mode and owner of the file that is replaced, else that mode."""
+    """Set mode and owner of the file that is replaced; where there is none, the given mode."""
     own = temporary.stat()
     with contextlib.suppress(FileNotFoundError):
         found = target.stat()

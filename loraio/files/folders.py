@@ -38,15 +38,15 @@ def staged_folder(
     overwrite: bool = False,
     inputs: Iterable[str | os.PathLike[str]] = (),
 ) -> Iterator[Path]:
-    """A temporary folder for files that belong together, which get their places when the block ends well.
+    """Yield a temporary folder for files that belong together, and move them to their places if the block succeeds.
 
-    A folder that is not there yet appears with all of them in it. In one that is there they take the places
-    of files of their names as in `move_files`.
+    A new folder appears with all of them in it. In an existing folder they replace files of the same names, as in
+    `move_files`.
 
     Args:
         folder: it is made where it is not there; its parent must be.
         names: of all files; the block writes each.
-        last: the one without which nobody takes the others for a whole.
+        last: the file without which the others are not taken for complete.
         overwrite, inputs: as `check_output`, for each file.
 
     Raises:
@@ -79,10 +79,10 @@ def staged_folder(
 
 @contextlib.contextmanager
 def working_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside an output of several files, for those that are finished before all of them are.
+    """Yield a hidden folder beside an output of several files, for those that are finished first.
 
-    It outlives a process that is killed, so that another one can go on from it; it is for the caller to look whether
-    what is in it belongs to the same work. One process at a time has it. It does not stay when there is nothing in it.
+    It outlives a killed process, so that another one can resume. The caller must check that its contents belong to the
+    same work. One process at a time holds it. An empty folder is removed at the end.
 
     Raises:
         OutputError: another process has it, it is a link, or the system refuses it.
@@ -126,7 +126,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def name_folder(folder: Path, target: Path) -> None:
-    """Give a finished folder its name, which no folder with files may have."""
+    """Give a finished folder its name, unless a folder with files has it."""
     name = f"{os.fspath(target)!r}"
     with system_errors(name, target.parent):
         sync_folder(folder)
@@ -140,18 +140,18 @@ def name_folder(folder: Path, target: Path) -> None:
 
 
 def move_files(folder: Path, target: Path, names: Iterable[str], *, last: str, overwrite: bool = True) -> None:
-    """Move finished files into a folder that is there already, in the place of files of their names.
+    """Move finished files into an existing folder, in the place of files of the same names.
 
-    ``last``, without which nobody takes the others for a whole, goes first and comes last. Where its bytes do not
-    change it stays, and one other file is then replaced at one moment. When the system refuses a step all files are put
-    back. Of several that move files into one folder at the same time each waits for the one before.
+    The old ``last`` is removed first and the new one comes last, so that a mixture is never taken for complete. If its
+    bytes do not change and one other file is replaced, it stays. If the system refuses a step, all files are put back.
+    Processes that move files into one folder wait for each other.
 
     Args:
         folder: on the filesystem of ``target``.
         target: the folder.
         names: of the files; with or without ``last``.
-        last: as said.
-        overwrite: whether there may be files of these names.
+        last: the file without which the others are not taken for complete.
+        overwrite: replace existing files of these names.
 
     Raises:
         OutputExistsError: there is one.
@@ -192,7 +192,7 @@ def move_files(folder: Path, target: Path, names: Iterable[str], *, last: str, o
 
 
 _ASIDE = ".before-"
-"""Starts the name under which a file that is replaced waits until all are."""
+"""Prefix of the name under which a replaced file waits until all are replaced."""
 
 
 def _set_aside(file: Path, aside: Path) -> None:
@@ -214,7 +214,7 @@ def _move(file: Path, target: Path) -> None:
 
 
 def _is_beside(file: Path, target: Path) -> bool:
-    """Whether both are on one filesystem."""
+    """Return True if both are on one filesystem."""
     return target.parent.stat().st_dev == file.stat().st_dev
 
 

@@ -1,8 +1,7 @@
-"""What lets a file tell that one of its bits is no longer what was written; read and written without torch.
+"""Read, write and check the digests with which a file notices damage; needs no torch.
 
-The text of a file, which is the header of a safetensors file or an index, holds the SHA-256 of every tensor, and one
-of itself, taken while 64 zeros stand in its place. Together they cover every bit of the file. They notice damage; who
-wrote the file they do not tell.
+The text of a file is the header of a safetensors file, or an index. It holds the SHA-256 of every tensor, and one of
+itself, computed with 64 zeros in its place. Together they cover every bit of the file. They do not tell who wrote it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ KEY = "integrity"
 """The key of a document that holds its digests."""
 
 SEALED = 2
-"""The format version of which every document has them; version 1 had none, and later ones are for others to refuse."""
+"""The format version in which every document has digests. Version 1 had none; other code refuses later versions."""
 
 PENDING = "0" * 64
-"""What stands in the place of a digest that is not known yet."""
+"""Placeholder for a digest that is not known yet."""
 
 _DIGEST_BYTES = 32
 _NAME = b'"integrity'  # where a quote is escaped, the backslash stands before it
@@ -38,7 +37,7 @@ class Integrity(NamedTuple):
 
     Attributes:
         tensors: of each tensor's bytes, by name; None where the document itself has them elsewhere.
-        shards: of the headers of a checkpoint's shards, by file name; empty for a single file.
+        shards: of the header of each shard, by file name; empty for a single file.
     """
 
     tensors: Mapping[str, str] | None
@@ -48,7 +47,7 @@ class Integrity(NamedTuple):
 def with_integrity(
     document: Mapping[str, Any], tensors: Iterable[str] | None, shards: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The document with an entry for its digests, ready for `seal`.
+    """Return the document with an entry for its digests, ready for `seal`.
 
     Args:
         document: JSON values.
@@ -69,7 +68,7 @@ def with_integrity(
 
 
 def seal(text: bytes, *, where: str) -> bytes:
-    """The text with its digest in the place that `with_integrity` left for it; a text without such a place as it is.
+    """Fill in the digest where `with_integrity` left room for it; return other texts unchanged.
 
     Raises:
         FormatError: the text has several such places.
@@ -84,7 +83,7 @@ def seal(text: bytes, *, where: str) -> bytes:
 
 
 def unsealed(text: str) -> str:
-    """A document's text with its digest taken out, as `with_integrity` left it: for a copy, which is sealed again."""
+    """Take the digest out of a document's text, so that a copy can be sealed again."""
     return _ENTRY.sub(lambda match: match[0].replace(match[1], PENDING.encode()), text.encode("utf-8")).decode("utf-8")
 
 
@@ -130,7 +129,7 @@ def is_sha256(value: Any) -> bool:
 
 
 def damaged_tensors(names: Sequence[str], *, of: int, where: str) -> FormatError:
-    """The error for tensors whose bytes have other digests than the file says."""
+    """Make the error for tensors that do not match their digests."""
     return FormatError(
         f"the file is damaged: {len(names)} of {of} tensors are not what was written",
         problems=[f"{name!r} has another SHA-256" for name in names[:20]]
@@ -141,9 +140,9 @@ def damaged_tensors(names: Sequence[str], *, of: int, where: str) -> FormatError
 
 
 def damaged_shards(files: Sequence[str], *, where: str) -> FormatError:
-    """The error for parts whose headers have other digests than the index says."""
+    """Make the error for shards with headers that do not match the index."""
     return FormatError(
-        "the checkpoint is damaged, or its parts are of several checkpoints",
+        "the checkpoint is damaged, or its shards are of several checkpoints",
         problems=[f"the header of {file!r} is not what was written" for file in files],
         where=where,
         hint=_HINT,
@@ -151,7 +150,7 @@ def damaged_shards(files: Sequence[str], *, where: str) -> FormatError:
 
 
 def state_digest(rows: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
-    """One digest for a whole state dict, whatever the order of its tensors.
+    """Return one digest for a whole state dict, for any order of its tensors.
 
     SHA-256 over one line for each tensor, lines sorted by the name's code points: the JSON array
     ``["name","F32",[32,1,3,3],"<SHA-256 of its bytes>"]`` without spaces, non-ASCII characters escaped, and a newline.
@@ -169,7 +168,7 @@ _line = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _entries(text: bytes) -> list[tuple[int, bytes]]:
-    """Where the digests of entries begin in the text, and the digests."""
+    """Find the digests of entries in the text, each with its offset."""
     found, place = [], text.find(_NAME)
     while place >= 0:
         match = _ENTRY.match(text, place)

@@ -1,4 +1,4 @@
-"""How large what a file says may be before it is refused unread: bounds on memory and time, not on what is useful."""
+"""Limits on the size of files' contents, beyond which they are refused unread: they bound memory and time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ VARIABLE = "LORAIO_LIMITS"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the readers take. The defaults are about ten times what real files have.
+    """Limits of the readers. The defaults are about ten times the size of real files.
 
-    With them a file that is refused costs less than 64 MB of memory, however it is made.
+    With them, refusing a file costs less than 64 MB of memory, however it is made.
 
     Attributes:
         header_bytes: of a safetensors header, or of a JSON file beside one.
-        json_depth: objects and lists inside of each other.
+        json_depth: levels of nested objects and lists.
         json_values: entries of all objects and lists of one JSON text together.
         tensors: in one file.
         name_bytes: of a tensor's name in UTF-8.
@@ -43,7 +43,7 @@ _NAMES = tuple(field.name for field in fields(Limits))
 
 
 def limits() -> Limits:
-    """The limits that hold: the environment variable `VARIABLE` sets some, ``tensors=200000,name_bytes=900`` say.
+    """Return the limits. The environment variable `VARIABLE` changes some: ``tensors=200000,name_bytes=900``.
 
     Raises:
         ConfigError: it names no limit, or says no number of at least 1.
@@ -65,5 +65,5 @@ def _parsed(text: str) -> Limits:
 
 
 def raising(name: str) -> str:
-    """The hint of an error about a limit."""
+    """Return the hint for an error about a limit."""
     return f"{VARIABLE}={name}=N in the environment raises the limit, for a file that you trust"

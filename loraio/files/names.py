@@ -1,8 +1,4 @@
-"""Names that become files or are shown: which may be, which of them are one to some systems, and how a line shows them.
-
-What a file says is called so by a stranger. A name is checked here before it becomes a part of a path, and escaped
-before it reaches a terminal.
-"""
+"""Check names from files before they become paths, and escape them before they reach a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ MAX_NAME_BYTES = 200
 """The longest name in UTF-8: with an ending, and what a temporary file adds, it must make a file name."""
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories of what no name may hold: control, format, half a character, ends of lines and paragraphs."""
+"""Unicode categories that no name may hold: control, format, surrogate, line and paragraph separators."""
 
 _PUNCTUATION = frozenset('/\\:*?"<>|')
 
@@ -29,7 +25,7 @@ _DEVICES = frozenset(
 
 
 def name_problem(name: str) -> str | None:
-    """What is wrong with a name, if anything: every name must make the same file name on every system.
+    """Explain why a name cannot be the same file name on every system; None if it can.
 
     >>> name_problem("digit-7"), name_problem("a/b")
     (None, "it holds '/'")
@@ -49,7 +45,7 @@ def name_problem(name: str) -> str | None:
 
 
 def is_device(name: str) -> bool:
-    """Whether Windows takes a file of this name, with any ending, for a device such as the console.
+    """Return True if Windows takes a file of this name, with any ending, for a device such as the console.
 
     >>> is_device("NUL.safetensors"), is_device("null")
     (True, False)
@@ -60,12 +56,14 @@ def is_device(name: str) -> bool:
 
 
 def normal_form(name: str) -> str:
-    """The name in Unicode normal form C: filesystems give back either form, whatever the file was called."""
+    """Return the name in Unicode normal form C: some filesystems change the form."""
     return unicodedata.normalize("NFC", name)
 
 
 def name_key(name: str) -> str:
-    """The same for names that differ in nothing but case, normal form or invisible characters: one on some systems.
+    """Return a key that is equal for names that some systems take for one.
+
+    Such names differ in case, in their normal form or by invisible characters.
 
     >>> name_key("Digit-7") == name_key("digit-7")
     True
@@ -75,7 +73,7 @@ def name_key(name: str) -> str:
 
 
 def name_clashes(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that share their `name_key` with others, and what is wrong with each."""
+    """Return the names that share their `name_key` with others, each with the reason."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name_key(name), []).append(name)
@@ -85,7 +83,7 @@ def name_clashes(names: Iterable[str]) -> dict[str, str]:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuse to write a file of a folder's own where a link stands in its place, since that leads elsewhere.
+    """Refuse to write where a symbolic link stands, since it leads elsewhere.
 
     Raises:
         OutputError: it is a symbolic link.
@@ -95,7 +93,7 @@ def refuse_link(path: Path) -> None:
 
 
 def shown(text: str) -> str:
-    r"""Text for one line of a terminal: what is no printable character is escaped, as Python's ``repr`` does.
+    r"""Escape characters that are not printable, as Python's ``repr`` does, for one line of a terminal.
 
     Names out of files may hold sequences that move the cursor, name the window or turn the line's direction around.
 
@@ -110,5 +108,5 @@ def shown(text: str) -> str:
 
 
 def is_hidden(character: str) -> bool:
-    """Whether it is shown as nothing, or changes how its neighbours are shown."""
+    """Return True if a character is invisible, or changes how its neighbours look."""
     return unicodedata.category(character) in HIDDEN and character not in _JOINERS

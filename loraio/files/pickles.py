@@ -1,8 +1,7 @@
-"""State dicts from ``torch.save``, read with ``weights_only=True`` and in no other way: a file never runs code.
+"""Read state dicts of ``torch.save``, always with ``weights_only=True``: a file never runs code.
 
-Only a file whose name ends as theirs do is read so, whatever is in it: one that calls itself .safetensors is never
-unpickled. An archive is looked at before torch sees it, since compressed entries, which torch never writes, can be a
-thousand times as large as the file.
+Only names with their endings are read so; a file named .safetensors is never unpickled. An archive is checked before
+torch sees it: compressed entries, which torch never writes, can unpack to a thousand times the size of the file.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 _WRAPPED_IN = ("state_dict", "model_state_dict", "model")  # keys under which training scripts save the state dict
 
 _STRETCH = 4
-"""How many times the bytes of its file a state dict's tensors may have: two names can share one storage."""
+"""Most bytes of tensors for each byte of the file: two names can share one storage."""
 
 _SAVE = "torch.save(model.state_dict(), path) makes one"
 
@@ -40,7 +39,7 @@ _MOST_RECORD = 22 + 65_535  # bytes of the end of a zip archive: its last record
 
 
 def is_saved_by_torch(path: Path) -> bool:
-    """Whether the file is named and starts as one of ``torch.save``, new or old."""
+    """Return True if a file has the name and the first bytes of one of ``torch.save``, new or old."""
     if path.suffix.lower() not in PICKLE_SUFFIXES:
         return False
     try:
@@ -57,7 +56,7 @@ def _is_pickle(start: bytes) -> bool:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in the file, contiguous and on the CPU.
+    """Read a state dict to the CPU, contiguous.
 
     Raises:
         MissingFileError: no such file.
@@ -91,7 +90,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights_only(path: Path, *, what: str, hint: str | None = None) -> Any:
-    """What ``torch.load(weights_only=True)`` makes of a file, on the CPU.
+    """Load a file to the CPU with ``torch.load(weights_only=True)``.
 
     Args:
         path: of a regular file.
@@ -114,7 +113,7 @@ def load_weights_only(path: Path, *, what: str, hint: str | None = None) -> Any:
 
 
 def _in_short(error: Exception) -> str:
-    """What torch says, without its advice to trust the file."""
+    """Shorten an error of torch, without its advice to trust the file."""
     text = str(error)
     asked = _GLOBAL.search(text)
     if asked:
@@ -124,7 +123,7 @@ def _in_short(error: Exception) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor with values of its own, in a dtype that a file of ours can have."""
+    """Return True for a tensor with values of its own, in a dtype that safetensors files can have."""
     import torch
 
     return (
@@ -147,7 +146,7 @@ def _not_saved_by_torch(start: bytes, where: str) -> FormatError:
 
 
 def _check_archive(file: BinaryIO, size: int, where: str) -> None:
-    """Refuse what unpacks to more than the file, or has a directory or a pickle beyond the limits."""
+    """Refuse archives that unpack to more than the file, or have a directory or a pickle beyond the limits."""
     most = limits().header_bytes
     file.seek(max(0, size - _MOST_RECORD))
     end = file.read()

@@ -1,4 +1,4 @@
-"""Parted checkpoints: several safetensors files and an index that says which tensor is in which; read without torch."""
+"""Read sharded checkpoints without torch: several safetensors files, and an index of the tensors in each."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from loraio.files.tensorfile import METADATA_KEY, Header, TensorInfo
 from loraio.registry import known
 
 INDEX_SUFFIX = ".safetensors.index.json"
-"""Ending of the index of a checkpoint that is parted into several safetensors files."""
+"""Ending of the index of a checkpoint of several safetensors files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardedHeader:
-    """What an index and the headers of its parts say, checked against each other.
+    """An index and the headers of its shards, checked against each other.
 
     Attributes:
         index: the index.
         places: name of the file that holds each tensor, by the tensor's name, in the order of the index.
-        headers: of the parts, by file name.
-        metadata: what else the index says, under its key ``metadata``.
+        headers: of the shards, by file name.
+        metadata: the index's object ``metadata``.
     """
 
     index: Path
@@ -37,34 +37,34 @@ class ShardedHeader:
     metadata: Mapping[str, Any]
 
     def document(self) -> dict[str, Any]:
-        """The document of loraio, which a parted checkpoint has in its index, without its digests; empty if none."""
+        """Return the document of loraio in the index, without its digests; empty if there is none."""
         document: dict[str, Any] = self.metadata.get(METADATA_KEY, {})
         return document
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        """All tensors by name, in the order of the index; their offsets are those in their own part."""
+        """All tensors by name, in the order of the index; offsets are those in the tensor's own shard."""
         return {name: self.headers[file].tensors[name] for name, file in self.places.items()}
 
     @property
     def header_bytes(self) -> int:
-        """Length of the JSON headers of all parts."""
+        """Length of the JSON headers of all shards."""
         return sum(header.header_bytes for header in self.headers.values())
 
     @property
     def file_bytes(self) -> int:
-        """Length of all parts."""
+        """Length of all shards."""
         return sum(header.file_bytes for header in self.headers.values())
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
-    """Whether it is named like the index of a parted checkpoint, or is a folder, in which one is looked for."""
+    """Return True for a name like that of an index, and for a folder, which should hold one."""
     path = Path(path)
     return path.name.endswith(INDEX_SUFFIX) or _is_folder(path)
 
 
 def checkpoint_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The files that make up a checkpoint: of a parted one the index and the parts, as far as they can be read."""
+    """List the files of a checkpoint: of a sharded one the index and the shards, as far as they can be read."""
     if is_sharded(path):
         with contextlib.suppress(LoraioError):
             parted = read_sharded_header(path)
@@ -73,14 +73,14 @@ def checkpoint_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 
 
 def read_sharded_header(path: str | os.PathLike[str]) -> ShardedHeader:
-    """The headers of a parted checkpoint; every tensor must be where the index says, and nowhere else.
+    """Read the headers of a sharded checkpoint; every tensor must be where the index says, and nowhere else.
 
     Args:
         path: the index, or a folder that holds exactly one.
 
     Raises:
-        MissingFileError: no such index, or no such part.
-        FormatError: it is no index, it names files outside of its own folder, index and parts contradict each other,
+        MissingFileError: no such index, or no such shard.
+        FormatError: it is no index, it names files outside of its own folder, index and shards contradict each other,
             or it is not what was written.
     """
     index = _index_of(Path(path))
@@ -88,14 +88,16 @@ def read_sharded_header(path: str | os.PathLike[str]) -> ShardedHeader:
     raw, document = read_json_text(index)
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
-        raise FormatError("not an index of a parted checkpoint: it has no 'weight_map' with tensors", where=where)
+        raise FormatError("not an index of a sharded checkpoint: it has no 'weight_map' with tensors", where=where)
     hostile = [f"{name!r} is in {file!r}" for name, file in places.items() if not _is_file_name(file)]
     if hostile:
-        raise FormatError("parts must be plain names of files in the index's own folder", problems=hostile, where=where)
+        raise FormatError(
+            "shards must be plain names of files in the index's own folder", problems=hostile, where=where
+        )
     clashes = name_clashes(set(places.values()))
     if clashes:
         told = sorted(set(clashes.values()))
-        raise FormatError("parts must have names that every system tells apart", problems=told, where=where)
+        raise FormatError("shards must have names that every system tells apart", problems=told, where=where)
     problems: list[str] = []
     refusal: type[LoraioError] = FormatError
     headers: dict[str, Header] = {}
@@ -119,7 +121,7 @@ def read_sharded_header(path: str | os.PathLike[str]) -> ShardedHeader:
         f"{name!r} in {files[0]!r} is not in the index" for name, files in holders.items() if name not in places
     ]
     if problems:
-        raise refusal("index and parts do not belong together", problems=problems, where=where)
+        raise refusal("index and shards do not belong together", problems=problems, where=where)
     metadata = document.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     own = metadata.get(METADATA_KEY)
@@ -146,7 +148,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _index_of(path: Path) -> Path:
-    """The index itself; of a folder the one index in it."""
+    """Return the index itself, or the only index in a folder."""
     if not _is_folder(path):
         return path
     try:
@@ -158,12 +160,12 @@ def _index_of(path: Path) -> Path:
     if found:
         raise FormatError(f"the folder {str(path)!r} holds {len(found)} indexes", hint=known(map(str, found)))
     raise MissingFileError(
-        f"the folder {str(path)!r} holds no index of a parted checkpoint, *{INDEX_SUFFIX}", hint="name a file"
+        f"the folder {str(path)!r} holds no index of a sharded checkpoint, *{INDEX_SUFFIX}", hint="name a file"
     )
 
 
 def _is_file_name(file: Any) -> bool:
-    """Whether it names a safetensors file in the same folder, on any system; a link too: caches consist of them."""
+    """Return True for a safetensors file in the same folder, on any system; links too, since caches use them."""
     return (
         isinstance(file, str)
         and file.endswith(".safetensors")

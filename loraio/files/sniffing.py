@@ -1,4 +1,4 @@
-"""What a file is that is no safetensors file, by its first bytes; and files that are none, such as pipes."""
+"""Recognise common non-safetensors files by their first bytes, and refuse pipes and devices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
         "download it again: a link to the file itself gives it, one to its page, or without permission, a web page",
     ),
     (rb"(\xef\xbb\xbf)?\s*<", "an HTML or XML page", "download it again, by a link to the file itself"),
-    (rb"(\xef\xbb\xbf)?\s*[{\[]", "a JSON text", "name the file with the tensors, or of a parted one the .index.json"),
+    (
+        rb"(\xef\xbb\xbf)?\s*[{\[]",
+        "a JSON text",
+        "name the file with the tensors, or the .index.json of its shards",
+    ),
     (rb"\0{16}", "zeros", "download it again: the space was set aside and nothing was written"),
 )
 """Pattern, what it is, what to do. Those that are less sure come last."""
@@ -58,7 +62,7 @@ _NOT_FILES = {
 
 
 def recognised(start: bytes) -> tuple[str, str] | None:
-    """What a file with these first bytes seems to be, and what to do about it; None where they say nothing.
+    """Guess the kind of a file from its first bytes, with advice on what to do; None if they say nothing.
 
     >>> recognised(b"<!DOCTYPE html><html>")[0]
     'an HTML page'
@@ -73,7 +77,7 @@ def recognised(start: bytes) -> tuple[str, str] | None:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A regular file, open for reading; of what is none nothing is read, and nobody waits for a pipe.
+    """Open a regular file for reading. Nothing is read from other files, and a pipe is not waited for.
 
     Raises:
         MissingFileError: it is not there, cannot be read, or is no file.
@@ -98,5 +102,5 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def reason(error: OSError | ValueError) -> str:
-    """In words why the system did not do it."""
+    """Return the reason of a system error in words."""
     return getattr(error, "strerror", None) or str(error)

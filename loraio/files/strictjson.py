@@ -1,4 +1,4 @@
-"""JSON as files of strangers must have it: bounded before it is parsed, no key twice, no NaN, no half a character."""
+"""Read JSON of strangers strictly: bounded before it is parsed, no duplicate keys, no NaN, no lone surrogates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of half a character
 _LONE = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
-"""A half without its other one, in a text whose escaped backslashes are spaces."""
+"""A lone surrogate, in a text with spaces in the place of escaped backslashes."""
 
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as signed bytes: one level down, one up
 
@@ -31,7 +31,7 @@ _CHUNK = 1 << 16
 
 
 def parse_json(text: str, *, where: str) -> Any:
-    """What a JSON text says; no key may occur twice, and there is no NaN.
+    """Parse a JSON text in which no key occurs twice and no number is NaN.
 
     Raises:
         FormatError: it is not such a text, or beyond the limits; ``where`` says whose.
@@ -104,7 +104,7 @@ def _check_size(text: str, most: Limits, where: str) -> None:
 
 
 def canonical_json(document: Mapping[str, Any]) -> str:
-    """The one text of a JSON document: keys sorted, no spaces, NaN and infinities refused.
+    """Write a JSON document in its canonical form: keys sorted, no spaces, NaN and infinities refused.
 
     >>> canonical_json({"b": 1, "a": [0.5]})
     '{"a":[0.5],"b":1}'
@@ -113,7 +113,7 @@ def canonical_json(document: Mapping[str, Any]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a small JSON file holds, read as strictly as a header: no key twice, no NaN.
+    """Read a small JSON file as strictly as a header.
 
     Raises:
         MissingFileError: there is no such file, or it cannot be read.
@@ -123,7 +123,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_json_text(path: str | os.PathLike[str]) -> tuple[bytes, Any]:
-    """As `read_json`, and the bytes of the file."""
+    """Read a JSON file as `read_json` does; return its bytes too."""
     where, most = f"{os.fspath(path)!r}", limits().header_bytes
     with open_file(Path(path)) as file:
         try:

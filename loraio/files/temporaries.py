@@ -1,8 +1,8 @@
 """Hidden temporary files and folders beside an output, each held by its owner; those that nobody holds are removed.
 
-A process that is killed leaves what it was writing. So that another one can remove it, the owner of a temporary holds
-a lock on it (flock), which the system takes from a process when that ends, however it ends: what somebody else can lock
-is nobody's. Where there are no such locks nothing is removed.
+A killed process leaves the file that it was writing. So that another one can remove it, the owner of a temporary
+holds a lock on it (flock), which the system releases when the process ends, however it ends. A temporary that can be
+locked has no owner. On systems without such locks nothing is removed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ImportError:  # not on this system
 
 @contextlib.contextmanager
 def owned_file(target: Path) -> Iterator[Path]:
-    """A new empty file beside ``target``, which is removed at the end if it still has its name.
+    """Yield a new empty file beside ``target``, and remove it at the end if it still has its name.
 
     Its mode is what the umask gives.
 
@@ -36,7 +36,7 @@ def owned_file(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def owned_folder(target: Path) -> Iterator[Path]:
-    """As `owned_file`, a new folder, which is removed with all that is in it."""
+    """Yield a new folder as `owned_file` does a file, and remove it with its contents."""
     with _owned(target, _new_folder) as path:
         yield path
 
@@ -56,7 +56,7 @@ def remove_stale(folder: Path, names: Iterable[str]) -> None:
 def lock(path: str | os.PathLike[str], *, wait: bool = False) -> int:
     """Lock a file or folder until the descriptor that is returned is closed, or the process ends.
 
-    On filesystems without locks the descriptor is returned all the same.
+    On filesystems without locks the descriptor is returned too.
 
     Raises:
         BlockingIOError: somebody else has it, and ``wait`` is false.

@@ -1,4 +1,7 @@
-"""Name dtypes as safetensors headers do, and give the bytes and digests of tensors; imports no torch by itself."""
+"""Translate dtypes between torch and safetensors, and return bytes and digests of tensors.
+
+Importing it imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ _CODES = {name: code for code, name in TORCH_DTYPES.items()}
 
 
 def dtype_code(dtype: torch.dtype) -> str:
-    """The safetensors code of a torch dtype: ``F32`` for ``torch.float32``.
+    """Return the safetensors code of a torch dtype: ``F32`` for ``torch.float32``.
 
     Raises:
         FormatError: safetensors has no code for it.
@@ -44,14 +47,14 @@ def dtype_code(dtype: torch.dtype) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor in C order, as a flat uint8 tensor on the CPU: what files and digests are made of."""
+    """Return the bytes of a tensor in C order, as a flat uint8 tensor on the CPU, as files and digests have them."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
+    """Return the SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
 
     >>> import torch
     >>> tensor_sha256(torch.zeros(2))[:16]

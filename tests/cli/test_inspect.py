@@ -214,11 +214,11 @@ def test_a_parted_base_that_contradicts_itself_is_refused(
 ) -> None:
     index = write_parts(trained_base.state_dict(), tmp_path, **{"fc.bias": "../x.safetensors", "nowhere": 3})
     text = run("inspect", index, code=1).stderr
-    assert text.startswith("FormatError: parts must be plain names of files in the index's own folder\n")
+    assert text.startswith("FormatError: shards must be plain names of files in the index's own folder\n")
     assert "'fc.bias' is in '../x.safetensors'" in text
     assert "'nowhere' is in 3" in text
     index.unlink()
-    assert "holds no index of a parted checkpoint" in run_json("inspect", tmp_path, code=1)["message"]
+    assert "holds no index of a sharded checkpoint" in run_json("inspect", tmp_path, code=1)["message"]
 
 
 def test_a_folder_is_no_file(run: Run, tmp_path: Path) -> None:

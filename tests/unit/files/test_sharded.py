@@ -62,7 +62,7 @@ def test_a_part_outside_of_the_folder_is_refused(
     read: Read, write_parts: WriteParts, base: nn.Module, tmp_path: Path, file: Any
 ) -> None:
     index = write_parts(base.state_dict(), tmp_path / "parts", **{"fc.bias": file})
-    with pytest.raises(FormatError, match="parts must be plain names") as caught:
+    with pytest.raises(FormatError, match="shards must be plain names") as caught:
         read(index)
     assert caught.value.problems == (f"'fc.bias' is in {file!r}",)
     assert str(index) in str(caught.value)
