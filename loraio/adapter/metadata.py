@@ -244,7 +244,9 @@ class Target:
 
         matrix = self._layer.to_matrix(weight.to(dtype), self.groups)
         cast = {name: factor.to(dtype) for name, factor in factors.items()}
-        kind = weight.device.type if torch.amp.is_autocast_available(weight.device.type) else "cpu"
+        kind = weight.device.type
+        if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(kind):  # torch 2.6 cannot trace it
+            kind = "cpu"
         with torch.autocast(kind, enabled=False):  # would round the base weight itself to bfloat16
             folded = self._kind.fold(matrix, cast, scale=self.scale, strength=strength)
         return self._layer.from_matrix(folded, weight.shape, self.groups)
