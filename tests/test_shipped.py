@@ -1,4 +1,4 @@
-"""The shipped adapters are what their card says, and fit the shipped base."""
+"""Test that the shipped adapters fit the shipped base and are as their card describes them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def file(digit: int) -> Path:
     return FOLDER / f"digit-{digit}.safetensors"
 
 
-def test_the_card_is_what_the_files_say() -> None:
+def test_the_card_describes_the_files() -> None:
     card = runpy.run_path(str(ROOT / "scripts/adapter_card.py"))["card"]
     assert (FOLDER / "README.md").read_text() == card(FOLDER)
 
@@ -30,7 +30,7 @@ def test_nothing_else_is_shipped() -> None:
     assert names == {"README.md", "base.safetensors", *(file(digit).name for digit in DIGITS)}
 
 
-def test_together_they_misread_a_third_of_what_the_base_misreads_and_none_does_harm() -> None:
+def test_together_they_make_a_third_of_the_errors_of_the_base_and_none_does_harm() -> None:
     before, own = [], []
     for digit in DIGITS:
         training = loraio.load(file(digit)).training

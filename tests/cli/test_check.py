@@ -1,4 +1,4 @@
-"""``loraio check``: exit code 3 and the name of what is damaged; the folder of the shipped adapters is whole."""
+"""Test ``loraio check``: exit code 3, the name of the damaged tensor, and the shipped adapters."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""``loraio evaluate``, and the base files that every command takes."""
+"""Test ``loraio evaluate``, and the base files that every command takes."""
 
 from __future__ import annotations
 
 import copy
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -103,34 +102,7 @@ def test_a_plain_state_dict_works_with_a_model_name(
     assert "--model NAME" in run("evaluate", path, *DIGITS, code=1).stderr
 
 
-class Trap:
-    """Touches a file when a pickle of it is loaded."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return Path.touch, (Path(TRAPPED),)  # type: ignore[return-value]
-
-
-TRAPPED = "trapped"
-
-
-def test_a_pickle_with_objects_is_refused_and_not_run(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"a": Trap()}, "objects.pt")
-    error = run("evaluate", "objects.pt", "--model", "digit-cnn", *DIGITS, code=1).stderr
-    assert error.startswith("FormatError")
-    assert "objects.pt" in error
-    assert not Path(TRAPPED).exists()
-
-
-def test_a_truncated_pickle_is_refused(run: Run, tmp_path: Path, trained_base: nn.Module) -> None:
-    torch.save(trained_base.state_dict(), tmp_path / "whole.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
-    assert "cut.pt" in run("evaluate", tmp_path / "cut.pt", "--model", "digit-cnn", *DIGITS, code=1).stderr
-
-
-def test_without_files_and_network_the_error_says_what_to_do(
+def test_the_error_without_data_and_network_has_a_hint(
     run: Run, run_json: RunJson, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -147,7 +119,7 @@ def test_without_files_and_network_the_error_says_what_to_do(
     assert str(tmp_path) in run(*words[:2], code=1).stderr
 
 
-def test_a_mismatch_that_is_allowed_is_said_for_each_adapter(
+def test_an_allowed_mismatch_is_noted_for_each_adapter(
     run: Run, files: Path, trained_base: nn.Module, tmp_path: Path
 ) -> None:
     half = copy.deepcopy(trained_base).bfloat16()

@@ -1,4 +1,4 @@
-"""``loraio export``."""
+"""Test ``loraio export``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_another_process_with_another_hash_seed_exports_the_same_bytes(files: Pa
         assert again.path.read_bytes() == path.read_bytes()
 
 
-def test_the_lines_say_what_was_written_and_how_far_it_is_off(run: Run, files: Path, tmp_path: Path) -> None:
+def test_the_lines_name_the_file_and_the_largest_difference(run: Run, files: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
     first, second = run("export", files / "merged.safetensors", "-o", path, "--batch", 2).stdout.splitlines()
     assert first.startswith(f"{path}: pt2, 4")
@@ -73,7 +73,7 @@ def test_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: 
     assert found["max_abs"] == output["max_abs"] <= output["bound"]
 
 
-def test_what_computes_something_else_is_exit_code_3(
+def test_other_outputs_make_the_exit_code_3(
     run: Run, run_json: RunJson, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = export._run_file
@@ -97,7 +97,7 @@ def test_an_interrupt_leaves_nothing(files: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_say_what_to_do(
+def test_errors_have_hints(
     run: Run, run_json: RunJson, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged = files / "merged.safetensors"

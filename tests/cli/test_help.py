@@ -1,4 +1,4 @@
-"""The group: help, examples, errors as text and as JSON, and what must work without torch."""
+"""Test the group of commands: help, examples, errors as text and JSON, and commands without torch."""
 
 from __future__ import annotations
 
@@ -22,22 +22,10 @@ from loraio.cli import _options, _output, inspect, main
 from loraio.training import config
 from loraio.training.optimizing import Progress
 
-COMMANDS = [
-    "check",
-    "convert",
-    "evaluate",
-    "export",
-    "inspect",
-    "merge",
-    "pack",
-    "predict",
-    "pretrain",
-    "targets",
-    "train",
-    "unmerge",
-    "unpack",
-    "verify",
-]
+COMMANDS = (
+    "check", "convert", "evaluate", "export", "inspect", "merge", "pack",
+    "predict", "pretrain", "targets", "train", "unmerge", "unpack", "verify",
+)  # fmt: skip
 
 PROBE = """
 import sys
@@ -51,7 +39,7 @@ finally:
 
 
 def examples(command: click.Command) -> list[str]:
-    """The command lines at the end of a command's help."""
+    """Return the command lines at the end of a command's help."""
     with click.Context(command, info_name="loraio") as context:
         lines = command.get_help(context).splitlines()
     start = next(n for n, line in enumerate(lines) if line.strip().startswith("Example"))
@@ -59,7 +47,7 @@ def examples(command: click.Command) -> list[str]:
 
 
 def test_all_commands_are_there() -> None:
-    assert sorted(main.commands) == COMMANDS
+    assert sorted(main.commands) == [*COMMANDS]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -100,21 +88,28 @@ def test_no_help_imports_torch() -> None:
     assert done.stderr == "HEAVY\n"
 
 
-@pytest.mark.parametrize("words", [["three.safetensors", "--json"], ["three.safetensors"], ["base.safetensors"]])
-def test_inspect_imports_neither_torch_nor_numpy(files: Path, words: list[str]) -> None:
-    done = python("-c", PROBE, "inspect", str(files / words[0]), *words[1:])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout != ""
-    assert done.stderr == "HEAVY\n"
+def files_of_each_type(
+    files: Path, folder: Path, write_parts: Callable[..., Path], three: loraio.Adapter
+) -> list[Path]:
+    """Write a file of each dialect that is no pickle, a pack, and a sharded checkpoint."""
+    for dialect in ("peft", "kohya", "lycoris", "diffusers"):
+        loraio.convert(files / "three.safetensors", folder / dialect, to=dialect)
+    loraio.pack([files], folder / "all.pack")
+    write_parts(three.factors, folder / "sharded")
+    return [files / "three.safetensors", files / "base.safetensors", *folder.iterdir()]
 
 
-def test_inspect_of_a_parted_base_imports_neither_torch_nor_numpy(
-    write_parts: Callable[..., Path], three: loraio.Adapter, tmp_path: Path
+def test_inspect_and_unpack_import_neither_torch_nor_numpy(
+    files: Path, write_parts: Callable[..., Path], three: loraio.Adapter, tmp_path: Path
 ) -> None:
-    done = python("-c", PROBE, "inspect", str(write_parts(three.factors, tmp_path)))
+    lines = [["inspect", str(file)] for file in files_of_each_type(files, tmp_path, write_parts, three)]
+    lines += [[*lines[0], "--json"], ["pack", str(files), "-o", str(tmp_path / "2.pack")]]
+    lines += [["unpack", str(tmp_path / "all.pack"), "-o", str(tmp_path / "out")]]
+    probe = PROBE.replace("main()", f"[main(words, standalone_mode=False) for words in {lines!r}]")
+    done = python("-c", probe)
     assert done.returncode == 0, done.stderr
     assert "in 2 shards" in done.stdout
-    assert done.stderr == "HEAVY\n"
+    assert done.stderr.endswith("HEAVY\n")
 
 
 def test_python_m_loraio_is_the_same_program(run: Run) -> None:
@@ -142,21 +137,12 @@ def test_no_command_at_all_shows_the_help_and_exits_2(run: Run) -> None:
     assert "Commands:" in run(code=2).stderr
 
 
-def test_an_unknown_command_exits_2(run: Run, run_json: RunJson) -> None:
-    assert "insepct" in run("insepct", code=2).stderr
-    assert "insepct" in run_json("insepct", code=2)["message"]
-
-
-def test_an_unknown_option_exits_2(run: Run, run_json: RunJson) -> None:
-    assert "--nope" in run("inspect", "x", "--nope", code=2).stderr
-    found = run_json("inspect", "x", "--nope", code=2)
-    assert found["error"] == "NoSuchOption"
-    assert "--nope" in found["message"]
-
-
-def test_a_missing_argument_exits_2(run: Run, run_json: RunJson) -> None:
-    assert "FILE" in run("inspect", code=2).stderr
-    assert "FILE" in run_json("inspect", code=2)["message"]
+@pytest.mark.parametrize(
+    ("words", "says"), [(["insepct"], "insepct"), (["inspect", "x", "--nope"], "--nope"), (["inspect"], "FILE")]
+)
+def test_a_wrong_word_exits_2(run: Run, run_json: RunJson, words: list[str], says: str) -> None:
+    assert says in run(*words, code=2).stderr
+    assert says in run_json(*words, code=2)["message"]
 
 
 def test_the_word_json_after_two_dashes_is_a_file_name(run: Run) -> None:
@@ -207,7 +193,7 @@ def test_a_pipe_gets_no_escape_codes(run: Run, files: Path) -> None:
 
 
 class Stream(io.StringIO):
-    """A stream that says it is a terminal, or that it is none."""
+    """A stream that claims to be a terminal, or not to be one."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__()
@@ -219,7 +205,7 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def like_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of a terminal with 80 columns and colours."""
+    """Set the environment of a terminal with 80 columns and colours."""
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -241,7 +227,7 @@ def test_tables_fit_a_terminal_of_80_columns(
 
 
 def bars() -> str:
-    """What the progress of a training shows on a terminal."""
+    """Return the text that the progress of a training shows on a terminal."""
     with contextlib.redirect_stderr(Stream(True)) as shown, _output.progress() as report:
         for step in (100, 200):
             report(Progress(label="digit 3", step=step, steps=200, loss=0.5))
@@ -261,7 +247,7 @@ def test_no_color_takes_the_colours_away(monkeypatch: pytest.MonkeyPatch, like_a
     assert not re.search(colours, bars())
 
 
-def test_training_writes_lines_where_there_is_no_terminal_unless_told_not_to() -> None:
+def test_training_writes_lines_without_a_terminal_unless_told_not_to() -> None:
     for lines, expected in ((True, "digit 3: step 100/200, loss 0.5000\n"), (False, "")):
         with contextlib.redirect_stderr(Stream(False)) as shown, _output.progress(lines=lines) as report:
             report(Progress(label="digit 3", step=100, steps=200, loss=0.5))

@@ -1,4 +1,4 @@
-"""``loraio merge`` and ``loraio verify``: the pair that makes a checkpoint and doubts it."""
+"""Test ``loraio merge`` and ``loraio verify``."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_fast_merge_says_so_in_the_file_and_is_verified_as_one(
     assert "weights: WRONG" in run(*words("verify", files, lying), code=3).stdout
 
 
-def test_merge_gives_a_parted_base_s_parts_and_says_how_many_it_had_already(
+def test_merge_gives_the_shards_of_a_sharded_base_and_counts_finished_ones(
     run: Run,
     run_json: RunJson,
     files: Path,
@@ -144,7 +144,7 @@ def test_verify_json_is_the_contract(run_json: RunJson, files: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_verify_lets_the_weights_decide_where_the_network_is_nondeterministic(
+def test_verify_lets_the_weights_decide_for_a_nondeterministic_network(
     run: Run, run_json: RunJson, files: Path, wrong: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = NondeterministicLayer(name="conv1", type="Conv2d")

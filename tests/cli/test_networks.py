@@ -1,4 +1,4 @@
-"""``--model`` and ``--model-args``: networks of the user's own, and bases from elsewhere."""
+"""Test ``--model`` and ``--model-args`` with networks of one's own and bases from elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOTE = "note: names had the prefix 'module.', which was removed\n"
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a network of one's own."""
+    """Make a current folder with a network of one's own."""
     (tmp_path / "own_small.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own_small", raising=False)
@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def prefixed(trained_base: nn.Module, tmp_path: Path) -> Path:
-    """The trained base as DDP would have saved it."""
+    """Write the trained base as DDP would save it."""
     path = tmp_path / "ddp.pt"
     torch.save({f"module.{name}": tensor for name, tensor in trained_base.state_dict().items()}, path)
     return path
@@ -76,7 +76,7 @@ def test_the_program_finds_modules_of_the_current_folder(here: Path) -> None:
     assert done.stdout.startswith("b.safetensors: own_small:small, ")
 
 
-def test_a_prefix_that_was_taken_off_is_said(run: Run, run_json: RunJson, files: Path, prefixed: Path) -> None:
+def test_a_removed_prefix_is_noted(run: Run, run_json: RunJson, files: Path, prefixed: Path) -> None:
     three, merged = files / "three.safetensors", prefixed.with_name("merged.safetensors")
     model = ("--model", "digit-cnn")
     result = run("merge", prefixed, three, "-o", merged)

@@ -1,4 +1,4 @@
-"""What reaches the terminal: no file, and no name of one, can take hold of it."""
+"""Test that no content and no name of a file controls the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loraio import cli
 from loraio.cli import _output, main
 
 EVIL = "x\x1b[2J\x1b]0;owned\x07\u202egnp\r\x9b1A\u2066"
-"""Clears the screen, names the window, rings, turns the direction of the line, overwrites it, moves up."""
+"""Control characters that clear the screen, name the window, ring, reverse the line, overwrite it and move up."""
 
 TAME = "x\\x1b[2J\\x1b]0;owned\\x07\\u202egnp\\r\\x9b1A\\u2066"
 
@@ -30,7 +30,7 @@ TAME = "x\\x1b[2J\\x1b]0;owned\\x07\\u202egnp\\r\\x9b1A\\u2066"
 def evil(
     files: Path, three: loraio.Adapter, base: torch.nn.Module, digits_test: loraio.Dataset, tmp_path: Path
 ) -> Path:
-    """A folder of files with names and contents like that."""
+    """Write files with such names and contents."""
     folder = tmp_path / EVIL
     folder.mkdir()
     loraio.save_base(base, folder / f"base{EVIL}.safetensors", training={"note": EVIL, "lines\n": [EVIL, "a\nb"]})
@@ -48,7 +48,7 @@ def evil(
     return folder
 
 
-def test_no_name_and_no_content_takes_hold_of_the_terminal(evil: Path) -> None:
+def test_no_name_and_no_content_controls_the_terminal(evil: Path) -> None:
     base, adapter, names = evil / f"base{EVIL}.safetensors", evil / f"{EVIL}.safetensors", evil / "names.safetensors"
     merged, image = evil / f"merged{EVIL}.safetensors", evil / f"{EVIL}.png"
     commands: list[tuple[object, ...]] = [
@@ -87,7 +87,7 @@ def test_no_name_and_no_content_takes_hold_of_the_terminal(evil: Path) -> None:
     assert ("inspect", 1) in tame
 
 
-def test_what_a_file_says_stays_on_its_line(run: Run, evil: Path) -> None:
+def test_the_text_of_a_file_stays_on_its_line(run: Run, evil: Path) -> None:
     text = run("inspect", evil / f"base{EVIL}.safetensors").stdout
     assert f"note: {TAME}\n" in text
     assert f"lines\\n: {TAME} a\\nb\n" in text

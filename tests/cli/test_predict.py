@@ -1,4 +1,4 @@
-"""``loraio predict``."""
+"""Test ``loraio predict``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import loraio
 
 @pytest.fixture
 def images(tmp_path: Path, digits_test: loraio.Dataset) -> list[Path]:
-    """Three digits as PNG files of 28x28 pixels."""
+    """Write three digits as PNG files of 28x28 pixels."""
     paths = [tmp_path / f"{n}.png" for n in range(3)]
     for path, image in zip(paths, digits_test.images, strict=False):
         Image.fromarray((image[0] * 255).round().byte().numpy()).save(path)
@@ -55,7 +55,7 @@ def test_json_holds_the_probabilities_of_the_network(
     assert len({str(found["predictions"]) for found in (alone, adapted, half)}) == 3
 
 
-def test_the_merge_effect_is_said_on_stderr(run: Run, files: Path, tmp_path: Path) -> None:
+def test_the_merge_effect_is_noted_on_stderr(run: Run, files: Path, tmp_path: Path) -> None:
     image = tmp_path / "three.png"
     pixels = loraio.load_dataset("digits", "test").images[3, 0]
     Image.fromarray((pixels * 255).byte().numpy()).save(image)

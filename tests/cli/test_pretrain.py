@@ -1,4 +1,4 @@
-"""``loraio pretrain``."""
+"""Test ``loraio pretrain``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_base_is_written_and_named(run: Run, tmp_path: Path) -> None:
     assert loraio.read_base(path).network == "digit-cnn"
 
 
-def test_json_has_the_documented_keys_and_says_what_is_in_the_file(run_json: RunJson, tmp_path: Path) -> None:
+def test_json_has_the_documented_keys_and_the_facts_of_the_file(run_json: RunJson, tmp_path: Path) -> None:
     path = tmp_path / "base.safetensors"
     found = run_json("pretrain", "-o", path, *BASICS, "--epochs", 2, "--seed", 5)
     assert found.keys() == {"schema", "file", "bytes", "network", "parameters", "test"}

@@ -1,4 +1,4 @@
-"""Refuse wrong command lines, wrong files and existing outputs, in every command alike."""
+"""Test that every command refuses wrong command lines, wrong files and existing outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRETRAIN = "pretrain -o OUT --dataset digits --batch-size 300"
 
 @pytest.fixture
 def places(files: Path, tmp_path: Path) -> dict[str, Path]:
-    """Files by the words that stand for them in a command line."""
+    """Write files, and return them by the words that stand for them in a command line."""
     found = {name: files / f"{name}.safetensors" for name in ("base", "three", "seven", "merged")}
     found |= {"out": tmp_path / "out.pt2", "folder": tmp_path, "other": tmp_path / "other.safetensors"}
     found |= {"image": tmp_path / "image.png", "plain": tmp_path / "plain.pt"}

@@ -1,4 +1,4 @@
-"""``loraio targets``: what would be adapted."""
+"""Test ``loraio targets``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_json_has_the_documented_keys(run_json: RunJson, files: Path) -> None:
     assert rows["conv1.weight"]["rank"] == 2
 
 
-def test_it_shows_what_training_then_adapts(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
+def test_it_shows_the_targets_of_the_training(run: Run, run_json: RunJson, files: Path, tmp_path: Path) -> None:
     words = ("--targets", "re:conv[23],fc", "--rank", "conv3=6", "--rank", 2, "--kind", "dora")
     found = run_json("targets", files / "base.safetensors", *words)
     path = tmp_path / "a.safetensors"

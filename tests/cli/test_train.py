@@ -1,4 +1,4 @@
-"""``loraio train``: one digit, all digits, and refusals before the training."""
+"""Test ``loraio train``: one digit, all digits, and refusals before the training."""
 
 from __future__ import annotations
 

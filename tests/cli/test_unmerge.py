@@ -1,4 +1,4 @@
-"""``loraio unmerge``, and ``loraio merge`` with ``--force`` and ``--reversible``."""
+"""Test ``loraio unmerge``, and ``loraio merge`` with ``--force`` and ``--reversible``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import loraio
 
 @pytest.fixture
 def merged(files: Path, tmp_path: Path) -> Path:
-    """A reversible merge."""
+    """Write a reversible merge."""
     path = tmp_path / "merged.safetensors"
     loraio.merge_file(files / "base.safetensors", files / "three.safetensors", path, reversible=True)
     return path
@@ -50,7 +50,7 @@ def test_unmerge_json_has_the_documented_keys(run_json: RunJson, merged: Path, f
     assert found["sha256"] == receipt["base_sha256"]
 
 
-def test_merge_json_says_what_the_residue_takes(run_json: RunJson, files: Path, tmp_path: Path) -> None:
+def test_merge_json_has_the_size_of_the_residue(run_json: RunJson, files: Path, tmp_path: Path) -> None:
     path = tmp_path / "m"
     found = run_json("merge", files / "base.safetensors", files / "three.safetensors", "-o", path, "--reversible")
     kept = found["residue"]

@@ -1,4 +1,4 @@
-"""Signals that end programs: turned into exceptions for commands, and nobody else's are touched."""
+"""Test that signals become exceptions in commands, and that handlers of other code stay."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_signal_becomes_an_exception_and_the_handlers_come_back(number: int, c
     assert handlers() == before
 
 
-def test_handlers_of_somebody_else_and_what_is_ignored_stay() -> None:
+def test_handlers_of_other_code_and_ignored_signals_stay() -> None:
     seen: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

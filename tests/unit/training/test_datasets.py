@@ -133,7 +133,7 @@ def test_the_default_root_is_in_the_cache_folder(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, "cifar10", "cifar100"])
-def test_without_files_and_network_the_error_says_what_to_do(
+def test_the_error_without_data_and_network_has_a_hint(
     tmp_path: Path, no_network: list[str], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     with pytest.raises(DataError, match="cannot be downloaded") as caught:
