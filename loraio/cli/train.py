@@ -127,8 +127,8 @@ def _check_outputs(base: str, output: str, *, every: bool, may_replace: Callable
 
 def _print_rows(rows: list[dict[str, Any]], images: str) -> None:
     columns = ("", "size", "misread,\nbase", "misread,\nadapter", "accuracy,\nbase", "accuracy,\nadapter")
-    own = "of the adapter's own class" if rows[0]["digit"] is not None else "of all classes"
-    table = _output.table(f"On {images}; misread images are {own}", columns)
+    own = "of the own class" if rows[0]["digit"] is not None else "of all classes"
+    table = _output.table(f"{images}; misread: {own}", columns)
     for row in rows:
         n, both = row["digit"], (row["before"], row["after"])
         wrong = ["-" if one is None else str(sum(one["wrong"]) if n is None else one["wrong"][n]) for one in both]
