@@ -18,13 +18,7 @@ from torch import Tensor, nn
 
 import loraio
 from loraio.adapter import Adapter
-from loraio.errors import (
-    AdapterError,
-    BaseMismatchError,
-    LoraioError,
-    OutputError,
-    StateError,
-)
+from loraio.errors import AdapterError, BaseMismatchError, LoraioError, OutputError, StateError
 from loraio.formats import loading
 from loraio.formats.exported import ORIGIN
 from loraio.formats.foreign import Encoded, Options
@@ -214,10 +208,9 @@ def test_a_bias_beside_the_factors_is_scaled_and_added_to_the_layers_own(
 
 def test_patterns_are_looked_up_as_peft_does(write: Write, base: nn.Module) -> None:
     tensors = fc_tensors() | pair("inner.fc", torch.ones(3, 4), torch.ones(6, 3))
-    patterns = {"rank_pattern": {"inner.fc": 3}, "alpha_pattern": {"^fc": 9, "fc": 5}}
-    targets = loraio.load(write(tensors, **patterns), base=base).targets
-    found = {name: (target.rank, target.alpha) for name, target in targets.items()}
-    assert found == {"fc.weight": (2, 9), "inner.fc.weight": (3, 5)}
+    path = write(tensors, rank_pattern={"inner.fc": 3}, alpha_pattern={"^fc": 9, "fc": 5})
+    targets = loraio.load(path, base=base).targets.items()
+    assert {name: (t.rank, t.alpha) for name, t in targets} == {"fc.weight": (2, 9), "inner.fc.weight": (3, 5)}
 
 
 def test_a_bias_without_a_place_is_lost_only_when_asked(write: Write, base: nn.Module) -> None:
@@ -248,7 +241,7 @@ def test_any_other_tensor_may_be_replaced_and_is_put_back(write: Write, base: nn
     new = {f"apart.{name}": torch.ones_like(t) for name, t in base.apart.state_dict().items()}  # type: ignore[union-attr,operator]
     adapter = loraio.load(write(fc_tensors(**new), modules_to_save=["apart"]), base=base)
     assert {whole.role for whole in adapter.whole.values()} == {"layer", "head", "bias"}
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    before = copy.deepcopy(base.state_dict())
     with loraio.attach(base, adapter):
         assert base.apart.k_proj_weight.eq(1).all()  # type: ignore[union-attr]
     assert all(tensor.equal(before[name]) for name, tensor in base.state_dict().items())
