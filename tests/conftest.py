@@ -1,4 +1,4 @@
-"""What many tests share: a small trained base, an adapter for it, and both as files. All on the embedded digits."""
+"""Share a small trained base, adapters for it, and all as files, on the embedded digits; sample and mark tests."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from loraio.training.resuming import SideFile
 
 
 class Killed(Exception):  # noqa: N818  # no error of the program
-    """What stands for a kill."""
+    """Stands for a kill."""
 
 
 def shuffle_listings(seed: int) -> None:

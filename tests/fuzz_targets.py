@@ -1,4 +1,4 @@
-"""What `scripts/fuzz` runs, and a test in short: every reader of files of strangers, on any bytes.
+"""Feed any bytes to every reader of foreign files, for `scripts/fuzz` and, in short, for a test.
 
 A target takes bytes; an exception that is not a `LoraioError` goes through, and is a finding.
 """
@@ -94,7 +94,7 @@ def examined(header: Header) -> None:
 
 
 def foreign(source: Source) -> None:
-    """What each dialect that may be the file's makes of it, also on a base."""
+    """Read a file by the dialect that recognises it, and bind it to a base."""
     found = dialects.recognised(source)
     if found is None or found.dialect is None:
         return

@@ -67,14 +67,14 @@ def small_adapters(model: nn.Module) -> dict[str, loraio.Adapter]:
 
 
 def outputs(model: nn.Module, x: Tensor = INPUT) -> Tensor:
-    """What the model says to a batch, without gradients."""
+    """Return the model's outputs for a batch, without gradients."""
     with torch.no_grad():
         result: Tensor = model(x)
     return result
 
 
 def given(state: Mapping[str, Tensor], x: Tensor = INPUT) -> Tensor:
-    """What a plain network says that has this state dict."""
+    """Return the outputs of a plain network with this state dict."""
     model = Small().eval()
     model.fc = nn.Linear(4, len(state["fc.weight"]))
     model.load_state_dict(state)

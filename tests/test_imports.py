@@ -55,8 +55,11 @@ FOREIGN = {
 
 MOST_ROOMS, MOST_ARROWS, MOST_LINES = 16, 75, 450
 
-NOT_YET = ("loraio/", "tests/", "scripts/")
-"""Folders in which files may still be too long, and docstrings begin with "What"."""
+NOT_YET = (
+    *("tests/unit/files/test_atomic.py", "tests/unit/files/test_tensorfile.py", "tests/unit/formats/test_peft.py"),
+    *("tests/unit/live/test_training_step.py", "tests/unit/serving/test_mixed_batches.py"),
+)
+"""Files that are still too long."""
 
 Arrows = dict[tuple[str, str], set[str]]
 """By room and imported room: the imports, as "module -> name"."""
@@ -177,7 +180,7 @@ def test_foreign_packages_stay_in_their_rooms() -> None:
 
 def test_no_file_is_too_long() -> None:
     lengths = {name: len(file.read_text().splitlines()) for name, file in python_files("loraio", "tests", "scripts")}
-    assert {name for name, length in lengths.items() if length > MOST_LINES and not name.startswith(NOT_YET)} == set()
+    assert {name for name, length in lengths.items() if length > MOST_LINES} <= {*NOT_YET}
 
 
 def test_no_docstring_begins_with_what_or_whether() -> None:
@@ -186,7 +189,7 @@ def test_no_docstring_begins_with_what_or_whether() -> None:
         for node in ast.walk(parsed(file)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
                 text = ast.get_docstring(node) or ""
-                if text.startswith(("What", "Whether")) and not name.startswith(NOT_YET):
+                if text.startswith(("What", "Whether")):
                     found.append(f"{name}: {text.splitlines()[0]}")
     assert found == []
 

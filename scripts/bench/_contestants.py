@@ -104,7 +104,7 @@ def peer(name: str, notes: list[str]) -> ModuleType | None:
 
 
 def left_out(adapter: loraio.Adapter) -> list[str]:
-    """What a row notes about PEFT on this adapter: nothing where it takes every layer."""
+    """Return a row's note on the layers that PEFT refuses; none if it takes all."""
     plain, whole = len(ungrouped(adapter).targets), len(adapter.targets)
     return [] if plain == whole else [f"PEFT: adapts {plain} of {whole} layers, it refuses convolutions in groups"]
 

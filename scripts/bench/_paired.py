@@ -1,4 +1,4 @@
-"""What all rows share: interleaved rounds, medians of ratios, figures and how they are printed, options."""
+"""Measure works in interleaved rounds, and print medians of ratios: shared by all rows."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the value is within its target; None without one."""
+        """True if the value is within its target; None without one."""
         return None if self.target is None else self.value <= self.target
 
 
@@ -221,7 +221,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return the versions and the machine that the figures are of."""
     return {
         "python": platform.python_version(),
         "versions": versions(),
@@ -234,7 +234,7 @@ def machine() -> dict[str, Any]:
 
 
 def described(about: Mapping[str, Any]) -> str:
-    """What `machine` found, in one line."""
+    """Describe the result of `machine` in one line."""
     names = ", ".join(f"{name} {version or 'of unknown version'}" for name, version in about["versions"].items())
     threads = "one thread" if about["threads"] == 1 else f"{about['threads']} threads"
     hardware = f"{about['cpus']} processors, {about['machine']} {about['vectors']}"

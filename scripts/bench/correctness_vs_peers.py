@@ -122,7 +122,7 @@ def grid(*, quick: bool) -> list[Case]:
 
 @dataclass(kw_only=True)
 class Result:
-    """What one tool did in one case.
+    """The outcome of one tool in one case.
 
     Attributes:
         outcome: "right", "wrong", "refused".
@@ -156,13 +156,13 @@ class Result:
 
 
 def first_line(error: object) -> str:
-    """What a log would show of it."""
+    """Return the first line of an error's text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else ""
 
 
 def same_bits(state: Mapping[str, Tensor], kept: State) -> bool:
-    """Whether every tensor of the base is there again, with its bits."""
+    """Return True if every tensor of the base is there again, with its bits."""
     return state.keys() == kept.keys() and all(
         state[name].dtype == tensor.dtype and state[name].view(torch.int32).equal(tensor.view(torch.int32))
         for name, tensor in kept.items()

@@ -100,7 +100,7 @@ def require_near(found: State, expected: State, *, what: str) -> None:
 
 
 def merge_minlora(model: nn.Module) -> None:
-    """What ``merge_lora`` does to each layer; itself it changes a dict that it iterates over, which Python refuses."""
+    """Merge each layer as ``merge_lora`` does, which itself changes a dict while iterating over it, and fails."""
     for layer in model.modules():
         if parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

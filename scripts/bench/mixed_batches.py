@@ -1,4 +1,4 @@
-"""What does a batch cost in which each image has its own adapter, against the same batch without any?
+"""Measure a batch in which each image has its own adapter, against the same batch without any.
 
 usage: python scripts/bench/mixed_batches.py [--networks NAME ...] [--size PIXELS] [--rounds N] [--json]
 

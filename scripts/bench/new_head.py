@@ -58,7 +58,7 @@ def export(folder: Path, classes: int, counts: dict[str, int], root: str | None)
 
 
 def command(*words: object) -> dict[str, Any]:
-    """What a command of the tool prints as JSON."""
+    """Run a command of the tool and return its JSON."""
     line = [sys.executable, "-m", "loraio", *map(str, words), "--json"]
     found: dict[str, Any] = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
     return found

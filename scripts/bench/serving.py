@@ -1,4 +1,4 @@
-"""What does an attached adapter cost when the network answers?
+"""Measure forward passes with an attached adapter against those of the plain network.
 
 usage: python scripts/bench/serving.py [--networks NAME ...] [--rounds N] [--json]
 

@@ -1,4 +1,4 @@
-"""What do a swap in memory and the next forward pass cost, against PEFT's `set_adapter` and forward pass?
+"""Measure a swap in memory and the next forward pass, against PEFT's `set_adapter` and forward pass.
 
 usage: python scripts/bench/swap.py [--networks NAME ...] [--rounds N] [--json]
 

@@ -226,7 +226,7 @@ def effect(plain: list[Tensor], attached: list[Tensor]) -> float | None:
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether the outputs are the same numbers."""
+    """Return True if the outputs are the same numbers."""
     return len(a) == len(b) and all(x.equal(y) for x, y in zip(a, b, strict=True))
 
 

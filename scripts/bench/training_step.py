@@ -1,4 +1,4 @@
-"""What does a training step with an adapter cost, against a step of full fine-tuning?
+"""Measure a training step with an adapter against a step of full fine-tuning.
 
 usage: python scripts/bench/training_step.py [--networks NAME ...] [--rounds N] [--optimizer adam|sgd]
        [--channels-last] [--json]
@@ -74,7 +74,7 @@ PutOn = Callable[[nn.Module, loraio.Adapter], dict[str, nn.Parameter]]
 
 
 def loss_of(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-    """What every contestant minimises."""
+    """Return the loss that every contestant minimises."""
     return F.cross_entropy(model(images), labels)
 
 
@@ -145,7 +145,7 @@ def injected(model: nn.Module, adapter: loraio.Adapter) -> dict[str, nn.Paramete
 
 
 def saved_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """What one forward pass keeps for its backward pass."""
+    """Return the bytes that one forward pass saves for its backward pass."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""What every adapter kind must do on every layer type. A new entry of either registry is tested by being there."""
+"""Hold every adapter kind to its contract on every layer type. A new entry of a registry is tested by being there."""
 
 from __future__ import annotations
 

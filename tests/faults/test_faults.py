@@ -321,7 +321,7 @@ class Place:
             (self.folder / name).write_bytes(data)
 
     def check(self, error: LoraioError | None) -> None:
-        """What is there now is as it must be, and the next run works."""
+        """Check what is there now, and that the next run works."""
         found = contents(self.folder)
         if error is None:
             assert found == self.new
@@ -410,7 +410,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_output(case: Case, over: str, t
 
 
 def namespaces() -> bool:
-    """Whether this process may mount something that only it sees."""
+    """Return True if this process may mount something that only it sees."""
     command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     return bool(shutil.which("unshare")) and not subprocess.run(command, capture_output=True, check=False).returncode
 

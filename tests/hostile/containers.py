@@ -72,7 +72,7 @@ def torch_saved(value: Any, **options: Any) -> bytes:
 
 
 def other_formats() -> Iterator[tuple[str, bytes, str]]:
-    """What is often in the place of a file, and what shares its ending."""
+    """Yield files of other formats, as failed downloads and wrong endings leave them."""
     good = save({"w": torch.ones(2)})
     lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     yield "a Git LFS pointer", lfs, r"Git LFS pointer[\s\S]*git lfs pull"
@@ -276,7 +276,7 @@ def layouts() -> Iterator[tuple[str, list[tuple[int, int]], str]]:
 
 
 def names() -> Iterator[tuple[str, str, str]]:
-    """What no tensor may be called."""
+    """Yield names that no tensor may have."""
     yield "an empty name", "", "a tensor has an empty name"
     yield "a name of 513 bytes", "n" * 513, r"longer than 512 bytes[\s\S]*LORAIO_LIMITS=name_bytes"
     yield "a name of 200 characters of three bytes", "字" * 200, "longer than 512 bytes"

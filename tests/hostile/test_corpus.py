@@ -85,7 +85,7 @@ CASES = cases()
 
 @pytest.fixture(scope="session")
 def given(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What else the commands are given: files that are right."""
+    """Return the paths of valid files for the other arguments of the commands."""
     folder = tmp_path_factory.mktemp("given")
     pair = {"lora_unet_fc.lora_down.weight": torch.ones(1, 2048), "lora_unet_fc.lora_up.weight": torch.ones(10, 1)}
     save_file(pair, folder / "kohya.safetensors")
@@ -248,7 +248,7 @@ def test_a_file_prints_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
 
 
 def bombs() -> Iterator[tuple[str, bytes]]:
-    """What costs most to refuse, each just within one of the limits and refused by the last of the checks."""
+    """Yield the files that cost most to refuse, each just within a limit and refused by the last check."""
     size, entries = Limits().header_bytes, Limits().json_values
 
     def padded(text: str, data: bytes = b"!") -> bytes:

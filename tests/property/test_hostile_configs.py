@@ -1,4 +1,4 @@
-"""Whatever the configuration and the keys of another tool's file say: an adapter or one of our errors, nothing else."""
+"""Any configuration and keys of another tool's file give an adapter or one of our errors, nothing else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def base() -> nn.Module:
 
 
 def read(folder: Path, base: nn.Module, config: Any, names: tuple[str, ...] = ()) -> bool:
-    """Whether it is read; any error but ours goes through."""
+    """Return True if it is read; any error but ours goes through."""
     tensors = {
         "base_model.model.0.lora_A.weight": torch.ones(2, 3),
         "base_model.model.0.lora_B.weight": torch.ones(4, 2),

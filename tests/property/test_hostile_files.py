@@ -1,4 +1,4 @@
-"""Whatever the bytes of a file are, reading it gives an adapter or one of our errors with the path, nothing else."""
+"""Any bytes of a file give an adapter or one of our errors with the path, nothing else."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_all(path: Path, content: bytes) -> bool:
-    """Whether the content is read as an adapter; if not, the error is ours and names the file."""
+    """Return True if the content is read as an adapter; if not, the error is ours and names the file."""
     path.write_bytes(content)
     try:
         read_header(path)

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and what is no file."""
+"""Foreign files are recognised by their first bytes; pipes and devices are refused."""
 
 from __future__ import annotations
 
