@@ -252,9 +252,7 @@ class Attachment:
             for module in self._frozen:
                 rollback.set_class(module, class_beneath(type(module), FROZEN))
             take_no_snapshots(self.model, rollback)
-            # these hold on to the handle, and so to the model
-            self._builder.forget()
-            rollback.set(vars(self._builder), "_handle", None)
+            self._builder.release(rollback)
             rollback.set(vars(self), "_known_fit", KnownFit(None, self.model))
             return replace(before, places={}, parts={}, cache=WeightCache(), learned=learned)
 

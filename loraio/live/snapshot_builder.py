@@ -88,6 +88,11 @@ class SnapshotBuilder:
         """Cache nothing: snapshots hold on to the handle, and so to the model."""
         self._swap_cache.clear()
 
+    def release(self, rollback: Rollback) -> None:
+        """Let go of the handle, which lets go of the model then without the garbage collector."""
+        self.forget()
+        rollback.remove(vars(self), "_handle")
+
     def _new_places(self, adapter: Adapter, before: Snapshot) -> dict[str, Place]:
         wanted = (*(self._reserved or adapter.targets), *adapter.whole)
         names = [name for name in wanted if name not in before.places]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -99,6 +100,15 @@ def test_detach_gives_the_model_back_after_an_exception(
     with pytest.raises(KeyError), loraio.attach(base, three):
         raise KeyError
     before.assert_same()
+
+
+def test_a_model_goes_without_the_garbage_collector_once_detached(base: nn.Module, three: loraio.Adapter) -> None:
+    model = copy.deepcopy(base)
+    with loraio.attach(model, three) as live:
+        outputs(model, torch.ones(1, 1, 28, 28))
+    gone = weakref.ref(model)
+    del model, live
+    assert gone() is None
 
 
 def test_a_detached_handle_refuses_everything_but_reading(
