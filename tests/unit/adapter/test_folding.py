@@ -131,6 +131,7 @@ def test_nan_and_infinities_of_a_weight_stay_where_they_are(dtype: torch.dtype) 
     assert (folded != kept).sum() == 3
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="vmap of torch 2.6 has no rule for view(dtype)")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_folding_goes_through_transforms_of_a_program(dtype: torch.dtype) -> None:
     target, weight, factors = case("Linear", dtype)
