@@ -11,21 +11,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from loraio.adapter.adapter import parts_of
+from loraio.adapter.adapter import Adapter, parts_of
 from loraio.errors import VerificationError
 from loraio.files.atomic import flushed_early
 from loraio.files.copying import BLOCK, Inputs, Progress, read_into, write_all
 from loraio.files.integrity import PENDING
 from loraio.files.tensorfile import layout, metadata_of, read_header
 from loraio.files.tensors import TORCH_DTYPES, tensor_bytes
-from loraio.merging.folds import Fold, Folding
+from loraio.merging.folds import Fold
 from loraio.merging.plans import InMemory, Plans, Source, TensorPlan, facts_of, opened, read_bytes, source_sha256
-from loraio.merging.unfolding import Unfolding
 from loraio.merging.workers import run_each
 
 
@@ -49,73 +48,80 @@ Metadata = Callable[[Mapping[str, Written]], Mapping[str, str]]
 which must not depend on the argument."""
 
 
-Change = Folding | Unfolding
-"""How weights are changed, slice by slice."""
+class Change(Protocol):
+    """Changes weights slice by slice; the slices of one weight come in order, in one thread."""
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter that is folded in or taken out."""
+
+    def make(self, name: str, part: Adapter, weight: Tensor) -> Tensor:
+        """Return the new slice of a weight, given the adapter for the slice from `loraio.adapter.parts_of`."""
+
+    def look(self, name: str, part: Adapter, weight: Tensor, found: Tensor, so_far: Fold) -> Fold:
+        """Return the evidence for a slice as it was written; ``so_far`` is that for the slices before it."""
 
 
 class SourceDiffersError(Exception):
     """The bytes of a source are not the expected ones."""
 
 
-def write_tensors(
-    plans: Plans,
-    path: Path,
-    *,
-    metadata: Metadata,
-    inputs: Inputs,
-    workers: int,
-    progress: Progress,
-    where: str,
-    change: Change | None = None,
-    prefix: str = "",
-) -> dict[str, Written]:
-    """Write one safetensors file, tensor by tensor, and check what was written.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointWriter:
+    """Writes safetensors files, and checks what was written.
 
-    Args:
-        plans: the plan of each tensor, by name.
-        path: an existing file, which is written over.
-        metadata: returns the file's metadata.
+    Attributes:
         inputs: the files that the plans name.
         workers: number of threads; the bytes do not depend on it.
         progress: counts bytes of the output.
         where: name of the output, for errors.
         change: changes the folded weights; None if there are none.
-        prefix: stands before every name in the file.
-
-    Raises:
-        SourceDiffersError: a source does not have the digest that its plan expects.
-        FormatError, MissingFileError: a source changed or went away.
-        AdapterError: a sum overflows.
-        VerificationError: the header reads back wrong. Weights are for the caller to judge.
     """
-    facts = {prefix + name: fact for name, fact in facts_of(plans).items()}
-    start, placed = layout(facts, metadata({}), where=where)
 
-    def job(name: str) -> Written:
-        plan, place = plans[name], len(start) + placed[prefix + name].begin
-        with opened(plan.source, inputs) as source, FileIO(path, "r+") as target:
-            if change is not None and plan.folded:
-                made = _change(name, plan, source, target, place, change=change, progress=progress)
-            elif plan.given is not None:
-                made = _give(plan.given, plan, source, target, place, progress=progress)
-            else:
-                made = _copy(plan, source, target, place, progress=progress)
-        if plan.expected not in (None, made.source_sha256):
-            raise SourceDiffersError(name)
-        return made
+    inputs: Inputs
+    workers: int
+    progress: Progress
+    where: str
+    change: Change | None = None
 
-    size = len(start) + sum(plan.made_size for plan in plans.values())
-    with FileIO(path, "r+") as file:
-        file.truncate(size)
-    with flushed_early(path, size):
-        written = run_each((name[len(prefix) :] for name in placed), job, workers=workers, progress=progress)
-    end, _ = layout(facts, metadata(written), where=where)
-    with FileIO(path, "r+") as file:
-        write_all(file, memoryview(end))
-    inputs.check()
-    if read_header(path).tensors != placed:
-        raise VerificationError("the header reads back wrong; nothing was written", where=where)
-    return written
+    def write(self, plans: Plans, path: Path, metadata: Metadata, *, prefix: str = "") -> dict[str, Written]:
+        """Write an existing file over; ``prefix`` stands before every name in it.
+
+        Raises:
+            SourceDiffersError: a source does not have the digest that its plan expects.
+            FormatError, MissingFileError: a source changed or went away.
+            AdapterError: a sum overflows.
+            VerificationError: the header reads back wrong. Weights are for the caller to judge.
+        """
+        facts = {prefix + name: fact for name, fact in facts_of(plans).items()}
+        start, placed = layout(facts, metadata({}), where=self.where)
+
+        def job(name: str) -> Written:
+            plan, place = plans[name], len(start) + placed[prefix + name].begin
+            with opened(plan.source, self.inputs) as source, FileIO(path, "r+") as target:
+                if self.change is not None and plan.folded:
+                    made = _change(name, plan, source, target, place, self.change, self.progress)
+                elif plan.given is not None:
+                    made = _give(plan.given, plan, source, target, place, self.progress)
+                else:
+                    made = _copy(plan, source, target, place, self.progress)
+            if plan.expected not in (None, made.source_sha256):
+                raise SourceDiffersError(name)
+            return made
+
+        size = len(start) + sum(plan.made_size for plan in plans.values())
+        with FileIO(path, "r+") as file:
+            file.truncate(size)
+        with flushed_early(path, size):
+            names = (name[len(prefix) :] for name in placed)
+            written = run_each(names, job, workers=self.workers, progress=self.progress)
+        end, _ = layout(facts, metadata(written), where=self.where)
+        with FileIO(path, "r+") as file:
+            write_all(file, memoryview(end))
+        self.inputs.check()
+        if read_header(path).tensors != placed:
+            raise VerificationError("the header reads back wrong; nothing was written", where=self.where)
+        return written
 
 
 def document_metadata(
@@ -129,11 +135,11 @@ def document_metadata(
 def copy_tensor(plan: TensorPlan, target: FileIO, place: int, inputs: Inputs) -> str:
     """Copy the bytes of a plan's source into a file, and return the digest of the copy."""
     with opened(plan.source, inputs) as source:
-        return _copy(plan, source, target, place, progress=Progress()).sha256
+        return _copy(plan, source, target, place, Progress()).sha256
 
 
 def _change(
-    name: str, plan: TensorPlan, source: Source, target: FileIO, place: int, *, change: Change, progress: Progress
+    name: str, plan: TensorPlan, source: Source, target: FileIO, place: int, change: Change, progress: Progress
 ) -> Written:
     before, after, fold = hashlib.sha256(), hashlib.sha256(), Fold()
     dtype = getattr(torch, TORCH_DTYPES[plan.dtype])
@@ -152,15 +158,13 @@ def _change(
     return Written(sha256=after.hexdigest(), source_sha256=before.hexdigest(), fold=fold)
 
 
-def _give(
-    given: Tensor, plan: TensorPlan, source: Source, target: FileIO, place: int, *, progress: Progress
-) -> Written:
+def _give(given: Tensor, plan: TensorPlan, source: Source, target: FileIO, place: int, progress: Progress) -> Written:
     before = source_sha256(source, plan.size, Progress())
-    written = _copy(replace(plan, source=given), InMemory(tensor_bytes(given)), target, place, progress=progress)
+    written = _copy(replace(plan, source=given), InMemory(tensor_bytes(given)), target, place, progress)
     return replace(written, source_sha256=before)
 
 
-def _copy(plan: TensorPlan, source: Source, target: FileIO, place: int, *, progress: Progress) -> Written:
+def _copy(plan: TensorPlan, source: Source, target: FileIO, place: int, progress: Progress) -> Written:
     """Copy a source block by block; the blocks of the file are read back while they are in the processor's cache."""
     digest, done, room = hashlib.sha256(), 0, memoryview(bytearray(min(BLOCK, plan.size)))
     while done < plan.size:

@@ -28,7 +28,7 @@ class NondeterministicLayer:
     """A layer that gave two answers for one input.
 
     Attributes:
-        name: dotted name in the network. Empty if no layer of its own differs, so that the network itself must.
+        name: dotted name in the network; empty if only the network itself can be to blame.
         type: name of the layer's class.
     """
 
@@ -45,34 +45,24 @@ def scribble(device: torch.device | None = None) -> None:
     del noise
 
 
-def is_same_answer(first: Tensor, second: Tensor) -> bool:
-    """Compare two outputs bit by bit, so that NaN equals NaN."""
-    return first.shape == second.shape and tensor_bytes(first).equal(tensor_bytes(second))
-
-
 def find_nondeterministic(network: nn.Module, run: Callable[[], object]) -> NondeterministicLayer:
     """Return the first layer with the same inputs and other outputs in a second run.
 
     Layers are compared in the order in which they finish, innermost first. A layer whose inputs already differ is not
-    to blame. If no layer differs in `ATTEMPTS` searches, the network itself is returned.
-
-    Args:
-        network: a network known to give two answers.
-        run: a forward pass of the network, always on the same inputs.
+    to blame. If no layer differs in `ATTEMPTS` searches, the network itself is returned. ``run`` must be a forward
+    pass of the network, always on the same inputs.
     """
     for _ in range(ATTEMPTS):
         before = _calls(network, run)
         scribble()
-        for (name, inputs, outputs), (other, inputs_now, outputs_now) in zip(
-            before, _calls(network, run), strict=False
-        ):
-            if name == other and inputs == inputs_now and outputs != outputs_now:
+        for (name, inputs, outputs), now in zip(before, _calls(network, run), strict=False):
+            if (name, inputs) == now[:2] and outputs != now[2]:
                 return NondeterministicLayer(name=name, type=type(network.get_submodule(name)).__name__)
     return NondeterministicLayer(name="", type=type(network).__name__)
 
 
 def _calls(network: nn.Module, run: Callable[[], object]) -> list[tuple[str, str, str]]:
-    """Name, digest of the inputs and digest of the outputs of each module call, in the order in which calls end."""
+    """Return name, digest of inputs and digest of outputs of each module call, in the order in which calls end."""
     calls: list[tuple[str, str, str]] = []
     running: list[str] = []  # digests of inputs: a module may overwrite them
 

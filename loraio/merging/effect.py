@@ -10,7 +10,7 @@ from statistics import median
 from torch import Tensor
 
 from loraio.adapter.adapter import Adapter
-from loraio.files.tensors import tensor_bytes
+from loraio.merging.weight_check import same_bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +70,5 @@ def merge_effect(state_dict: Mapping[str, Tensor], merged: Mapping[str, Tensor],
         base = state_dict[name].double()
         length, moved = float(base.norm()), float((merged[name].double() - base).norm())
         changes.append(moved / length if length else math.inf if moved else 0.0)
-    replaced = sum(not _is_same(state_dict[name], merged[name]) for name in adapter.whole)
+    replaced = sum(not same_bits(state_dict[name], merged[name]) for name in adapter.whole)
     return MergeEffect.of(adapter, changes, replaced=replaced)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))

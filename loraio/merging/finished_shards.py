@@ -22,13 +22,10 @@ RECEIPT = "receipt.json"
 
 
 class FinishedShards:
-    """The finished shards in a working folder. Anything else in the folder is removed, and shards of other merges too.
+    """The finished shards in a working folder; anything else in the folder is removed.
 
-    A shard is used if neither its file nor the base's shard has changed since.
-
-    Args:
-        folder: from `loraio.files.folders.working_folder`.
-        identity: what must be the same for a shard to be used, as plain JSON values.
+    A shard is used if ``identity``, plain JSON values, is that of its merge, and neither its file nor the base's shard
+    has changed since.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -48,12 +45,7 @@ class FinishedShards:
                 file.unlink()
 
     def get(self, file: str, source: list[int]) -> dict[str, Written] | None:
-        """Return the tensors of a finished shard, or None.
-
-        Args:
-            file: name of the shard.
-            source: `loraio.files.copying.Inputs.signature` of the base's shard.
-        """
+        """Return the tensors of a finished shard, or None; ``source`` is the signature of the base's shard."""
         shard = self._shards.get(file)
         if shard is None or shard["source"] != source or shard["file"] != _signature(self._folder / file):
             return None
@@ -71,7 +63,7 @@ class FinishedShards:
             temporary.write_text(json.dumps({"of": self._identity, "parts": self._shards}), encoding="utf-8")
 
     def forget(self) -> None:
-        """Remove the list: the shards are about to get their names, and nothing else may be in the folder."""
+        """Remove the list, so that nothing but the shards is in the folder."""
         (self._folder / RECEIPT).unlink()
 
 

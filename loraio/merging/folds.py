@@ -56,13 +56,7 @@ class Fold:
 class Folding:
     """Folds an adapter in, and compares what was written with the reference.
 
-    Slices of one weight come in order, in one thread.
-
-    Attributes:
-        adapter: the adapter to fold in.
-        strength: multiplies its scale.
-        exact: fold in float64, otherwise in float32.
-        keep: called with every slice before and after the fold.
+    ``keep`` is called with every slice before and after the fold.
     """
 
     adapter: Adapter
@@ -71,11 +65,9 @@ class Folding:
     keep: Callable[[str, Adapter, Tensor, Tensor], None] | None = None
 
     def make(self, name: str, part: Adapter, weight: Tensor) -> Tensor:
-        """Return the new slice of a weight, given the adapter for the slice from `loraio.adapter.parts_of`."""
         return part.fold(name, weight, strength=self.strength, exact=self.exact)
 
     def look(self, name: str, part: Adapter, weight: Tensor, found: Tensor, so_far: Fold) -> Fold:
-        """Return the evidence for a slice as it was written; ``so_far`` is that for the slices before it."""
         check = check_fold(part, weight, found, self.strength, exact=self.exact, told=so_far.check.max_ulp)
         if self.keep is not None:
             self.keep(name, part, weight, found)

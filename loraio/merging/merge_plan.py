@@ -1,26 +1,36 @@
-"""Plan a merge on files, and prove that its base is the one that the adapter names."""
+"""Plan a merge on files, prove that its base is the one that the adapter names, and judge and describe the result."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraio.adapter.adapter import Adapter
-from loraio.bases.checkpoints import BaseCheckpoint
+from loraio.bases.checkpoints import BaseCheckpoint, base_document
 from loraio.bases.identity import check_base, state_sha256
 from loraio.bases.merge_checks import check_state
-from loraio.errors import VerificationError
+from loraio.bases.receipts import Receipt, made_receipt
+from loraio.errors import ConfigError, VerificationError
 from loraio.files import tensorfile
 from loraio.files.copying import Inputs, changed
+from loraio.files.integrity import PENDING, seal, with_integrity
+from loraio.files.sharded import read_sharded_header
 from loraio.files.tensorfile import Header
-from loraio.files.tensors import TORCH_DTYPES
-from loraio.merging.checkpoint_writer import SourceDiffersError, Written
-from loraio.merging.plans import Shards, TensorPlan, copy_plans, digests_of, joined, read_source
-from loraio.merging.residue_writer import ResidueWriter
+from loraio.files.tensors import TORCH_DTYPES, tensor_sha256
+from loraio.merging.checkpoint_writer import Metadata, SourceDiffersError, Written, document_metadata
+from loraio.merging.effect import MergeEffect
+from loraio.merging.folds import Fold
+from loraio.merging.plans import Shards, TensorPlan, copy_plans, digests_of, joined, opened
+from loraio.merging.residue_files import ResidueWriter
+from loraio.merging.weight_check import FoldCheck, WeightReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +39,7 @@ class MergePlan:
 
     Attributes:
         checkpoint: the base without values, or a pickle's with them.
-        adapter, strength, exact: as given to `loraio.merge_file`.
         headers: of the base's files, by name; empty for a pickle.
-        shards: the plans, by file.
-        inputs: opens the base's files.
-        workers: number of threads.
         forced: what was forced, in words.
         mismatch: how the base differs from the adapter's own, where that is allowed.
         hashed_sha256: digest of a base that was hashed before; None if it must be the adapter's own.
@@ -53,7 +59,6 @@ class MergePlan:
 
     @property
     def plans(self) -> dict[str, TensorPlan]:
-        """Plans of all tensors."""
         return joined(self.shards)
 
     @property
@@ -63,7 +68,6 @@ class MergePlan:
 
     @property
     def given(self) -> dict[str, Tensor]:
-        """Tensors that replace the base's, by name."""
         return {name: plan.given for name, plan in self.plans.items() if plan.given is not None}
 
     @property
@@ -184,20 +188,110 @@ class _DifferingValues(Mapping[str, Tensor]):
     """A state dict with values only where a weight differs from the adapter's, to say how."""
 
     def __init__(self, merge: MergePlan, known: Mapping[str, str]) -> None:
-        self._state = merge.checkpoint.state
-        self._merge = merge
-        self._known = known
+        self._state, self._merge, self._known = merge.checkpoint.state, merge, known
 
     def __getitem__(self, name: str) -> Tensor:
         described = self._state[name]
         target = self._merge.adapter.targets.get(name)
         if target is None or self._known.get(name) == target.base_sha256:
             return described
-        raw = read_source(self._merge.plans[name], self._merge.inputs)
-        return raw.view(described.dtype).view(described.shape)
+        plan = self._merge.plans[name]
+        with opened(plan.source, self._merge.inputs) as source:
+            return source.read(0, plan.size).view(described.dtype).view(described.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
 
     def __len__(self) -> int:
         return len(self._state)
+
+
+def judge(plan: MergePlan, written: Mapping[str, Written], *, allow_noop: bool) -> tuple[WeightReport, MergeEffect]:
+    """Return the evidence for a merge; raise VerificationError for wrong weights, and ConfigError for a no-op."""
+    plan.check_base(written)
+    folds = {name: written[name].fold or Fold() for name in plan.adapter.targets}
+    given = plan.given
+    problems = [line for name, fold in folds.items() for line in fold.check.problems(name)]
+    problems += [
+        f"{name!r} is not the adapter's" for name in given if written[name].sha256 != tensor_sha256(given[name])
+    ]
+    if problems:
+        raise VerificationError("the merged weights are wrong; nothing was written", problems=problems)
+    replaced = sum(written[name].sha256 != written[name].source_sha256 for name in given)
+    effect = MergeEffect.of(plan.adapter, [fold.change for fold in folds.values()], replaced=replaced)
+    if effect.is_noop and not allow_noop:
+        raise ConfigError(
+            "the adapter is a no-op here: no weight changes", hint="--force (allow_noop=True in Python) merges it"
+        )
+    checks = sum((fold.check for fold in folds.values()), FoldCheck())
+    report = WeightReport(
+        folded=len(folds),
+        replaced=len(given),
+        untouched=len(written) - len(folds) - len(given),
+        values=checks.values,
+        max_ulp=checks.max_ulp,
+        not_correctly_rounded=checks.wrong,
+        problems=(),
+    )
+    return report, effect
+
+
+def merge_receipt(plan: MergePlan, written: Mapping[str, Written], residue: ResidueWriter | None) -> Receipt:
+    """Return the receipt of a merge; without tensors a stand-in of the same length."""
+    return made_receipt(
+        plan.adapter,
+        plan.base_sha256,
+        plan.strength,
+        changed={name: written[name].sha256 if written else PENDING for name in plan.changed},
+        exact=plan.exact,
+        base_mismatch=plan.mismatch,
+        forced=plan.forced,
+        residue_sha256=None if residue is None else residue.sha256,
+    )
+
+
+def merged_document(plan: MergePlan, written: Mapping[str, Written], residue: ResidueWriter | None) -> dict[str, Any]:
+    """Return the document of a merged checkpoint; without tensors a stand-in of the same length."""
+    named = plan.checkpoint if plan.checkpoint.network else plan.adapter.base
+    return base_document(
+        plan.merged_sha256(written) if written else PENDING,
+        network=named.network,
+        network_args=named.network_args,
+        heads={**named.heads, **plan.adapter.heads},
+        merged=[*plan.checkpoint.document.get("merged", []), merge_receipt(plan, written, residue).document()],
+    )
+
+
+def shard_metadata(plan: MergePlan, file: str) -> Metadata:
+    """Return the metadata of a shard: those of the base's, with new digests if it has a document of loraio."""
+    header = plan.headers[file]
+    document = header.document()
+
+    def metadata(written: Mapping[str, Written]) -> Mapping[str, str]:
+        if document is None:
+            return header.metadata
+        return {**header.metadata, **document_metadata(document, plan.shards[file], written, where=f"{file!r}")}
+
+    return metadata
+
+
+def merged_index(plan: MergePlan, written: Mapping[str, Written], folder: Path, residue: ResidueWriter | None) -> bytes:
+    """Return the base's index with the merged document, given the folder of the finished shards."""
+    sharded = read_sharded_header(plan.checkpoint.path)
+    metadata, plans = dict(sharded.metadata), plan.plans.values()
+    grown = {
+        "total_size": sum(each.made_size - each.size for each in plans),
+        "total_parameters": sum(math.prod(each.made[1]) - math.prod(each.shape) for each in plans),
+    }
+    metadata |= {key: metadata[key] + more for key, more in grown.items() if isinstance(metadata.get(key), int)}
+    document = with_integrity(
+        merged_document(plan, written, residue),
+        (written[name].sha256 for name in sorted(written)),
+        shards={file: tensorfile.read_header(folder / file).sha256 for file in plan.shards},
+    )
+    index = {
+        "metadata": {**metadata, tensorfile.METADATA_KEY: document},
+        "weight_map": {name.removeprefix(plan.checkpoint.stripped): file for name, file in sharded.places.items()},
+    }
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    return seal(text.encode("utf-8"), where=f"{str(plan.checkpoint.path)!r}")

@@ -25,20 +25,27 @@ from loraio.bases.merge_checks import check_receipts
 from loraio.bases.receipts import Receipt
 from loraio.errors import LoraioError, OutputError
 from loraio.files.atomic import check_output, staged
-from loraio.files.copying import Inputs, Progress
+from loraio.files.copying import Inputs
 from loraio.files.folders import move_files, name_folder, remove_folder, working_folder
 from loraio.files.sharded import INDEX_SUFFIX, checkpoint_files, is_sharded
 from loraio.formats import dialects
 from loraio.formats.conversion import load_for
 from loraio.formats.sources import adapter_files
-from loraio.merging.checkpoint_writer import Metadata, Written, document_metadata, write_tensors
-from loraio.merging.conclusion import judge, merge_receipt, merged_document, merged_index, shard_metadata
+from loraio.merging.checkpoint_writer import CheckpointWriter, Written, document_metadata
 from loraio.merging.effect import MergeEffect
 from loraio.merging.finished_shards import FinishedShards
 from loraio.merging.folds import Folding
-from loraio.merging.merge_plan import MergePlan, merge_plans
-from loraio.merging.plans import Plans, index_text
-from loraio.merging.residue_writer import Residue, ResidueWriter, residue_writer
+from loraio.merging.merge_plan import (
+    MergePlan,
+    judge,
+    merge_plans,
+    merge_receipt,
+    merged_document,
+    merged_index,
+    shard_metadata,
+)
+from loraio.merging.plans import index_text
+from loraio.merging.residue_files import Residue, ResidueWriter, residue_writer
 from loraio.merging.weight_check import WeightReport
 from loraio.merging.workers import counting, one_thread_each, worker_count
 from loraio.version import __version__
@@ -175,15 +182,15 @@ def merge_file(
         if reversible:
             kept = residue_writer(output, strength, overwrite=overwrite, inputs=files)
         with kept as residue:
-            writing = _Writing(
-                plan=plan,
-                output=output,
-                files=files,
-                overwrite=overwrite,
-                allow_noop=allow_noop,
-                residue=residue,
+            keep = None if residue is None else residue.keep
+            writer = CheckpointWriter(
+                inputs=plan.inputs,
+                workers=count,
                 progress=counting(progress, sum(each.made_size for each in plan.plans.values())),
+                where=f"{str(output)!r}",
+                change=Folding(adapter=loaded, strength=strength, exact=exact, keep=keep),
             )
+            writing = _Writing(plan, output, files, overwrite, allow_noop, residue, writer)
             return writing.write_shards() if sharded else writing.write_file()
 
 
@@ -203,7 +210,7 @@ def _names_base(adapter: str | os.PathLike[str]) -> bool:
     return found.dialect is None or "exported" in (document or {})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Writing:
     """The output of a merge; nothing gets its name before it is proven."""
 
@@ -213,21 +220,22 @@ class _Writing:
     overwrite: bool
     allow_noop: bool
     residue: ResidueWriter | None
-    progress: Progress
+    writer: CheckpointWriter
 
     def write_file(self) -> MergedFile:
-        """Write one file."""
-        plan, residue, where = self.plan, self.residue, f"{str(self.output)!r}"
+        plan, residue = self.plan, self.residue
         only = None if plan.checkpoint.parts else next(iter(plan.headers.values()), None)
         base = {} if only is None else {"metadata": dict(only.metadata)}
 
         def metadata(written: Mapping[str, Written]) -> dict[str, str]:
             if residue is not None and written:
                 plan.finish_residue(residue, written, **base)
-            return document_metadata(merged_document(plan, written, residue), plan.plans, written, where=where)
+            return document_metadata(
+                merged_document(plan, written, residue), plan.plans, written, where=self.writer.where
+            )
 
         with staged(self.output, overwrite=self.overwrite, inputs=self.files) as temporary, plan.explained():
-            return self._conclude(self._write(plan.plans, temporary, metadata), self.output)
+            return self._conclude(self.writer.write(plan.plans, temporary, metadata), self.output)
 
     def write_shards(self) -> MergedFile:
         """Write the same shards as those of the base, and an index."""
@@ -276,26 +284,12 @@ class _Writing:
         source = plan.inputs.signature(plan.checkpoint.path.parent / file)
         found = finished.get(file, source) if self.residue is None else None
         if found is not None:
-            self.progress.add(sum(each.made_size for each in plans.values()))
+            self.writer.progress.add(sum(each.made_size for each in plans.values()))
             return found
         with staged(work / file, overwrite=True) as temporary, plan.explained():
-            written = self._write(plans, temporary, shard_metadata(plan, file))
+            written = self.writer.write(plans, temporary, shard_metadata(plan, file))
         finished.add(file, source, written)
         return written
-
-    def _write(self, plans: Plans, path: Path, metadata: Metadata) -> dict[str, Written]:
-        plan = self.plan
-        keep = None if self.residue is None else self.residue.keep
-        return write_tensors(
-            plans,
-            path,
-            metadata=metadata,
-            change=Folding(adapter=plan.adapter, strength=plan.strength, exact=plan.exact, keep=keep),
-            inputs=plan.inputs,
-            workers=plan.workers,
-            progress=self.progress,
-            where=f"{str(self.output)!r}",
-        )
 
     def _conclude(self, written: Mapping[str, Written], path: Path) -> MergedFile:
         """Return the result, if everything that was written is right."""

@@ -65,12 +65,7 @@ Shards = Mapping[str, Plans]
 
 
 def copy_plans(checkpoint: BaseCheckpoint, headers: tuple[Header, ...]) -> dict[str, dict[str, TensorPlan]]:
-    """Plan to copy every tensor of a checkpoint, by shard.
-
-    Args:
-        checkpoint: from `loraio.bases.checkpoints.scan_base`, or a pickle's.
-        headers: of its files; none for a pickle, which becomes one shard without a name.
-    """
+    """Plan to copy every tensor of a checkpoint, by shard; a pickle has no headers, and is one shard without a name."""
     if not headers:
         tensors = checkpoint.state.items()
         return {"": {n: TensorPlan(dtype=dtype_code(t.dtype), shape=tuple(t.shape), source=t) for n, t in tensors}}
@@ -111,11 +106,7 @@ def facts_sha256(facts: Mapping[str, tuple[str, tuple[int, ...]]], known: Mappin
 
 
 def index_text(path: Path) -> str:
-    """Read the text of an index, which was read before.
-
-    Raises:
-        MissingFileError: it is gone.
-    """
+    """Read an index again; raise MissingFileError if it is gone."""
     try:
         return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -133,18 +124,8 @@ def digests_of(plans: Plans, inputs: Inputs, *, workers: int) -> dict[str, str]:
     return run_each(plans, job, workers=workers, progress=progress)
 
 
-def read_source(plan: TensorPlan, inputs: Inputs) -> Tensor:
-    """Return all bytes of a plan's source, as a flat uint8 tensor."""
-    with opened(plan.source, inputs) as source:
-        return source.read(0, plan.size)
-
-
 def read_bytes(file: FileIO, begin: int, count: int) -> Tensor:
-    """Return bytes of a file, as a flat uint8 tensor that is aligned for every dtype.
-
-    Raises:
-        MissingFileError, FormatError: they cannot be read, or there are not so many.
-    """
+    """Return bytes of a file, as a flat uint8 tensor that is aligned for every dtype; errors as of `read_into`."""
     raw = torch.empty(count, dtype=torch.uint8)
     read_into(file, begin, raw.numpy().data)
     return raw
@@ -158,11 +139,9 @@ class InFile:
     file: FileIO
 
     def read(self, start: int, count: int) -> Tensor:
-        """Return bytes as a flat uint8 tensor."""
         return read_bytes(self.file, self.stored.begin + start, count)
 
     def fill(self, start: int, room: memoryview) -> None:
-        """Fill memory with bytes."""
         read_into(self.file, self.stored.begin + start, room)
 
     def copy(self, start: int, target: FileIO, place: int, room: memoryview) -> None:
@@ -172,7 +151,7 @@ class InFile:
 
 @dataclass(frozen=True, slots=True)
 class InMemory:
-    """The bytes of a tensor in memory, flat uint8; the same methods."""
+    """The bytes of a tensor in memory, flat uint8."""
 
     data: Tensor
 

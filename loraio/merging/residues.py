@@ -37,10 +37,8 @@ def residue_of(part: Adapter, base: Tensor, folded: Tensor, strength: float) -> 
     """Return a block from which `restored` makes the base weight.
 
     Args:
-        part: an adapter of one target, as `loraio.adapter.parts_of` gives them.
-        base: the base weight, or the slice of it that ``part`` is for.
-        folded: that weight with the adapter folded in, or anything else of its shape and dtype.
-        strength: strength of the fold.
+        part: an adapter of one target, from `loraio.adapter.parts_of`; ``base`` is the slice that it is for.
+        folded: that slice with the adapter folded in, or anything else of its shape and dtype.
     """
     ((name, target),) = part.targets.items()
     layer, kind = LAYER_TYPES[target.layer], KINDS[target.kind]
@@ -51,11 +49,7 @@ def residue_of(part: Adapter, base: Tensor, folded: Tensor, strength: float) -> 
 
 
 def restored(part: Adapter, folded: Tensor, strength: float, block: bytes, *, where: str) -> Tensor:
-    """Return the base weight, given its residue; arguments as `residue_of`.
-
-    Raises:
-        FormatError: the block is not one for a weight of this shape and dtype.
-    """
+    """Return the base weight, given its residue; raise FormatError if that is of another shape or dtype."""
     ((_, target),) = part.targets.items()
     numbers = KINDS[target.kind].side_numbers(target.matrix_shape[0])
     start = LENGTH + 8 * numbers
@@ -97,11 +91,7 @@ def encode(base: Tensor, guess: Tensor, side: Tensor | None = None) -> bytes:
 
 
 def decode(coded: bytes, guess: Tensor, *, where: str) -> Tensor:
-    """Return the tensor that `encode` was given, from its compressed differences to ``guess``.
-
-    Raises:
-        FormatError: these are not differences for a tensor of this size.
-    """
+    """Return the tensor that `encode` was given; raise FormatError if ``coded`` is of another size than ``guess``."""
     count, width = guess.numel(), guess.dtype.itemsize
     coder = bz2.BZ2Decompressor()
     try:
@@ -117,11 +107,7 @@ def decode(coded: bytes, guess: Tensor, *, where: str) -> Tensor:
 
 
 def block_length(head: bytes, *, where: str) -> int:
-    """Return the length of a block, given its first `LENGTH` bytes.
-
-    Raises:
-        FormatError: it is shorter than that.
-    """
+    """Return the length of a block, given its first `LENGTH` bytes; raise FormatError if it is shorter than those."""
     length = int.from_bytes(head, "little")
     if len(head) < LENGTH or length < LENGTH:
         raise _damaged(where)

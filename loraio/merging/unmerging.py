@@ -18,15 +18,14 @@ from loraio.bases.identity import state_sha256
 from loraio.bases.receipts import Receipt
 from loraio.errors import ConfigError, FormatError, OutputError, VerificationError
 from loraio.files.atomic import staged
-from loraio.files.copying import Inputs, Progress
+from loraio.files.copying import Inputs
 from loraio.files.folders import staged_folder
 from loraio.files.integrity import unsealed
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.formats.conversion import load_for
-from loraio.merging.checkpoint_writer import Metadata, Written, document_metadata, write_tensors
-from loraio.merging.plans import Plans, copy_plans, digests_of, joined
-from loraio.merging.residue_plan import plan_from_residue
-from loraio.merging.unmerge_plan import MergedCheckpoint, UnmergePlan, plan_from_base
+from loraio.merging.checkpoint_writer import CheckpointWriter, Written, document_metadata
+from loraio.merging.plans import copy_plans, digests_of, joined
+from loraio.merging.unmerge_plan import MergedCheckpoint, UnmergePlan, plan_from_base, plan_from_residue
 from loraio.merging.workers import counting, one_thread_each, worker_count
 
 
@@ -110,23 +109,19 @@ def unmerge_file(
             )
             plan = plan_from_residue(now, loaded, path=merged, residue=residue, inputs=inputs, workers=count)
         named = [file for file in (merged, base, adapter) if file is not None]
-        return _Writing(
-            merged=now,
-            plan=plan,
+        files = (*named, now.checkpoint.path, *now.checkpoint.parts, *plan.files)
+        writer = CheckpointWriter(
             inputs=inputs,
-            files=(*named, now.checkpoint.path, *now.checkpoint.parts, *plan.files),
-            overwrite=overwrite,
             workers=count,
             progress=counting(progress, sum(each.size for each in joined(plan.shards).values())),
-        ).write(Path(output))
+            where=f"{str(Path(output))!r}",
+            change=plan.change,
+        )
+        return _Writing(now, plan, files, overwrite, writer).write(Path(output))
 
 
 def _read_merged(path: str | os.PathLike[str], *, every: bool) -> MergedCheckpoint:
-    """Read the headers of a merged checkpoint.
-
-    Raises:
-        FormatError: it has no receipts.
-    """
+    """Read the headers of a merged checkpoint; raise FormatError if it has no receipts."""
     if is_pickle(path):
         raise FormatError(f"{os.fspath(path)!r} is a pickle, which has no receipts")
     checkpoint, headers = scan_base(path)
@@ -144,64 +139,50 @@ def _read_merged(path: str | os.PathLike[str], *, every: bool) -> MergedCheckpoi
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Writing:
     """The output of an unmerge; nothing gets its name before it is proven."""
 
     merged: MergedCheckpoint
     plan: UnmergePlan
-    inputs: Inputs
     files: tuple[str | os.PathLike[str], ...]
     overwrite: bool
-    workers: int
-    progress: Progress
+    writer: CheckpointWriter
 
     def write(self, output: Path) -> UnmergedFile:
         """Write one file, or as many as the base has."""
         is_index = output.name.endswith(INDEX_SUFFIX)
         if self.plan.checkpoint.parts and output.suffix != ".safetensors":
-            return self._write_shards(output, index=output if is_index else output / self.plan.checkpoint.path.name)
+            return self._write_shards(output if is_index else output / self.plan.checkpoint.path.name)
         if is_index:
             raise OutputError(f"{str(output)!r} is an index, and this is one file", hint="name a file, *.safetensors")
         return self._write_file(output)
 
     def _write_file(self, output: Path) -> UnmergedFile:
-        plans, where = joined(self.plan.shards), f"{str(output)!r}"
+        plans = joined(self.plan.shards)
         (file, *more) = self.plan.shards
         kept = None if more else self.plan.metadata.get(file)
 
         def metadata(written: Mapping[str, Written]) -> Mapping[str, str]:
-            return document_metadata(self._document(), plans, written, where=where) if kept is None else _copied(kept)
+            if kept is not None:
+                return _copied(kept)
+            return document_metadata(self._document(), plans, written, where=self.writer.where)
 
         prefix = self.plan.checkpoint.stripped if kept is not None else ""
         with staged(output, overwrite=self.overwrite, inputs=self.files) as temporary:
-            written = self._write(plans, temporary, metadata, output, prefix)
-            return self._conclude(written, output)
+            return self._conclude(self.writer.write(plans, temporary, metadata, prefix=prefix), output)
 
-    def _write_shards(self, output: Path, *, index: Path) -> UnmergedFile:
+    def _write_shards(self, index: Path) -> UnmergedFile:
         plan, into = self.plan, index.parent
         names, written = [*plan.shards, index.name], dict[str, Written]()
         with staged_folder(into, names, last=index.name, overwrite=self.overwrite, inputs=self.files) as work:
             for file, plans in plan.shards.items():
                 (work / file).touch()
                 metadata = partial(_copied, plan.metadata[file])
-                written |= self._write(plans, work / file, metadata, output, plan.checkpoint.stripped)
+                written |= self.writer.write(plans, work / file, metadata, prefix=plan.checkpoint.stripped)
             done = self._conclude(written, index)
             (work / index.name).write_bytes((plan.index or "").encode("utf-8"))
         return replace(done, parts=tuple(into / file for file in plan.shards))
-
-    def _write(self, plans: Plans, path: Path, metadata: Metadata, output: Path, prefix: str) -> dict[str, Written]:
-        return write_tensors(
-            plans,
-            path,
-            metadata=metadata,
-            change=self.plan.change,
-            inputs=self.inputs,
-            workers=self.workers,
-            progress=self.progress,
-            where=f"{str(output)!r}",
-            prefix=prefix,
-        )
 
     def _conclude(self, written: Mapping[str, Written], path: Path) -> UnmergedFile:
         """Return the result, if the checkpoint is what its receipts left and the output is the base."""
@@ -210,7 +191,8 @@ class _Writing:
         digest = state_sha256(plan.checkpoint.state, after)
         if plan.change is None and digest != merged.base_sha256:
             raise plan.wrong(digest)
-        problems = merged.problems(self._merged_digests(written), plan.known or after)
+        before = after if plan.change is None else plan.change.residue.tensors
+        problems = merged.problems(self._merged_digests(written), before)
         if problems:
             raise VerificationError(
                 "the merged checkpoint is not what its receipts left; nothing was written",
@@ -221,24 +203,23 @@ class _Writing:
             plan.change.finish()
         if digest != merged.base_sha256:
             raise plan.wrong(digest)
-        self.inputs.check()
+        self.writer.inputs.check()
         return UnmergedFile(
             path=path, sha256=digest, taken_off=merged.receipts[merged.first :], left=merged.receipts[: merged.first]
         )
 
     def _merged_digests(self, written: Mapping[str, Written]) -> dict[str, str]:
         """Return the digest of each tensor of the merged checkpoint; those that were not read yet are read now."""
-        plans, read = self.merged.plans, dict[str, str]()
-        if self.plan.change is not None:
-            read = {n: tensor.source_sha256 for n, tensor in written.items() if n not in self.plan.originals}
+        plans, change, read = self.merged.plans, self.plan.change, dict[str, str]()
+        if change is not None:
+            read = {name: one.source_sha256 for name, one in written.items() if name not in change.adapter.whole}
         rest = {name: plan for name, plan in plans.items() if name not in read}
-        read |= digests_of(rest, self.inputs, workers=self.workers)
+        read |= digests_of(rest, self.writer.inputs, workers=self.writer.workers)
         return {name: read[name] for name in plans}
 
     def _document(self) -> dict[str, Any]:
         """Return the document of a base whose own header is not known."""
-        base, merged = self.plan.checkpoint, self.merged.checkpoint
-        first = self.merged.first
+        base, merged, first = self.plan.checkpoint, self.merged.checkpoint, self.merged.first
         named = base if base.network else merged
         return base_document(
             self.merged.base_sha256,
@@ -250,5 +231,4 @@ class _Writing:
 
 
 def _copied(metadata: Mapping[str, str], _: object = None) -> dict[str, str]:
-    """Return the strings of a header for a copy of its file."""
     return {key: unsealed(text) for key, text in metadata.items()}

@@ -12,22 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter.adapter import Adapter
+from loraio.bases import networks
 from loraio.bases.models import load_state
-from loraio.bases.networks import (
-    NAME_FORMS,
-    NETWORKS,
-    build_network,
-    find_network,
-    network_args_of,
-    network_of,
-    resize_heads,
-)
 from loraio.bases.own_code import refuse_own_code
 from loraio.errors import ConfigError, UnknownNameError
 from loraio.live.attachment import attach
 from loraio.live.base_state import refuse_attached
-from loraio.merging.determinism import NondeterministicLayer, find_nondeterministic, is_same_answer, scribble
-from loraio.merging.weight_check import WeightReport, verify_weights
+from loraio.merging.determinism import NondeterministicLayer, find_nondeterministic, scribble
+from loraio.merging.weight_check import WeightReport, same_bits, verify_weights
 from loraio.registry import known
 
 OUTPUT_ROUNDINGS = 16
@@ -160,7 +152,7 @@ def verify(
         return Report(weights=weights, outputs=None, nondeterministic=nondeterministic)
     with attach(network, adapter, strength, allow_base_mismatch=allow_base_mismatch):
         attached = run()
-    resize_heads(network, adapter.heads)
+    networks.resize_heads(network, adapter.heads)
     load_state(network, merged)
     after = run()
     outputs = _compare(base, attached, after, exact=exact)
@@ -184,34 +176,32 @@ def _network(adapter: Adapter, model: nn.Module | str | None) -> nn.Module:
     if model is None and base.network is None:
         raise UnknownNameError(
             "the adapter does not say which network it is for",
-            hint=f"--model NAME (model= in Python): {known(NETWORKS)}, or {NAME_FORMS}",
+            hint=f"--model NAME (model= in Python): {known(networks.NETWORKS)}, or {networks.NAME_FORMS}",
         )
     name = model or refuse_own_code(base.network or "", where="the adapter")
-    network = build_network(name, args=base.network_args if name == base.network else None, seed=0)
-    resize_heads(network, base.heads)
+    network = networks.build_network(name, args=base.network_args if name == base.network else None, seed=0)
+    networks.resize_heads(network, base.heads)
     return network
 
 
 def _random_inputs(network: nn.Module, samples: int, seed: int) -> Tensor:
     if samples < 1:
         raise ConfigError(f"{samples} samples are not enough to verify with")
-    name = network_of(network)
+    name = networks.network_of(network)
     if name is None:
         raise ConfigError("random inputs need a network with a name", hint="pass inputs= of the shape it takes")
-    shape = find_network(name, network_args_of(network)).input_shape
+    shape = networks.find_network(name, networks.network_args_of(network)).input_shape
     if shape is None:
         raise ConfigError(f"the input shape of {name!r} is not known", hint="pass inputs= of the shape it takes")
     return torch.rand(samples, *shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _nondeterministic(network: nn.Module, run: Callable[[], Tensor], first: Tensor) -> NondeterministicLayer | None:
-    """Run the network again; return the layer to blame if the answer is not the first one."""
     scribble(first.device)
-    return None if is_same_answer(first, run()) else find_nondeterministic(network, run)
+    return None if same_bits(first, run()) else find_nondeterministic(network, run)
 
 
 def _compare(base: Tensor, attached: Tensor, after: Tensor, *, exact: bool) -> OutputReport:
-    """Compare the outputs of the merged network with those of the attached adapter."""
     difference = (after - attached).abs()
     size = torch.maximum(after.abs(), attached.abs())
     max_abs = float(difference.max())

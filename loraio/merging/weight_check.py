@@ -84,7 +84,7 @@ def verify_weights(
     check_base(adapter, state_dict, allow_mismatch=allow_base_mismatch)
     problems = [f"{name!r} is missing" for name in state_dict if name not in merged]
     problems += [f"{name!r} is not in the base" for name in merged if name not in state_dict]
-    worst, wrong, values = 0.0, 0, 0
+    total = FoldCheck()
     for name, base in state_dict.items():
         found = merged.get(name)
         if found is None:
@@ -98,20 +98,25 @@ def verify_weights(
             check = FoldCheck()
             for at, part in parts_of(adapter, name):
                 check += check_fold(part, base[at], found[at], strength, exact=exact, told=check.max_ulp)
-            worst, wrong, values = max(worst, check.max_ulp), wrong + check.wrong, values + check.values
+            total += check
             problems += check.problems(name)
-        elif not tensor_bytes(found).equal(tensor_bytes(wanted)):
+        elif not same_bits(found, wanted):
             is_whole = name in adapter.whole
             problems.append(f"{name!r} is not the adapter's" if is_whole else f"{name!r} is no target and was changed")
     return WeightReport(
         folded=len(adapter.targets),
         replaced=len(adapter.whole),
         untouched=len(state_dict) - len(adapter.targets) - len(adapter.whole),
-        values=values,
-        max_ulp=worst,
-        not_correctly_rounded=wrong,
+        values=total.values,
+        max_ulp=total.max_ulp,
+        not_correctly_rounded=total.wrong,
         problems=tuple(problems),
     )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compare two tensors bit by bit, so that NaN equals NaN."""
+    return a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +134,8 @@ class FoldCheck:
     max_ulp: float = 0.0
 
     def __add__(self, other: FoldCheck) -> FoldCheck:
-        return FoldCheck(
-            values=self.values + other.values,
-            wrong=self.wrong + other.wrong,
-            max_ulp=max(self.max_ulp, other.max_ulp),
-        )
+        worst = max(self.max_ulp, other.max_ulp)
+        return FoldCheck(values=self.values + other.values, wrong=self.wrong + other.wrong, max_ulp=worst)
 
     def problems(self, name: str) -> list[str]:
         """Describe the weights that are wrong, in one line or none."""
@@ -151,15 +153,10 @@ def check_fold(
     """Compare folded weights with the reference.
 
     Args:
-        part: an adapter of one target, from `loraio.adapter.parts_of`.
-        base: the base weight, or the slice of it that ``part`` is for.
+        part: an adapter of one target, from `loraio.adapter.parts_of`; ``base`` is the slice that it is for.
         found: the folded weight, shape and dtype of ``base``.
-        strength: strength of the merge.
         exact: false for weights that were summed in float32; the error of such sums is taken off the distances.
-        told: a distance in ulp that was found before: smaller ones need not be reported.
-
-    Returns:
-        the check; its ``max_ulp`` may be 0 if no weight is farther off than ``told``.
+        told: a distance in ulp that was found before. If no weight is farther off, ``max_ulp`` may be 0.
     """
     name = next(iter(part.targets))
     with np.errstate(over="ignore", invalid="ignore"):  # the base or a sum may not be finite
@@ -184,10 +181,8 @@ def _near_half(
 ) -> FoldCheck | None:
     """Check half-precision weights in float64 only where float32 cannot show that they are near their sums.
 
-    Those are the weights that may be as far off as `NEAR`, or as ``told``. float32 decides nothing else.
-
-    Returns:
-        None if there are none, or if not all numbers are finite.
+    Those are the weights that may be as far off as `NEAR`, or as ``told``. float32 decides nothing else. The result is
+    None if there are none, or if not all numbers are finite.
     """
     target = adapter.targets[name]
     layer, kind = LAYER_TYPES[target.layer], KINDS[target.kind]

@@ -18,11 +18,7 @@ T = TypeVar("T")
 
 
 def worker_count(workers: int | None) -> int:
-    """Return the number of threads: as asked for, else one for each processor, but at most four.
-
-    Raises:
-        ConfigError: fewer than one.
-    """
+    """Return the number of threads: as asked for, else one for each processor, but at most four."""
     count = min(os.cpu_count() or 1, 4) if workers is None else workers
     if count < 1:
         raise ConfigError(f"there must be at least one worker, not {count} workers")
@@ -60,11 +56,7 @@ def counting(report: Callable[[int, int], None] | None, total: int) -> Progress:
 
 
 def run_each(names: Iterable[str], job: Callable[[str], T], *, workers: int, progress: Progress) -> dict[str, T]:
-    """Run a job for each name in threads, and return the results by name.
-
-    Raises:
-        BaseException: the first exception of any job; it stops all others.
-    """
+    """Run a job for each name in threads, and return the results by name; the first exception stops all jobs."""
     names = list(names)
 
     def guarded(name: str) -> T:

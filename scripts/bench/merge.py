@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import loraio
-from loraio.merging.in_place import overwrite, planned
+from loraio.merging.in_memory import overwrite, planned
 
 ROW = "merge"
 DTYPES = ("float32", "bfloat16", "float16")

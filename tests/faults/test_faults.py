@@ -31,7 +31,7 @@ from loraio.errors import LoraioError
 from loraio.exporting import export
 from loraio.files import tensorfile
 from loraio.formats.dialects import DIALECTS
-from loraio.merging import checkpoint_writer, residue_writer
+from loraio.merging import checkpoint_writer, residue_files
 from loraio.training.resuming import SideFile
 
 FUNCTIONS = (
@@ -120,7 +120,7 @@ class Faults:
             patch.setattr(io, "open", opened)
             patch.setattr(builtins, "open", opened)
             patch.setattr(checkpoint_writer, "FileIO", File)
-            patch.setattr(residue_writer, "FileIO", File)
+            patch.setattr(residue_files, "FileIO", File)
             yield
 
 

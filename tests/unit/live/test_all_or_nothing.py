@@ -294,7 +294,7 @@ def test_merge_in_place_is_done_to_the_end_or_not_begun(
         loraio.merge({name: tensor.clone() for name, tensor in base.items()}, adapters["lora"], in_place=True)
     outcomes = []
     for moment, (file, _) in enumerate(tracer.lines):
-        if Path(file).name in ("in_memory.py", "in_place.py", "folding.py"):
+        if Path(file).name in ("in_memory.py", "folding.py"):
             state = {name: tensor.clone() for name, tensor in base.items()}
             with Tracer(moment, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
                 loraio.merge(state, adapters["lora"], in_place=True)

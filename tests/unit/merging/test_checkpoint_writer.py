@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import State, case, files_of, names_in, parted, saved
+from checkpoints import State, case, names_in, parted, saved
 from safetensors.torch import save
 from strategies import tensor
 from threadpoolctl import threadpool_info
@@ -22,36 +22,23 @@ from loraio.adapter.adapter import Adapter
 from loraio.adapter.kinds import KINDS
 from loraio.bases.identity import state_sha256
 from loraio.bases.models import write_base
-from loraio.errors import (
-    AdapterError,
-    BaseMismatchError,
-    ConfigError,
-    FormatError,
-    OutputError,
-    VerificationError,
-)
+from loraio.errors import AdapterError, BaseMismatchError, ConfigError, FormatError, OutputError, VerificationError
 from loraio.files import atomic, tensorfile
 from loraio.files.copying import Inputs, Progress
-from loraio.files.tensors import TORCH_DTYPES, dtype_code, tensor_bytes
 from loraio.merging import checkpoint_writer, plans
 from loraio.merging.folds import Folding
 from loraio.merging.plans import TensorPlan, stored
 from loraio.merging.workers import one_thread_each
 
 
-def in_memory(state: State, adapter: Adapter, path: Path, strength: float = 1.0) -> bytes:
-    """The file that a merge in memory would write."""
-    merged = loraio.merge(state, adapter, strength)
-    receipt = loraio.receipt(state, merged, adapter, strength)
-    write_base(merged, path, network=None, merged=[receipt.document()])
-    return path.read_bytes()
+@pytest.fixture
+def single(tmp_path: Path) -> tuple[State, Adapter, Path, Path]:
+    """Base and adapter, and their files in an otherwise empty folder."""
+    state, adapter = case()
+    return state, adapter, *saved(state, adapter, tmp_path)
 
 
-def refused(number: int) -> Callable[..., int]:
-    def refuse(*_: Any) -> int:
-        raise OSError(number, os.strerror(number))
-
-    return refuse
+Single = tuple[State, Adapter, Path, Path]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,46 +47,39 @@ def test_the_bytes_are_those_of_a_merge_in_memory_with_any_number_of_workers(
     tmp_path: Path, dtype: torch.dtype, kind: str
 ) -> None:
     state, adapter = case(dtype, kind)
-    expected = in_memory(state, adapter, tmp_path / "expected", 0.7)
+    expected = loraio.merge(state, adapter, 0.7)
+    receipt = loraio.receipt(state, expected, adapter, 0.7)
+    write_base(expected, tmp_path / "expected", network=None, merged=[receipt.document()])
+    report, effect = loraio.verify_weights(state, adapter, expected, 0.7), loraio.merge_effect(state, expected, adapter)
     prefix = "module." if kind == "lora" else ""
     base, path = saved(state, adapter, tmp_path, prefix)
     for workers in (1, 2, 5):
         output = tmp_path / f"{workers}.safetensors"
         merged = loraio.merge_file(base, path, output, strength=0.7, workers=workers)
-        assert output.read_bytes() == expected
-        assert merged.stripped == prefix
-        report = loraio.verify_weights(state, adapter, loraio.merge(state, adapter, 0.7), 0.7)
-        assert merged.weights == report
-        effect = loraio.merge_effect(state, loraio.merge(state, adapter, 0.7), adapter)
+        assert output.read_bytes() == (tmp_path / "expected").read_bytes()
+        assert (merged.stripped, merged.weights) == (prefix, report)
         assert merged.effect.median == pytest.approx(effect.median, rel=1e-4)
         assert merged.effect.targets == effect.targets
 
 
-def test_a_base_that_differs_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize(
+    ("name", "message"), [("Linear.weight", r"'Linear\.weight': "), ("large", "other tensors of the network differ")]
+)
+def test_a_base_that_differs_is_named_and_leaves_nothing(tmp_path: Path, name: str, message: str, shards: bool) -> None:
     state, adapter = case()
-    for name, message in [("Linear.weight", r"'Linear\.weight': "), ("large", "other tensors of the network differ")]:
-        other = {**state, name: state[name] + 1}
-        folder = tmp_path / name
-        base, path = parted(other, adapter, folder)
-        single, _ = saved(other, adapter, tmp_path / f"{name}-single")
-        for source, output in [(base, tmp_path / "merged"), (single, tmp_path / "merged.safetensors")]:
-            with pytest.raises(BaseMismatchError, match=message) as caught:
-                loraio.merge_file(source, path, output)
-            with pytest.raises(BaseMismatchError) as expected:
-                loraio.merge(other, adapter)
-            assert str(caught.value) == str(expected.value)
-            result = loraio.merge_file(source, path, output, allow_base_mismatch=True)
-            assert len(result.mismatch) == 1
-            merged = loraio.merge(other, adapter, allow_base_mismatch=True)
-            assert result.sha256 == state_sha256(merged)
-            if output.is_dir():
-                files_of(output)
-                for file in output.iterdir():
-                    file.unlink()
-                output.rmdir()
-            else:
-                output.unlink()
+    other = {**state, name: state[name] + 1}
+    base, path = (parted if shards else saved)(other, adapter, tmp_path / "base")
+    output = tmp_path / ("merged" if shards else "merged.safetensors")
+    with pytest.raises(BaseMismatchError, match=message) as caught:
+        loraio.merge_file(base, path, output)
     assert not [name for name in names_in(tmp_path) if name.startswith((".", "merged"))]
+    with pytest.raises(BaseMismatchError) as expected:
+        loraio.merge(other, adapter)
+    assert str(caught.value) == str(expected.value)
+    result = loraio.merge_file(base, path, output, allow_base_mismatch=True)
+    assert len(result.mismatch) == 1
+    assert result.sha256 == state_sha256(loraio.merge(other, adapter, allow_base_mismatch=True))
 
 
 def test_a_sum_that_overflows_and_an_adapter_that_changes_nothing_are_refused(tmp_path: Path) -> None:
@@ -110,18 +90,6 @@ def test_a_sum_that_overflows_and_an_adapter_that_changes_nothing_are_refused(tm
     with pytest.raises(ConfigError, match="no-op"):
         loraio.merge_file(base, path, tmp_path / "m.safetensors", strength=0)
     assert loraio.merge_file(base, path, tmp_path / "m.safetensors", strength=0, allow_noop=True).effect.is_noop
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_is_full_is_an_error_with_the_name_and_nothing_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    state, adapter = case()
-    base, path = saved(state, adapter, tmp_path)
-    monkeypatch.setattr(plans, "copy_bytes", refused(number))
-    with pytest.raises(OutputError, match=r"m\.safetensors' cannot be written"):
-        loraio.merge_file(base, path, tmp_path / "m.safetensors")
-    assert names_in(tmp_path) == ["adapter.safetensors", "base.safetensors"]
 
 
 def test_a_large_file_is_flushed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +115,10 @@ def test_a_large_file_is_flushed_while_it_is_written(tmp_path: Path, monkeypatch
         assert threading.active_count() == before
 
 
-def test_what_a_disk_refuses_early_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, adapter = case()
-    base, path = saved(state, adapter, tmp_path)
+def test_what_a_disk_refuses_early_is_not_forgotten(
+    tmp_path: Path, single: Single, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, base, path = single
     told, real = threading.Event(), checkpoint_writer.write_all
 
     def broken(_: int) -> None:
@@ -170,21 +139,6 @@ def test_what_a_disk_refuses_early_is_not_forgotten(tmp_path: Path, monkeypatch:
     assert names_in(tmp_path) == before
 
 
-def grown(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(b"x")
-
-
-def truncated(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def rewritten(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
 def replaced(path: Path) -> None:
     other = path.with_name("other")
     other.write_bytes(path.read_bytes())
@@ -192,23 +146,27 @@ def replaced(path: Path) -> None:
     other.replace(path)
 
 
-def gone(path: Path) -> None:
-    path.unlink()
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "grown": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "rewritten": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+    "replaced": replaced,
+    "gone": lambda path: path.unlink(),
+}
 
 
 @pytest.mark.parametrize("allow", [False, True])
-@pytest.mark.parametrize("change", [grown, truncated, rewritten, replaced, gone])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_base_that_changes_while_it_is_read_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], allow: bool
+    tmp_path: Path, single: Single, monkeypatch: pytest.MonkeyPatch, change: str, allow: bool
 ) -> None:
-    state, adapter = case()
-    base, path = saved(state, adapter, tmp_path)
+    _, _, base, path = single
     real, changes, lock = plans.copy_bytes, [], threading.Lock()
 
     def disturbed(*words: Any) -> None:
         with lock:  # one of the workers does it
             if not changes:
-                changes.append(change(base))
+                changes.append(CHANGES[change](base))
         real(*words)
 
     monkeypatch.setattr(plans, "copy_bytes", disturbed)
@@ -235,9 +193,8 @@ def test_a_copy_that_went_wrong_is_told_from_another_base(tmp_path: Path, monkey
             assert not [name for name in names_in(tmp_path) if name.startswith((".", "m"))]
 
 
-def test_a_tensor_of_another_shape_takes_the_place_of_the_base_s(tmp_path: Path) -> None:
-    state, adapter = case()
-    base, _ = saved(state, adapter, tmp_path)
+def test_a_tensor_in_memory_is_written_beside_those_of_the_base(tmp_path: Path, single: Single) -> None:
+    state, adapter, base, _ = single
     header = tensorfile.read_header(base)
     planned = {
         name: TensorPlan(
@@ -248,31 +205,14 @@ def test_a_tensor_of_another_shape_takes_the_place_of_the_base_s(tmp_path: Path)
     head = tensor((3, 5), torch.float64, 3)
     planned["half"] = TensorPlan(dtype="F64", shape=(3, 5), source=head)
     (tmp_path / "m").touch()
-    written = checkpoint_writer.write_tensors(
-        planned,
-        tmp_path / "m",
-        metadata=lambda _: {"a": "b"},
-        change=Folding(adapter=adapter, strength=1.0, exact=True),
-        inputs=Inputs(),
-        workers=2,
-        progress=Progress(),
-        where="m",
+    change = Folding(adapter=adapter, strength=1.0, exact=True)
+    writer = checkpoint_writer.CheckpointWriter(
+        inputs=Inputs(), workers=2, progress=Progress(), where="m", change=change
     )
+    written = writer.write(planned, tmp_path / "m", lambda _: {"a": "b"})
     expected = {**loraio.merge(state, adapter), "half": head}
     assert (tmp_path / "m").read_bytes() == save(expected, metadata={"a": "b"})
     assert {name: tensor.sha256 for name, tensor in written.items()} == loraio.bases.identity.digests(expected)
-
-
-def test_the_layout_is_that_of_the_safetensors_library() -> None:
-    tensors = {}
-    for number, name in enumerate(TORCH_DTYPES.values()):
-        for text in (f"b{number}", f'é"\\/{number}', f"字{number}", f"😀{number}"):
-            tensors[text] = torch.zeros(number % 3, 2, dtype=getattr(torch, name))
-    metadata = {"loraio": '{"a":"é\\n"}'}
-    facts = {name: (dtype_code(values.dtype), tuple(values.shape)) for name, values in tensors.items()}
-    start, placed = tensorfile.layout(facts, metadata, where="here")
-    data = b"".join(tensor_bytes(tensors[name]).numpy().tobytes() for name in placed)
-    assert start + data == save(tensors, metadata=metadata)
 
 
 def blas_threads() -> list[int]:
@@ -287,9 +227,8 @@ def test_products_of_numpy_take_one_thread_each_while_workers_share_the_processo
     assert (torch.get_num_threads(), blas_threads()) == before
 
 
-def test_progress_ends_at_all_of_the_bytes(tmp_path: Path) -> None:
-    state, adapter = case()
-    base, path = saved(state, adapter, tmp_path)
+def test_progress_ends_at_all_of_the_bytes(tmp_path: Path, single: Single) -> None:
+    state, _, base, path = single
     seen: list[tuple[int, int]] = []
     loraio.merge_file(base, path, tmp_path / "m.safetensors", progress=lambda *now: seen.append(now))
     size = sum(values.nbytes for values in state.values())

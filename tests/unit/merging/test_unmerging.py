@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ from loraio.files import tensorfile
 from loraio.files.copying import Inputs
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.files.tensors import dtype_code
-from loraio.merging import residue_files, residue_writer
+from loraio.merging import residue_files
+from loraio.merging.finished_shards import FinishedShards
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -124,9 +126,7 @@ def test_a_parted_base_comes_back_in_its_parts(tmp_path: Path, prefix: str) -> N
         done = loraio.unmerge_file(tmp_path / "merged", tmp_path / name, **way)
         assert done.path == tmp_path / name / f"model{INDEX_SUFFIX}"
         found, expected = files_of(tmp_path / name), files_of(base)
-        assert [str(part) for part in done.parts] == [
-            str(tmp_path / name / f) for f in expected if INDEX_SUFFIX not in f
-        ]
+        assert list(done.parts) == [tmp_path / name / file for file in expected if INDEX_SUFFIX not in file]
         assert json.loads(found.pop(done.path.name)) == json.loads(expected.pop(done.path.name)) == index
         assert found == expected
     inside = tmp_path / "a" / done.path.name  # into a folder that is there
@@ -159,10 +159,9 @@ def whole_case() -> tuple[dict[str, torch.Tensor], Adapter]:
     state, adapter = case(torch.float32)
     state |= {"head.weight": torch.randn(3, 5), "norm.num_batches_tracked": torch.tensor(3)}
     tensors = {"head.weight": torch.randn(7, 5), "norm.num_batches_tracked": torch.tensor(9)}
-    roles = {"head.weight": "head", "norm.num_batches_tracked": "norm"}
     whole = {
         name: WholeTensor(
-            role=roles[name],
+            role=name.split(".")[0],
             shape=tuple(tensor.shape),
             dtype=dtype_code(tensor.dtype),
             base_sha256=tensor_sha256(state[name]),
@@ -195,10 +194,8 @@ def test_specials_come_back_with_all_their_bits(tmp_path: Path) -> None:
     odd = [0x7FC00001, -0x400001 + 1, 0x7F800000, -0x800000, 0, -(2**31), 1, -(2**31) + 1, 0x7F7FFFFF, 0x00800000]
     bits[0, : len(odd)] = torch.tensor(odd, dtype=torch.int64).to(torch.int32)
     state["Linear.weight"][1] *= 1e-30  # all of it is lost in the sum
-    targets = dict(adapter.targets)
-    targets["Linear.weight"] = replace(
-        targets["Linear.weight"], base_sha256=tensor_sha256(state["Linear.weight"]), alpha=1e-3
-    )  # fmt: skip
+    linear = replace(adapter.targets["Linear.weight"], base_sha256=tensor_sha256(state["Linear.weight"]), alpha=1e-3)
+    targets = {**adapter.targets, "Linear.weight": linear}
     adapter = replace(adapter, targets=targets, base=replace(adapter.base, sha256=state_sha256(state)))
     merged, path = reversible(state, adapter, tmp_path)
     loraio.unmerge_file(merged, tmp_path / "again", adapter=path)
@@ -231,34 +228,25 @@ def test_an_adapter_of_another_tool_takes_its_merge_back(files: Path, tmp_path: 
     assert (tmp_path / "again").read_bytes() == (files / "base.safetensors").read_bytes()
 
 
-def test_a_residue_that_does_not_restore_is_not_kept(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def off_by_one(made: torch.Tensor) -> torch.Tensor:
+    made = made.clone()
+    made.view(-1)[-1] += 1
+    return made
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("restored", "cannot be restored from its residue; nothing was written"),
+        ("read_bytes", "reads back wrong; nothing was written"),
+    ],
+)
+def test_a_wrong_residue_is_not_kept(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, message: str
 ) -> None:
-    real = residue_writer.restored
-
-    def wrong(*words: Any, **options: Any) -> torch.Tensor:
-        made = real(*words, **options).clone()
-        made.view(-1)[-1] += 1
-        return made
-
-    monkeypatch.setattr(residue_writer, "restored", wrong)
-    with pytest.raises(VerificationError, match="cannot be restored from its residue; nothing was written"):
-        loraio.merge_file(files / "base.safetensors", files / "three.safetensors", tmp_path / "m", reversible=True)
-    assert names_in(tmp_path) == []
-
-
-def test_a_residue_that_reads_back_wrong_is_not_kept(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = residue_writer.read_bytes
-
-    def wrong(*words: Any) -> torch.Tensor:
-        raw = real(*words)
-        raw[0] ^= 1
-        return raw
-
-    monkeypatch.setattr(residue_writer, "read_bytes", wrong)
-    with pytest.raises(VerificationError, match="reads back wrong; nothing was written"):
+    real = getattr(residue_files, function)
+    monkeypatch.setattr(residue_files, function, lambda *words, **options: off_by_one(real(*words, **options)))
+    with pytest.raises(VerificationError, match=message):
         loraio.merge_file(files / "base.safetensors", files / "three.safetensors", tmp_path / "m", reversible=True)
     assert names_in(tmp_path) == []
 
@@ -279,11 +267,8 @@ def test_a_killed_merge_is_done_anew_where_it_is_to_be_reversible(
     state, adapter = case()
     base, path = parted(state, adapter, tmp_path / "base")
 
-    def stopped(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(loraio.merging.on_files.FinishedShards, "forget", stopped)
+        patch.setattr(FinishedShards, "forget", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             loraio.merge_file(base, path, tmp_path / "m")
     assert (tmp_path / ".m.merging").is_dir()
