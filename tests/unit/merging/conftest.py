@@ -1,4 +1,4 @@
-"""A chain of two reversible merges."""
+"""The state dict of the trained base, and a chain of two reversible merges."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from checkpoints import State
+from torch import nn
 
 import loraio
+
+
+@pytest.fixture
+def state(trained_base: nn.Module) -> State:
+    """A dict of the trained base's tensors, which are shared: not to be written to."""
+    return dict(trained_base.state_dict())
 
 
 @pytest.fixture

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import State
 from torch import Tensor, nn
 
 import loraio
 from loraio.bases.sketches import distance, sketch
-from loraio.errors import BaseMismatchError, ConfigError
-
-State = dict[str, Tensor]
+from loraio.errors import BaseMismatchError
 
 
 def changed(state: State, name: str, change: Callable[[Tensor], Tensor]) -> State:
@@ -45,11 +44,10 @@ def one_ulp(weight: Tensor) -> Tensor:
     ],
 )
 def test_a_difference_is_named_by_what_it_is(
-    trained_base: nn.Module, three: loraio.Adapter, change: Callable[[Tensor], Tensor], told: str
+    state: State, three: loraio.Adapter, change: Callable[[Tensor], Tensor], told: str
 ) -> None:
-    state = changed(trained_base.state_dict(), "conv2.weight", change)
     with pytest.raises(BaseMismatchError, match="1 of 3 targets differ") as caught:
-        loraio.merge(state, three)
+        loraio.merge(changed(state, "conv2.weight", change), three)
     (line,) = caught.value.problems
     assert re.fullmatch(rf"'conv2\.weight': {told}", line), line
 
@@ -68,13 +66,11 @@ def test_a_sketch_is_the_same_on_every_machine() -> None:
     assert sketch(torch.arange(12.0).reshape(3, 4)) == (22.4944, -16.0, 10.0, -18.0, 2.0, 12.0, 0.0, 8.0, -4.0)
 
 
-def test_an_adapter_without_sketches_still_says_which_weight_differs(
-    trained_base: nn.Module, three: loraio.Adapter
-) -> None:
+def test_an_adapter_without_sketches_still_says_which_weight_differs(state: State, three: loraio.Adapter) -> None:
     bare = replace(three, targets={name: replace(target, sketch=()) for name, target in three.targets.items()})
     for change, told in [(one_ulp, "other values"), (lambda w: w.half(), "a tensor of dtype F16, not F32")]:
         with pytest.raises(BaseMismatchError) as caught:
-            loraio.merge(changed(trained_base.state_dict(), "conv2.weight", change), bare)
+            loraio.merge(changed(state, "conv2.weight", change), bare)
         assert caught.value.problems == (f"'conv2.weight': {told}",)
 
 
@@ -112,10 +108,7 @@ def test_a_mismatch_that_is_allowed_is_merged_verified_and_recorded(
         assert model.conv1.weight.equal(merged["conv1.weight"])  # type: ignore[union-attr, operator]
 
 
-def test_names_and_shapes_must_fit_even_where_a_mismatch_is_allowed(
-    trained_base: nn.Module, three: loraio.Adapter
-) -> None:
-    state = trained_base.state_dict()
+def test_names_and_shapes_must_fit_even_where_a_mismatch_is_allowed(state: State, three: loraio.Adapter) -> None:
     for broken in (
         {name: tensor for name, tensor in state.items() if name != "conv1.weight"},
         changed(state, "conv1.weight", lambda weight: weight[:, :, 1:]),
@@ -125,8 +118,7 @@ def test_names_and_shapes_must_fit_even_where_a_mismatch_is_allowed(
             loraio.merge(broken, three, allow_base_mismatch=True)
 
 
-def test_the_merge_effect_says_how_much_each_weight_changes(trained_base: nn.Module, three: loraio.Adapter) -> None:
-    state = trained_base.state_dict()
+def test_the_merge_effect_says_how_much_each_weight_changes(state: State, three: loraio.Adapter) -> None:
     merged = loraio.merge(state, three)
     found = loraio.merge_effect(state, merged, three)
     changes = sorted(float((merged[name] - state[name]).norm() / state[name].norm()) for name in three.targets)
@@ -136,8 +128,8 @@ def test_the_merge_effect_says_how_much_each_weight_changes(trained_base: nn.Mod
     assert not found.is_noop
 
 
-def test_a_weight_of_zeros_changes_infinitely_or_not_at_all(trained_base: nn.Module, three: loraio.Adapter) -> None:
-    state = changed(trained_base.state_dict(), "conv1.weight", torch.zeros_like)
+def test_a_weight_of_zeros_changes_infinitely_or_not_at_all(state: State, three: loraio.Adapter) -> None:
+    state = changed(state, "conv1.weight", torch.zeros_like)
     still = loraio.merge_effect(state, state, three)
     assert (still.smallest, still.largest, still.is_noop) == (0, 0, True)
     moved = loraio.merge_effect(state, changed(state, "conv1.weight", torch.ones_like), three)
@@ -145,15 +137,8 @@ def test_a_weight_of_zeros_changes_infinitely_or_not_at_all(trained_base: nn.Mod
     assert not moved.is_noop
 
 
-def test_a_no_op_is_called_so_and_not_merged_unasked(base: nn.Module, files: Path, tmp_path: Path) -> None:
+def test_a_no_op_is_called_so(base: nn.Module, state: State) -> None:
     idle = loraio.new_adapter(base, loraio.TrainConfig())
-    state = base.state_dict()
     found = loraio.merge_effect(state, loraio.merge(state, idle), idle)
     assert found.is_noop
     assert str(found) == "changes none of 3 weights: a no-op"
-    loraio.save(idle, tmp_path / "idle.safetensors")
-    inputs = files / "base.safetensors", tmp_path / "idle.safetensors", tmp_path / "m.safetensors"
-    with pytest.raises(ConfigError, match="no-op"):
-        loraio.merge_file(*inputs)
-    assert not (tmp_path / "m.safetensors").exists()
-    assert loraio.merge_file(*inputs, allow_noop=True).effect.is_noop

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import State
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,8 +21,6 @@ import loraio
 from loraio.adapter import folding
 from loraio.errors import AdapterError, BaseMismatchError, StateError
 from loraio.files.tensors import tensor_bytes
-
-State = dict[str, Tensor]
 
 
 def copied(state: State) -> State:
@@ -36,6 +36,16 @@ def same_bits(a: State, b: State) -> bool:
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many slices of small weights."""
     monkeypatch.setattr(folding, "BLOCK", 8)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return small_base()
+
+
+@pytest.fixture
+def adapter(model: nn.Module) -> loraio.Adapter:
+    return small_adapters(model)["lora"]
 
 
 @given(states_and_adapters(), st.booleans(), st.sampled_from([1.0, 0.0, -0.7, 2]), st.sampled_from([8, 2**18]))
@@ -55,11 +65,12 @@ def test_the_bits_are_those_of_a_merge_into_new_tensors(
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("kind", ["lora", "dora", "head"])
-def test_the_model_is_the_merged_one_with_its_own_parameters(kind: str, exact: bool) -> None:
-    model = small_base()
+def test_the_model_is_the_merged_one_with_its_own_parameters(model: nn.Module, kind: str, exact: bool) -> None:
     adapter = small_adapters(model)[kind]
     if kind == "head":  # of as many outputs as the base's
-        adapter = with_head_of_the_same_size(model, adapter)
+        whole = {name: replace(each, shape=each.base_shape) for name, each in adapter.whole.items()}
+        tensors = {name: torch.full_like(model.state_dict()[name], 0.25) for name in whole}
+        adapter = replace(adapter, whole=whole, tensors=tensors)
     parameters = dict(model.named_parameters())
     expected = loraio.merge(model.state_dict(), adapter, 0.5, exact=exact)
     merged = loraio.merge(model.state_dict(), adapter, 0.5, exact=exact, in_place=True)
@@ -69,13 +80,6 @@ def test_the_model_is_the_merged_one_with_its_own_parameters(kind: str, exact: b
     with pytest.raises(BaseMismatchError):  # the second time it is no longer the base
         loraio.merge(model.state_dict(), adapter, 0.5, in_place=True)
     assert same_bits(dict(model.state_dict()), expected)
-
-
-def with_head_of_the_same_size(model: nn.Module, adapter: loraio.Adapter) -> loraio.Adapter:
-    state = model.state_dict()
-    whole = {name: replace(each, shape=each.base_shape) for name, each in adapter.whole.items()}
-    tensors = {name: torch.full_like(state[name], 0.25) for name in whole}
-    return replace(adapter, whole=whole, tensors=tensors)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -90,8 +94,7 @@ def test_memory_in_another_order_and_modes_of_torch_change_nothing() -> None:
     assert {name: tensor.stride() for name, tensor in model.state_dict().items()} == strides
 
 
-def test_an_adapter_that_is_attached_elsewhere_sees_that_its_base_changed() -> None:
-    model = small_base()
+def test_an_adapter_that_is_attached_elsewhere_sees_that_its_base_changed(model: nn.Module) -> None:
     adapters = small_adapters(model)
     with loraio.attach(model, adapters["lora"]) as live:
         before = outputs(model)
@@ -111,9 +114,8 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("after", [False, True], ids=["before the sum", "after the sum"])
 def test_an_exception_leaves_all_of_it_or_nothing(
-    kind: str, exact: bool, after: bool, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, kind: str, exact: bool, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = small_base()
     adapter = small_adapter(model, 3, "conv", "fc", rank=2, kind=kind)
     base = copied(model.state_dict())
     expected = loraio.merge(base, adapter, exact=exact)
@@ -142,9 +144,9 @@ def test_an_exception_leaves_all_of_it_or_nothing(
     assert True in seen
 
 
-def test_what_always_fails_is_raised_and_not_tried_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_base()
-    adapter = small_adapters(model)["lora"]
+def test_what_always_fails_is_raised_and_not_tried_forever(
+    model: nn.Module, adapter: loraio.Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, calls = copied(model.state_dict()), 0
     real = folding.SlicedFold._fold
 
@@ -161,55 +163,39 @@ def test_what_always_fails_is_raised_and_not_tried_forever(monkeypatch: pytest.M
     assert calls < 5
 
 
-def unwritable(model: nn.Module, how: str) -> State:
-    """A state dict of the same values, one tensor of which cannot be written over."""
+class Special(Tensor):
+    """A subclass of a tensor."""
+
+
+def part_of_another(old: Tensor) -> State:
+    twice = torch.cat([old.flatten(), old.flatten()])
+    return {"all": twice, "conv.weight": twice[: old.numel()].view(old.shape)}
+
+
+UNWRITABLE: dict[str, Callable[[Tensor], State]] = {
+    "'conv.weight' shares memory with 'twin'": lambda old: {"twin": old},
+    "'conv.weight' shares memory with 'all'": part_of_another,
+    "it was made in inference mode": lambda old: {"conv.weight": torch.inference_mode()(old.clone)()},
+    "its memory has holes": lambda old: {"conv.weight": torch.stack([old, old], dim=-1)[..., 0]},
+    "it is a Special": lambda old: {"conv.weight": old.as_subclass(Special)},
+}
+"""Tensors that cannot be written over, by the reason that is given."""
+
+
+@pytest.mark.parametrize("words", UNWRITABLE)
+def test_what_cannot_be_written_over_is_refused_by_name(model: nn.Module, adapter: loraio.Adapter, words: str) -> None:
     state = copied(model.state_dict())
-    name = "conv.weight"
-    old = state[name]
-    if how == "tied":
-        state["twin"] = old
-    elif how == "part of another":
-        state["all"] = torch.cat([old.flatten(), old.flatten()])
-        state[name] = state["all"][: old.numel()].view(old.shape)
-    elif how == "inference":
-        with torch.inference_mode():
-            state[name] = old.clone()
-    elif how == "holes":
-        state[name] = torch.stack([old, old], dim=-1)[..., 0]
-    else:
-
-        class Special(Tensor):
-            pass
-
-        state[name] = old.as_subclass(Special)
-    return state
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("tied", "'conv.weight' shares memory with 'twin'"),
-        ("part of another", "'conv.weight' shares memory with 'all'"),
-        ("inference", "'conv.weight': it was made in inference mode"),
-        ("holes", "'conv.weight': its memory has holes"),
-        ("special", "'conv.weight': it is a Special"),
-    ],
-)
-def test_what_cannot_be_written_over_is_refused_by_name(how: str, words: str) -> None:
-    model = small_base()
-    adapter = small_adapters(model)["lora"]
-    state = unwritable(model, how)
+    state |= UNWRITABLE[words](state["conv.weight"])
     before = {name: tensor.clone() for name, tensor in state.items()}
     with pytest.raises(StateError) as error:
         loraio.merge(state, adapter, in_place=True, allow_base_mismatch=True)
+    assert "'conv.weight'" in str(error.value)
     assert words in str(error.value)
     assert same_bits({name: tensor.clone() for name, tensor in state.items()}, before)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_sparse_tensor_has_no_place_in_a_base(in_place: bool) -> None:
-    model = small_base()
-    adapter = small_adapters(model)["lora"]
+def test_a_sparse_tensor_has_no_place_in_a_base(model: nn.Module, adapter: loraio.Adapter, in_place: bool) -> None:
     state = copied(model.state_dict())
     before = copied(state)
     state["fc.weight"] = state["fc.weight"].to_sparse()
@@ -219,9 +205,9 @@ def test_a_sparse_tensor_has_no_place_in_a_base(in_place: bool) -> None:
     assert state["fc.weight"].to_dense().equal(before["fc.weight"])
 
 
-def test_what_safetensors_has_read_can_be_written_over(tmp_path: Path) -> None:
-    model = small_base()
-    adapter = small_adapters(model)["lora"]
+def test_what_safetensors_has_read_can_be_written_over(
+    model: nn.Module, adapter: loraio.Adapter, tmp_path: Path
+) -> None:
     expected = loraio.merge(model.state_dict(), adapter)
     save_file(dict(model.state_dict()), tmp_path / "base.safetensors")
     state = load_file(tmp_path / "base.safetensors")
@@ -231,8 +217,7 @@ def test_what_safetensors_has_read_can_be_written_over(tmp_path: Path) -> None:
     assert all(again[name].equal(tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_head_of_another_size_and_an_overflow_are_refused_before_anything_is_written() -> None:
-    model = small_base()
+def test_a_head_of_another_size_and_an_overflow_are_refused_before_anything_is_written(model: nn.Module) -> None:
     adapters = small_adapters(model)
     state = copied(model.state_dict())
     before = copied(state)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from checkpoints import State
 
 import loraio
 from loraio.errors import OutputExistsError, VerificationError
@@ -17,7 +17,7 @@ from loraio.merging import checkpoint_writer, plans
 
 
 def test_the_file_holds_what_merge_gives_and_says_what_was_merged(
-    files: Path, trained_base: nn.Module, three: loraio.Adapter, tmp_path: Path
+    files: Path, state: State, three: loraio.Adapter, tmp_path: Path
 ) -> None:
     result = loraio.merge_file(
         files / "base.safetensors", files / "three.safetensors", tmp_path / "m.safetensors", strength=0.5
@@ -25,7 +25,7 @@ def test_the_file_holds_what_merge_gives_and_says_what_was_merged(
     assert result.path == tmp_path / "m.safetensors"
     assert result.weights.ok
     checkpoint = loraio.read_base(result.path)
-    expected = loraio.merge(trained_base.state_dict(), three, 0.5)
+    expected = loraio.merge(state, three, 0.5)
     assert checkpoint.state.keys() == expected.keys()
     assert all(checkpoint.state[name].equal(expected[name]) for name in expected)
     assert checkpoint.network == "digit-cnn"
@@ -45,30 +45,18 @@ def test_the_file_holds_what_merge_gives_and_says_what_was_merged(
 
 
 def test_a_fast_merge_writes_the_bits_of_a_fast_merge_in_memory(
-    files: Path, trained_base: nn.Module, three: loraio.Adapter, tmp_path: Path
+    files: Path, state: State, three: loraio.Adapter, tmp_path: Path
 ) -> None:
     path = tmp_path / "fast.safetensors"
     loraio.merge_file(files / "base.safetensors", files / "three.safetensors", path, exact=False)
-    found, expected = loraio.read_base(path).state, loraio.merge(trained_base.state_dict(), three, exact=False)
+    found, expected = loraio.read_base(path).state, loraio.merge(state, three, exact=False)
     assert all(found[name].equal(expected[name]) for name in expected)
 
 
-def test_a_second_adapter_for_the_merged_base_adds_a_receipt(
-    files: Path, digits: loraio.Dataset, tmp_path: Path
-) -> None:
-    merged = loraio.load_base(files / "merged.safetensors")
-    second = loraio.train(merged, loraio.TrainConfig(digit=1, rank=1, steps=3), digits)
-    loraio.save(second, tmp_path / "second.safetensors")
-    loraio.merge_file(files / "merged.safetensors", tmp_path / "second.safetensors", tmp_path / "twice.safetensors")
-    receipts = loraio.read_base(tmp_path / "twice.safetensors").document["merged"]
-    assert len(receipts) == 2
-    assert receipts[1]["base_sha256"] == loraio.read_base(files / "merged.safetensors").document["sha256"]
-
-
 def test_a_plain_pickled_state_dict_can_be_merged_without_its_network(
-    files: Path, trained_base: nn.Module, tmp_path: Path
+    files: Path, state: State, tmp_path: Path
 ) -> None:
-    torch.save(trained_base.state_dict(), tmp_path / "base.pt")
+    torch.save(state, tmp_path / "base.pt")
     result = loraio.merge_file(tmp_path / "base.pt", files / "three.safetensors", tmp_path / "m.safetensors")
     assert result.sha256 == loraio.read_base(files / "merged.safetensors").document["sha256"]
 
