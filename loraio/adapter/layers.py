@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def tensor_name(path: str, name: str) -> str:
+    """Return the state-dict name of a module's own tensor; the path of the model itself is empty."""
+    return f"{path}.{name}" if path else name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerType:
     """A layer whose weight has its output dimension first: (out, ...).

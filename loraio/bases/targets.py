@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraio.adapter.layers import AFFINE, HEAD_LAYERS, LAYER_TYPES, STATISTICS, LayerType
+from loraio.adapter.layers import AFFINE, HEAD_LAYERS, LAYER_TYPES, STATISTICS, LayerType, tensor_name
 from loraio.errors import StateError, UnknownNameError
 from loraio.registry import known, nearest
 
@@ -67,17 +67,13 @@ def target_modules(model: nn.Module) -> dict[str, TargetModule]:
         layer = by_class[cls]
         for parameter in layer.parameters if layer else ():
             if layer and _holds(module, parameter):
-                name = f"{path}.{parameter}" if path else parameter
+                name = tensor_name(path, parameter)
                 found[name] = TargetModule(name=name, path=path, module=module, parameter=parameter, layer=layer)
     return found
 
 
 def find_head(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """A layer that can be a head, and the name of its attribute that holds the number of outputs.
-
-    Args:
-        model: the network.
-        path: the layer's name in it: "fc", "classifier.6".
+    """Find a layer that can be a head by its name, and the attribute that holds the number of outputs.
 
     Raises:
         UnknownNameError: there is no such layer, or it cannot be a head: not of `HEAD_LAYERS`, or with groups.
@@ -106,15 +102,10 @@ def normalisation_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def normalisation_tensors(model: nn.Module, *, affine: bool) -> list[str]:
-    """State-dict names of the running statistics of all normalisation layers, in the model's order.
-
-    Args:
-        model: the network.
-        affine: their weights and biases too.
-    """
+    """Name the running statistics of all normalisation layers, and if ``affine`` their weights and biases."""
     kinds = (*AFFINE, *STATISTICS) if affine else STATISTICS
     return [
-        f"{path}.{name}" if path else name
+        tensor_name(path, name)
         for path, module in normalisation_modules(model).items()
         for name in kinds
         if getattr(module, name, None) is not None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from loraio.adapter.layers import tensor_name
 from loraio.files.names import shown
 from loraio.registry import known
 
@@ -128,7 +129,7 @@ def whole_lines(whole: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     heads = dict.fromkeys(name.rpartition(".")[0] for name, tensor in whole.items() if tensor["role"] == "head")
     for path in heads:
-        names = (f"{path}.{last}" if path else last for last in ("weight", "bias"))
+        names = (tensor_name(path, last) for last in ("weight", "bias"))
         tensor = next(whole[name] for name in names if name in whole)
         outputs, before = tensor["shape"][0], tensor["base_shape"][0]
         lines.append(f"head {path}: {outputs} outputs, in the base {before}; replaced whole")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraio.adapter.layers import AFFINE, HEAD_LAYERS, STATISTICS
+from loraio.adapter.layers import AFFINE, HEAD_LAYERS, STATISTICS, tensor_name
 from loraio.adapter.metadata import FLOAT_DTYPES, WHOLE_DTYPES, BaseReference, Target, WholeTensor
 from loraio.bases.targets import TargetModule, normalisation_modules
 from loraio.errors import AdapterError
@@ -104,7 +104,7 @@ class Assembly:
 
     def add_delta(self, path: str, parameter: str, key: str, delta: Tensor) -> None:
         """Note a tensor, float64, that is to be added to a module's parameter."""
-        self._deltas.append((f"{path}.{parameter}" if path else parameter, key, delta))
+        self._deltas.append((tensor_name(path, parameter), key, delta))
 
     def apply_deltas(self) -> None:
         """Replace each tensor to which something is added by the sum; strength does not scale it."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Target
+from loraio.adapter.layers import tensor_name
 from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Added, Factors, ForeignLayer, Options
@@ -173,7 +174,7 @@ class Lycoris(Kohya):
             path
             for path, module in writing.net.named_modules()
             if isinstance(module, nn.LayerNorm | nn.GroupNorm)
-            and any(_inside(path, last) in writing.adapter.whole for last in _NORM.values())
+            and any(tensor_name(path, last) in writing.adapter.whole for last in _NORM.values())
         }
 
     def write_whole(self, writing: NamedWriting) -> None:
@@ -254,7 +255,7 @@ class Lycoris(Kohya):
 
         assert writing.state is not None
         for slot, last in _NORM.items():
-            name, key = _inside(path, last), f"{writing.names[path]}.{slot}"
+            name, key = tensor_name(path, last), f"{writing.names[path]}.{slot}"
             if name in writing.adapter.whole:
                 self._write_difference(name, key, writing)
             elif last == "weight":  # LyCORIS knows the layer by this one
@@ -292,13 +293,9 @@ class Lycoris(Kohya):
         writing.lines += tensors([f"{name}.{short}" for short in factors], "changed", how)
         said = [f"{name}.{setting}" for setting in ("alpha", "kind", "rank")]
         writing.lines += settings(said, "changed", "in the whole change")
-        bias = _inside(place.path, "bias")
+        bias = tensor_name(place.path, "bias")
         if bias in adapter.whole:
             self._write_difference(bias, f"{mangled}.{_DIFF_BIAS}", writing)
-
-
-def _inside(path: str, last: str) -> str:
-    return f"{path}.{last}" if path else last
 
 
 def _change(target: Target, factors: Mapping[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Target
+from loraio.adapter.layers import tensor_name
 from loraio.bases.targets import TargetModule
 from loraio.formats.exported import origin_of
 from loraio.formats.foreign import Encoded
@@ -132,7 +133,7 @@ class Export(Writing):
         import torch
 
         ranks, alphas = self.ranks, self.alphas
-        out = f"{path}.out_proj" if path else "out_proj"
+        out = tensor_name(path, "out_proj")
         both = [name for name in (path, out) if name in ranks]
         if not both:
             return

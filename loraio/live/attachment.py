@@ -17,6 +17,7 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from loraio.adapter.adapter import Adapter
+from loraio.adapter.layers import tensor_name
 from loraio.adapter.metadata import check_strength
 from loraio.adapter.overflow import refuse_overflow
 from loraio.bases.attached import is_adapter_part
@@ -269,7 +270,7 @@ class Attachment:
     def _attach(self, before: Snapshot, rollback: Rollback) -> Snapshot:
         """Make the model ready for snapshots, and put the adapter on."""
         for path, module in normalisation_modules(self.model).items():
-            own = f"{path}.running_mean" if path else "running_mean"
+            own = tensor_name(path, "running_mean")
             learns = self._trainable and own in before.adapter.whole
             if getattr(module, "running_mean", None) is not None and not learns:
                 rollback.set_class(module, frozen_class(type(module)))

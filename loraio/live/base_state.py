@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from loraio.adapter.layers import tensor_name
 from loraio.bases.attached import AttachedPart, carries_adapter
 from loraio.errors import StateError
 from loraio.live.places import Place
@@ -97,7 +98,7 @@ def _as_before(
         for depth in range(len(parts) + 1) if left else ():  # a module's own tensors come before those inside of it
             path = ".".join(parts[:depth])
             for key in left.pop(path, ()):
-                key = f"{path}.{key}" if path else key
+                key = tensor_name(path, key)
                 if key in renamed:
                     ordered[key] = renamed[key]
         ordered.setdefault(name, tensor)

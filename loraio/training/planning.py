@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loraio.adapter import Adapter, Target, WholeTensor
 from loraio.adapter.kinds import KINDS
+from loraio.adapter.layers import tensor_name
 from loraio.bases.identity import base_reference
 from loraio.bases.networks import fresh_head
 from loraio.bases.sketches import sketch
@@ -85,7 +86,7 @@ def plan_whole(model: nn.Module, config: TrainConfig) -> dict[str, WholeTensor]:
     sizes: dict[str, int] = {}
     for path, outputs in config.heads.items():
         module, _ = find_head(model, path)
-        sizes |= {f"{path}.{name}" if path else name: outputs for name, _ in module.named_parameters(recurse=False)}
+        sizes |= {tensor_name(path, name): outputs for name, _ in module.named_parameters(recurse=False)}
     refuse_shared(model, sizes)
     whole = {name: _whole(state[name], "head", (outputs, *state[name].shape[1:])) for name, outputs in sizes.items()}
     if config.norm != "frozen":
@@ -159,7 +160,7 @@ def new_adapter(model: nn.Module, config: TrainConfig) -> Adapter:
         torch.manual_seed(config.seed)
         for path, outputs in config.heads.items():
             fresh = fresh_head(find_head(model, path)[0], outputs)
-            tensors |= {f"{path}.{name}" if path else name: values.cpu() for name, values in fresh.items()}
+            tensors |= {tensor_name(path, name): values.cpu() for name, values in fresh.items()}
     base = base_reference(state, model=model)
     return Adapter(targets=targets, factors=factors, base=base, whole=whole, tensors=tensors)
 
