@@ -210,15 +210,7 @@ def base_document(
     heads: Mapping[str, int] | None = None,
     **entries: Any,
 ) -> dict[str, Any]:
-    """Return the metadata of a base checkpoint.
-
-    Args:
-        sha256: digest of its state dict.
-        network: the network's name, or None.
-        network_args: the keyword options that it is built with, as plain JSON values.
-        heads: its layers with another number of outputs.
-        entries: further keys, as plain JSON values.
-    """
+    """Return the metadata of a base checkpoint whose state dict has this digest; ``entries`` are further keys."""
     document = {"format_version": FORMAT_VERSION, "sha256": sha256, **entries}
     if network is not None:
         document["network"] = network

@@ -24,10 +24,6 @@ def is_own_code(name: str) -> bool:
 def refuse_own_code(name: str, *, where: str) -> str:
     """Return a network's name that a file states, unless it would run code.
 
-    Args:
-        name: the name as the file states it.
-        where: the file.
-
     Raises:
         ConfigError: it is ``package.module:callable``.
     """
@@ -43,9 +39,7 @@ def refuse_own_code(name: str, *, where: str) -> str:
 def import_callable(name: str, *, unknown: Callable[[str], UnknownNameError]) -> Callable[..., nn.Module]:
     """Import ``package.module:callable``.
 
-    Args:
-        name: the network's name.
-        unknown: makes the error for a name of no module, with a reason that may be empty.
+    ``unknown`` makes the error for a name of no module, with a reason that may be empty.
 
     Raises:
         UnknownNameError: no such module or callable; the error says the nearest.

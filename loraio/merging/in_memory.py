@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from loraio.adapter.adapter import Adapter
 from loraio.adapter.metadata import check_strength
 from loraio.adapter.overflow import refuse_overflow
-from loraio.bases.merge_checks import check_merge
-from loraio.bases.receipts import Receipt
+from loraio.bases.receipts import Receipt, check_merge
 from loraio.bases.writes import is_dense
 from loraio.errors import StateError
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from loraio.adapter.adapter import Adapter
 from loraio.bases.checkpoints import BaseCheckpoint, base_document
 from loraio.bases.identity import check_base, state_sha256
-from loraio.bases.merge_checks import check_state
-from loraio.bases.receipts import Receipt, made_receipt
+from loraio.bases.receipts import Receipt, check_state, made_receipt
 from loraio.errors import ConfigError, VerificationError
 from loraio.files import tensorfile
 from loraio.files.copying import Inputs, changed

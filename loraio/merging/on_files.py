@@ -21,8 +21,7 @@ import torch
 from loraio.adapter.metadata import check_strength
 from loraio.bases.checkpoints import fitted, is_pickle, read_base, scan_base
 from loraio.bases.identity import state_sha256
-from loraio.bases.merge_checks import check_receipts
-from loraio.bases.receipts import Receipt
+from loraio.bases.receipts import Receipt, check_receipts
 from loraio.errors import LoraioError, OutputError
 from loraio.files.atomic import check_output, staged
 from loraio.files.copying import Inputs

@@ -17,8 +17,7 @@ from loraio.errors import ConfigError, LoraioError, StateError
 from loraio.live.attachment import Attachment, attach, attachment_of
 from loraio.live.reserving import Reserve
 from loraio.registry import lookup
-from loraio.serving.mixed_batches import SortedBatch, choices_of, run_sorted
-from loraio.serving.model_facts import BaseNow, ModelFacts
+from loraio.serving.mixed_batches import BaseNow, ModelFacts, SortedBatch, choices_of, run_sorted
 from loraio.serving.residents import Pick, Residents, Version
 from loraio.serving.sources import Source, list_source, normal_name
 
@@ -105,7 +104,7 @@ class Bank:
     @property
     def resident_bytes(self) -> int:
         """Bytes of factors and folded weights in memory now; at most ``max_bytes``."""
-        return self._residents.total
+        return self._residents.cache.total
 
     def refresh(self) -> None:
         """List the source again: new names appear and removed ones go; a pack's index is read again.

@@ -43,12 +43,9 @@ def run_split(
 ) -> Tensor:
     """Run a layer on each adapter's samples with that adapter's weight.
 
-    Args:
-        func: ``F.linear`` or a convolution of torch.
-        args, kwargs: of a call with the base weight; the samples of one adapter are next to each other.
-        uses: the weights that replace it.
-        sizes: how many samples each of them has.
-        reorder: let convolutions use weights in oneDNN's order, which makes their outputs channels_last.
+    ``args`` and ``kwargs`` are those of a call of ``F.linear`` or a convolution with the base weight. The samples of
+    one adapter are next to each other, ``sizes`` says how many. ``reorder`` lets convolutions use weights in oneDNN's
+    order, which makes their outputs channels_last.
     """
     x, weight, *rest = args
     settings = _settings(*rest, **kwargs) if reorder and func == torch.conv2d else None

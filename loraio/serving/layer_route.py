@@ -56,14 +56,8 @@ def run_layers(
 ) -> Any:
     """Run a batch sorted by adapter in one pass, where `find_route` has found that possible.
 
-    Args:
-        model: in eval mode, gradients off.
-        modules: the targets by name.
-        x: (n, ...), the samples of the first adapter first.
-        sizes: how many samples each adapter has; together n.
-        folded: weights of each adapter; empty for the base.
-        base: caches the base's own weights in oneDNN's order.
-        reorder: as `LayerRoute.reorder`.
+    ``folded`` holds the weights of each adapter, none for the base, and ``base`` caches the base's own weights in
+    oneDNN's order. The model is in eval mode, gradients are off.
 
     Raises:
         UnfitError: it is not possible after all; nothing was changed.
@@ -83,19 +77,11 @@ def run_layers(
 
 
 def find_route(model: nn.Module, modules: Sequence[TargetModule], x: Tensor) -> LayerRoute | None:
-    """Find out if a network can take the layer route, and how, by running the base on two and on three samples.
+    """Find out how a network can take the layer route, by runs of the base on two and three samples; None if it cannot.
 
     Each target must be used by no other function than those that the route computes. The first dimension of its inputs
     must be the samples, the others must not change with their number. Samples that both runs share must give the same
     values. Weights in oneDNN's order are used if the second run gives the same with them.
-
-    Args:
-        model: in eval mode, gradients off.
-        modules: the targets.
-        x: (n, ...), a batch; only its first three samples are used.
-
-    Returns:
-        None where only groups are right.
     """
     if len(x) < max(PROBES):
         return None

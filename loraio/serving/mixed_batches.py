@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from loraio.adapter.metadata import check_strength
-from loraio.bases.targets import TargetModule
+from loraio.bases.identity import identity_of
+from loraio.bases.targets import TargetModule, target_modules
 from loraio.errors import ShapeError, StateError
+from loraio.live.attachment import attach
+from loraio.live.base_state import base_state_dict, refuse_attached
 from loraio.serving.layer_route import LayerRoute, UnfitError, find_route, run_layers
-from loraio.serving.model_facts import BaseNow, ModelFacts
-from loraio.serving.residents import FoldedWeights, Pick, Residents
+from loraio.serving.residents import FoldedWeights, Pick, Residents, Version
 from loraio.serving.sources import normal_name
 
 CACHE_BYTES = 1 << 22
@@ -83,6 +85,57 @@ class SortedBatch:
         return _mapped(lambda found: torch.empty_like(found).index_copy_(0, self.rows, found), outputs)
 
 
+@dataclass(frozen=True, slots=True)
+class BaseNow:
+    """The base of a model now.
+
+    Attributes:
+        digest: of the state dict.
+        targets: the weights that an adapter can change, by name.
+    """
+
+    digest: str
+    targets: Mapping[str, TargetModule]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BaseNow:
+        """Look at a model.
+
+        Raises:
+            StateError: it carries an adapter or is in training mode.
+        """
+        refuse_attached(model)
+        if any(module.training for module in model.modules()):
+            raise StateError("the model is in training mode", hint="model.eval()")
+        identity, state = identity_of(model), base_state_dict(model)
+        return cls(identity.state_sha256(state, identity.digests(state)), target_modules(model))
+
+    @property
+    def version(self) -> tuple[str, tuple[torch.device, ...]]:
+        """Equal as long as folded weights hold."""
+        return self.digest, tuple(target.weight.device for target in self.targets.values())
+
+
+class ModelFacts:
+    """The routes of a model's batches, and the adapters that were found to fit it.
+
+    Nothing in it refers to the model, which that would keep alive.
+
+    Attributes:
+        routes: by the targets and the form of a batch; None where the layer route is not possible.
+    """
+
+    def __init__(self) -> None:
+        self.routes: dict[tuple[Any, ...], LayerRoute | None] = {}
+        self._fitting: dict[str, tuple[Version, str]] = {}
+
+    def check_fit(self, model: nn.Module, pick: Pick, digest: str) -> None:
+        """Refuse an adapter that does not belong to the model; once for each version of adapter and base."""
+        if self._fitting.get(pick.name) != (pick.version, digest):
+            attach(model, pick.adapter).detach()
+            self._fitting[pick.name] = (pick.version, digest)
+
+
 def run_sorted(model: nn.Module, batch: SortedBatch, *, facts: ModelFacts, base: BaseNow, residents: Residents) -> Any:
     """Run a sorted batch on the route that the network and the size of the batch ask for."""
     modules, version = base.targets, base.version
@@ -94,7 +147,7 @@ def run_sorted(model: nn.Module, batch: SortedBatch, *, facts: ModelFacts, base:
     key = (frozenset(bases), batch.x.shape[1:], batch.x.dtype, batch.x.device)
     route = None
     # the layer route holds all folded weights at once, and again in oneDNN's order
-    if len(batch.picks) > 1 and 2 * needed <= residents.limit:
+    if len(batch.picks) > 1 and 2 * needed <= residents.cache.limit:
         if key not in facts.routes:
             facts.routes[key] = find_route(model, [modules[name] for name in bases], batch.x)
         route = facts.routes[key]
@@ -126,13 +179,7 @@ def takes_layers(route: LayerRoute, samples: int, weight_bytes: int) -> bool:
 def run_groups(
     model: nn.Module, modules: Mapping[str, TargetModule], batch: SortedBatch, folded: Iterable[FoldedWeights]
 ) -> Any:
-    """Run a sorted batch one adapter after the other.
-
-    Args:
-        model: in eval mode, gradients off.
-        modules: the targets by name.
-        batch: the samples.
-        folded: weights of each adapter, asked for when its samples' turn comes.
+    """Run a sorted batch one adapter after the other; each one's weights are folded when its samples' turn comes.
 
     Raises:
         StateError: the outputs are not tensors, or tuples, lists or dicts of them, with a row for each sample.

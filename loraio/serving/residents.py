@@ -49,25 +49,11 @@ class FoldedWeights:
 
 
 class Residents:
-    """A thread-safe cache of adapters, and of folded weights by model and adapter.
-
-    Args:
-        limit: in bytes; the least recently used goes first.
-    """
+    """A thread-safe cache of adapters, and of folded weights by model and adapter, of at most ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
-        self._cache: ByteCache[tuple[Any, Any]] = ByteCache(limit)
+        self.cache: ByteCache[tuple[Any, Any]] = ByteCache(limit)
         self._lock = threading.Lock()
-
-    @property
-    def limit(self) -> int:
-        """The bound, in bytes."""
-        return self._cache.limit
-
-    @property
-    def total(self) -> int:
-        """Bytes that are cached now."""
-        return self._cache.total
 
     def adapter(self, name: str, entry: Entry) -> tuple[Version, Adapter]:
         """Return an adapter and its version; read it only if it is not cached or its file was changed."""
@@ -104,16 +90,16 @@ class Residents:
     def drop(self, owner: object) -> None:
         """Forget the weights that were folded for a model."""
         with self._lock:
-            self._cache.discard_where(lambda key: isinstance(key, tuple) and key[0] is owner)
+            self.cache.discard_where(lambda key: isinstance(key, tuple) and key[0] is owner)
 
     def _get(self, key: tuple[Any, ...], version: object) -> Any:
         with self._lock:
-            cached = self._cache.get(key)
+            cached = self.cache.get(key)
         return cached[1] if cached is not None and cached[0] == version else None
 
     def _put(self, key: tuple[Any, ...], version: object, value: object, size: int) -> None:
         with self._lock:
-            self._cache.put(key, (version, value), size)
+            self.cache.put(key, (version, value), size)
 
 
 def _key(owner: object, pick: Pick | None) -> tuple[Any, ...]:

@@ -118,9 +118,11 @@ def list_source(source: Source) -> Listing:
         MissingFileError: no such folder or file.
         FormatError: the file is no pack.
     """
-    entries: list[tuple[str, Entry]]
+    entries: list[tuple[str, Entry]] = []
     if isinstance(source, Mapping):
-        entries = [(normal_name(name), _given(adapter)) for name, adapter in source.items()]
+        for name, given in source.items():
+            entry = GivenEntry(given) if isinstance(given, Adapter) else FileEntry(Path(given), follow=True)
+            entries.append((normal_name(name), entry))
     elif source.is_dir():
         files = [entry.name for entry in listed_files(source)]
         entries = [(normal_form(file.removesuffix(SUFFIX)), FileEntry(source / file)) for file in files]
@@ -129,10 +131,6 @@ def list_source(source: Source) -> Listing:
         return Listing({name: PackEntry(index, name) for name in index.members}, {})
     clashes = name_clashes(name for name, _ in entries)
     return Listing({name: entry for name, entry in entries if name not in clashes}, clashes)
-
-
-def _given(adapter: Adapter | str | os.PathLike[str]) -> Entry:
-    return GivenEntry(adapter) if isinstance(adapter, Adapter) else FileEntry(Path(adapter), follow=True)
 
 
 def normal_name(name: Any) -> Any:
