@@ -15,7 +15,7 @@ import loraio
 from loraio.adapter import Adapter
 from loraio.errors import AdapterError, LoraioError
 from loraio.formats import loading
-from loraio.formats.foreign import Dialect, Options
+from loraio.formats.foreign import Context, Dialect, Options
 from loraio.formats.report import Report
 
 ULP = 32
@@ -64,7 +64,7 @@ def adapter_for(base: nn.Module, *targets: str, size: float = 0.3, **settings: A
 def write(dialect: Dialect, adapter: Adapter, base: nn.Module | None, path: Path, **options: Any) -> Report:
     """Write an adapter in a dialect."""
     state = base.state_dict() if base is not None else None
-    encoded = dialect.encode(adapter, network=base, state=state, options=Options(**options))
+    encoded = dialect.encode(adapter, Context(network=base, state=state, options=Options(**options)))
     loading.write(dialect, encoded, path)
     return encoded.report
 

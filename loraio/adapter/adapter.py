@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraio.adapter.metadata import FLOAT_DTYPES, WHOLE_DTYPES, BaseReference, Target, WholeTensor, check_tensors
 from loraio.errors import AdapterError, ShapeError
-from loraio.files.tensors import TORCH_DTYPES, tensor_bytes
+from loraio.files.tensors import TORCH_DTYPES, same_bytes
 from loraio.registry import lookup
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Adapter:
         return (
             all(_plain(getattr(self, part)) == _plain(getattr(other, part)) for part in parts)
             and own.keys() == others.keys()
-            and all(_same_bits(tensor, others[name]) for name, tensor in own.items())
+            and all(same_bytes(tensor, others[name]) for name, tensor in own.items())
         )
 
     __hash__ = None  # type: ignore[assignment]  # tensors have no value hash
@@ -192,7 +192,3 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))

@@ -53,6 +53,11 @@ def tensor_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors have the same dtype, shape and bytes: NaN is itself, and 0.0 is not -0.0."""
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))
+
+
 def tensor_sha256(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes, little-endian, in C order, as 64 hexadecimal digits.
 

@@ -10,7 +10,7 @@ from loraio.adapter.layers import AFFINE, HEAD_LAYERS, STATISTICS, tensor_name
 from loraio.adapter.metadata import FLOAT_DTYPES, WHOLE_DTYPES, BaseReference, Target, WholeTensor
 from loraio.bases.targets import TargetModule, normalisation_modules
 from loraio.errors import AdapterError
-from loraio.files.tensors import dtype_code, tensor_bytes, tensor_sha256
+from loraio.files.tensors import dtype_code, same_bytes, tensor_sha256
 from loraio.formats.foreign import Factors, ForeignLayer
 from loraio.formats.native import NativeMetadata
 from loraio.formats.report import Line, tensors
@@ -89,7 +89,7 @@ class Assembly:
         if value.dtype != base.dtype or dtype_code(base.dtype) not in WHOLE_DTYPES:
             self.problems.append(f"{key!r} is {value.dtype}, {name!r} of the base {base.dtype}")
             return
-        if _same_bytes(value, base):
+        if same_bytes(value, base):
             self.lines += tensors([key], "carried", "as in the base")
             return
         if name in self.targets:
@@ -159,7 +159,3 @@ class Assembly:
         if module_saved and headlike and getattr(module, "groups", 1) == 1:
             return "head"
         return "bias" if last.endswith("bias") else "layer"
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and tensor_bytes(a).equal(tensor_bytes(b))

@@ -52,7 +52,12 @@ def bind(dialect: Dialect, source: Source, base: nn.Module, options: Options) ->
     layers, lines = _fill_in_alphas(foreign, options, where)
     assembly = Assembly(base, state, lines)
     for layer in layers:
-        _add_layer(dialect, layer, places[layer.name], values, assembly, options)
+        own = {slot: values[key] for slot, key in layer.slots.items()}
+        try:
+            assembly.add_layer(layer, places[layer.name], dialect.factors(layer, own, places[layer.name], options))
+        except AdapterError as error:
+            assembly.problems.append(f"{layer.name!r}: {error.message}")
+            assembly.lines += tensors(layer.slots.values(), "lost")
     _add_tensors(foreign, values, assembly)
     _account(foreign, source, assembly, where)
     try:
@@ -130,7 +135,8 @@ def spellings(things: Iterable[T], spell: Callable[[T], Sequence[str]]) -> dict[
 
 def _fill_in_alphas(foreign: Foreign, options: Options, where: str) -> tuple[list[ForeignLayer], list[Line]]:
     """Return the layers, all with an alpha, and a line if some had none."""
-    silent = [layer for layer in foreign.layers if layer.alpha is None]
+    layers = list(foreign.layers)
+    silent = [layer for layer in layers if layer.alpha is None]
     unknown = [layer.name for layer in silent if layer.implied_alpha is None]
     if unknown and options.alpha is None:
         usual = f"; {foreign.own_alpha}" if foreign.own_alpha else ""
@@ -140,34 +146,15 @@ def _fill_in_alphas(foreign: Foreign, options: Options, where: str) -> tuple[lis
             hint="--alpha NUMBER (alpha=)",
         )
     if not silent:
-        return list(foreign.layers), []
+        return layers, []
     if options.alpha is not None:
         how = f"{options.alpha!r} as given, the file does not say it"
     else:
         how = f"r, as is meant where a file has none: {known([layer.name for layer in silent], limit=3)}"
-    filled = [
-        replace(layer, alpha=layer.implied_alpha if options.alpha is None else options.alpha)
-        if layer.alpha is None
-        else layer
-        for layer in foreign.layers
-    ]
-    return filled, settings(["alpha"], "changed", how)
-
-
-def _add_layer(
-    dialect: Dialect,
-    layer: ForeignLayer,
-    place: TargetModule,
-    values: Mapping[str, Tensor],
-    assembly: Assembly,
-    options: Options,
-) -> None:
-    own = {slot: values[key] for slot, key in layer.slots.items()}
-    try:
-        assembly.add_layer(layer, place, dialect.factors(layer, own, place, options))
-    except AdapterError as error:
-        assembly.problems.append(f"{layer.name!r}: {error.message}")
-        assembly.lines += tensors(layer.slots.values(), "lost")
+    for at, layer in enumerate(layers):
+        if layer.alpha is None:
+            layers[at] = replace(layer, alpha=layer.implied_alpha if options.alpha is None else options.alpha)
+    return layers, settings(["alpha"], "changed", how)
 
 
 def _add_tensors(foreign: Foreign, values: Mapping[str, Tensor], assembly: Assembly) -> None:
@@ -206,15 +193,7 @@ def _finish(dialect: Dialect, foreign: Foreign, source: Source, assembly: Assemb
     if kept is not None:
         assembly.belong_to(kept)
         if _is_about(kept, assembly):
-            return Adapter(
-                targets=kept.targets,
-                factors=assembly.factors,
-                base=kept.base,
-                whole=kept.whole,
-                tensors=assembly.tensors,
-                training=kept.training,
-                extra=kept.extra,
-            )
+            return kept.with_values(assembly.factors, assembly.tensors)
     return Adapter(
         targets=dict(sorted(assembly.targets.items())),
         factors=assembly.factors,

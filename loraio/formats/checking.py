@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,7 @@ def check(path: str | os.PathLike[str]) -> Checked:
     try:
         if path.name.endswith(INDEX_SUFFIX):
             return _sharded(read_sharded_header(path))
-        header = tensorfile.read_header(path)
-        return _file(header)
+        return _file(tensorfile.read_header(path))
     except MissingFileError:
         raise
     except LoraioError as error:
@@ -109,34 +108,25 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _file(header: Header) -> Checked:
     document = header.document()
-    sealed = document is not None and document.get("format_version", 1) != 1
-    problems: list[str] = []
     if document is None:
         kind = "other"
     elif "pack" in document:
-        return _pack(header, sealed=sealed)
+        return _pack(header)
     elif "targets" in document:
         kind = "adapter"
         native.read_metadata(header)
     else:
         kind = next((key for word, key in _OTHERS.items() if word in document), "base")
     found = _digests(header) if header.digests or kind == "base" else {}
-    problems += _compared(found, header.digests or {}, header)
+    problems = _compared(found, header)
     if kind == "base" and document is not None and "sha256" in document:
         rows = ((name, info.dtype, info.shape, found[name]) for name, info in header.tensors.items())
         if state_digest(rows) != document["sha256"]:
             problems.append("the weights have another digest than its metadata say")
-    return Checked(
-        path=header.path,
-        kind=kind,
-        bytes=header.file_bytes,
-        tensors=len(header.digests or {}),
-        complete=sealed,
-        problems=tuple(problems),
-    )
+    return _checked(header, kind, len(header.digests or {}), problems)
 
 
-def _pack(header: Header, *, sealed: bool) -> Checked:
+def _pack(header: Header) -> Checked:
     index = pack.read_index(header.path)
     problems: list[str] = []
     for name in index.members:
@@ -144,17 +134,10 @@ def _pack(header: Header, *, sealed: bool) -> Checked:
             data = pack.read_member(index, name)
             inner = tensorfile.parse_file(data, header.path)
             native.read_metadata(inner)
-            problems += [f"{name!r}: {line}" for line in _compared(_digests(inner), inner.digests or {}, inner)]
+            problems += [f"{name!r}: {line}" for line in _compared(_digests(inner), inner)]
         except LoraioError as error:
             problems.append(error.message if repr(name) in error.message else f"{name!r}: {error.message}")
-    return Checked(
-        path=header.path,
-        kind="pack",
-        bytes=header.file_bytes,
-        tensors=len(index.members),
-        complete=sealed,
-        problems=tuple(problems),
-    )
+    return _checked(header, "pack", len(index.members), problems)
 
 
 def _sharded(sharded: ShardedHeader) -> Checked:
@@ -164,16 +147,20 @@ def _sharded(sharded: ShardedHeader) -> Checked:
     for header in sharded.headers.values():
         found = _digests(header)
         known |= found
-        problems += _compared(found, header.digests or {}, header)
+        problems += _compared(found, header)
     rows = ((name, info.dtype, info.shape, known[name]) for name, info in sharded.tensors.items())
     if "sha256" in document and state_digest(rows) != document["sha256"]:
         problems.append("the weights have another digest than the index says")
+    return _checked(sharded, "base", sum(len(header.digests or {}) for header in sharded.headers.values()), problems)
+
+
+def _checked(header: Header | ShardedHeader, kind: str, tensors: int, problems: Sequence[str]) -> Checked:
     return Checked(
-        path=sharded.index,
-        kind="base",
-        bytes=sharded.file_bytes,
-        tensors=sum(len(header.digests or {}) for header in sharded.headers.values()),
-        complete=bool(document) and document.get("format_version", 1) != 1,
+        path=header.index if isinstance(header, ShardedHeader) else header.path,
+        kind=kind,
+        bytes=header.file_bytes,
+        tensors=tensors,
+        complete=(header.document() or {}).get("format_version", 1) != 1,
         problems=tuple(problems),
     )
 
@@ -199,7 +186,8 @@ def _digests(header: Header) -> dict[str, str]:
     return digests
 
 
-def _compared(found: Mapping[str, str], said: Mapping[str, str], header: Header) -> list[str]:
+def _compared(found: Mapping[str, str], header: Header) -> list[str]:
+    said = header.digests or {}
     damaged = [name for name, digest in said.items() if found[name] != digest]
     if not damaged:
         return []

@@ -20,7 +20,7 @@ from loraio.files.pickles import PICKLE_SUFFIXES
 from loraio.files.sharded import checkpoint_files
 from loraio.formats import dialects, loading
 from loraio.formats.dialects import DIALECTS
-from loraio.formats.foreign import Options
+from loraio.formats.foreign import Context, Options
 from loraio.formats.report import Report
 from loraio.formats.sources import adapter_files
 from loraio.registry import lookup
@@ -130,7 +130,7 @@ def convert(
     encoded = None
     if dialect is not None:
         shown = network if network is not None else network_for_adapter(adapter, model=model, model_args=model_args)
-        encoded = dialect.encode(adapter, network=shown, state=state, options=options)
+        encoded = dialect.encode(adapter, Context(network=shown, state=state, options=options))
     made = Conversion(
         source=found.dialect.name if found.dialect is not None else "native",
         reason=found.reason,

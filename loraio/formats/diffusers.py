@@ -17,7 +17,7 @@ from loraio.bases.targets import TargetModule
 from loraio.errors import FormatError
 from loraio.files.strictjson import parse_json
 from loraio.formats.exported import origin_of
-from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
+from loraio.formats.foreign import Context, Encoded, Factors, Foreign, ForeignLayer, Options, Values
 from loraio.formats.peft import PEFT
 from loraio.formats.peft_config import PeftConfig
 from loraio.formats.peft_export import PREFIX
@@ -29,7 +29,7 @@ from loraio.formats.writing import Writing
 from loraio.registry import known, lookup
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    pass
 
 COMPONENTS = (
     "unet",
@@ -110,19 +110,11 @@ class Diffusers:
             return "diffusers' files have no slots for this layer type"
         return PEFT.refusal(layer, kind, grouped=grouped)
 
-    def factors(
-        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
-    ) -> Factors:
+    def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         return PEFT.factors(layer, values, place, options)
 
-    def encode(
-        self,
-        adapter: Adapter,
-        *,
-        network: nn.Module | None,
-        state: Mapping[str, Tensor] | None,
-        options: Options,
-    ) -> Encoded:
+    def encode(self, adapter: Adapter, context: Context) -> Encoded:
+        network, options = context.network, context.options
         if options.prefix is not None:
             lookup(dict.fromkeys(COMPONENTS), options.prefix, what="part of a pipeline")
         writing = Writing(tool=self.name, adapter=adapter)
@@ -137,7 +129,7 @@ class Diffusers:
         config: dict[str, Any] = {}
         for component, (inside, part) in parts.items():
             own = network.get_submodule(inside) if network is not None and inside else network
-            made = PEFT.encode(part, network=own, state=None, options=options)
+            made = PEFT.encode(part, Context(network=own, options=options))
             writing.tensors |= {f"{component}.{key.removeprefix(PREFIX)}": value for key, value in made.tensors.items()}
             config |= {f"{component}.{key}": value for key, value in (made.config or {}).items()}
             writing.lines += [

@@ -19,6 +19,9 @@ from loraio.formats.sources import Source
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Values = Mapping[str, "Tensor"]
+"""The tensors of one layer by slot."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -43,6 +46,21 @@ class Options:
     as_full_delta: bool = False
     prefix: str | None = None
     allow_base_mismatch: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Everything but the adapter that a dialect may need to write it.
+
+    Attributes:
+        network: the base's network; None if it is not known.
+        state: the base's own tensors; None if they are not known.
+        options: given by the user.
+    """
+
+    network: nn.Module | None = None
+    state: Mapping[str, Tensor] | None = None
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,9 +212,7 @@ class Dialect(Protocol):
         """Return the reason why the dialect cannot hold this kind on this layer type; None if it can."""
         ...
 
-    def factors(
-        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
-    ) -> Factors:
+    def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         """Turn a layer's tensors, by slot, into factors of the weight; the layer has an alpha by now.
 
         Raises:
@@ -204,14 +220,7 @@ class Dialect(Protocol):
         """
         ...
 
-    def encode(
-        self,
-        adapter: Adapter,
-        *,
-        network: nn.Module | None,
-        state: Mapping[str, Tensor] | None,
-        options: Options,
-    ) -> Encoded:
+    def encode(self, adapter: Adapter, context: Context) -> Encoded:
         """Lay the adapter out as the tool does.
 
         Args:

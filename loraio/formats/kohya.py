@@ -21,7 +21,7 @@ from loraio.files import tensorfile
 from loraio.files.tensorfile import METADATA_KEY
 from loraio.files.tensors import dtype_code, tensor_bytes
 from loraio.formats.exported import ORIGIN, origin_of
-from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
+from loraio.formats.foreign import Context, Encoded, Factors, Foreign, ForeignLayer, Options, Values
 from loraio.formats.pitfalls import is_pipeline, misuse, passed_over
 from loraio.formats.products import alpha_at, relative_error, with_core
 from loraio.formats.reading import Reading
@@ -142,9 +142,7 @@ class Kohya:
             return f"{self.tool} makes dense factors for a grouped convolution, which fit no grouped kernel"
         return None
 
-    def factors(
-        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
-    ) -> Factors:
+    def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         down, up = values[DOWN], values[UP]
         notes = []
         if MID in values:
@@ -162,18 +160,9 @@ class Kohya:
         """Return the fault of the tool's own forward pass on a layer; None if there is none."""
         return misuse(module, dilation=self.ignores_dilation) or passed_over(module)
 
-    def encode(
-        self,
-        adapter: Adapter,
-        *,
-        network: nn.Module | None,
-        state: Mapping[str, Tensor] | None,
-        options: Options,
-    ) -> Encoded:
+    def encode(self, adapter: Adapter, context: Context) -> Encoded:
         needs = f"{self.tool} goes by the names of all modules and the padding of convolutions"
-        writing = NamedWriting(
-            tool=self.tool, adapter=adapter, network=network, state=state, options=options, needs=needs
-        )
+        writing = NamedWriting(tool=self.tool, adapter=adapter, context=context, needs=needs)
         places = writing.places
         aimed = {places[name].path for name in adapter.targets if name in places}
         self._name(aimed | self.paths_of_whole(writing), writing)
@@ -260,7 +249,7 @@ class Kohya:
 
     def _name(self, aimed: set[str], writing: NamedWriting) -> None:
         """Choose the mangled name of each module; that of an adapted one must be its alone."""
-        given = writing.options.prefix
+        given = writing.context.options.prefix
         if given is not None:
             lookup(dict.fromkeys(PREFIXES), given, what="prefix")
         before = origin_of(writing.adapter, self.name).get("prefixes")

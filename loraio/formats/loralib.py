@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Target
 from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
-from loraio.formats.foreign import Factors, ForeignLayer, Options
+from loraio.formats.foreign import Factors, ForeignLayer, Options, Values
 from loraio.formats.reading import Reading
 from loraio.formats.statedicts import (
     Export,
@@ -70,9 +69,7 @@ class Loralib(StateDictDialect):
             return "loralib has no LoRA for this layer type"
         return None if kind == "lora" else f"loralib has no {kind}"
 
-    def factors(
-        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
-    ) -> Factors:
+    def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         A, B = values["lora_A"], values["lora_B"]
         assert layer.alpha is not None
         if place.layer.name == "Conv2d":

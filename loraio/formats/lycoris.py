@@ -15,7 +15,7 @@ from loraio.adapter import Target
 from loraio.adapter.layers import tensor_name
 from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
-from loraio.formats.foreign import Added, Factors, ForeignLayer, Options
+from loraio.formats.foreign import Added, Factors, ForeignLayer, Options, Values
 from loraio.formats.kohya import ALPHA, DOWN, MID, PREFIXES, UP, Kohya, NamedWriting, check_kernel, has_only
 from loraio.formats.lycoris_products import (
     DIFF,
@@ -127,9 +127,7 @@ class Lycoris(Kohya):
         # since release 4 grouped convolutions have modules too
         return None if layer in self.layers else "LyCORIS has no LoCon for this layer type"
 
-    def factors(
-        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
-    ) -> Factors:
+    def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         if layer.product or DIFF in values:
             made = self._from_product(layer, values, place, options)
         else:
@@ -150,7 +148,7 @@ class Lycoris(Kohya):
 
     def write_layer(self, mangled: str, name: str, target: Target, place: TargetModule, writing: NamedWriting) -> None:
         """Add a pair with its lengths, or the whole change on request."""
-        if writing.options.as_full_delta:
+        if writing.context.options.as_full_delta:
             self._write_diff(mangled, name, target, place, writing)
             return
         super().write_layer(mangled, name, target, place, writing)
@@ -158,8 +156,8 @@ class Lycoris(Kohya):
         if "magnitude" not in factors:
             return
         note = ""
-        if writing.state is not None:
-            note = _short_rows(writing.state[name], factors["lora_A"], factors["lora_B"], target.scale)
+        if writing.context.state is not None:
+            note = _short_rows(writing.context.state[name], factors["lora_A"], factors["lora_B"], target.scale)
         ones = (1,) * (len(target.shape) - 1)
         writing.tensors[f"{mangled}.{_DORA}"] = factors["magnitude"].reshape(-1, *ones)
         writing.lines += tensors([f"{name}.magnitude"], "changed" if note else "carried", note)
@@ -168,7 +166,7 @@ class Lycoris(Kohya):
         """Return the normalisation layers that LyCORIS adapts too and that are replaced."""
         from torch import nn
 
-        if writing.state is None:
+        if writing.context.state is None:
             return set()
         return {
             path
@@ -182,7 +180,8 @@ class Lycoris(Kohya):
         for path in sorted(self.paths_of_whole(writing)):
             self._write_norm(path, writing)
         names = sorted(set(writing.adapter.whole) - writing.held)
-        hint = "" if writing.options.as_full_delta else "; of adapted layers it holds biases with --as-full-delta"
+        whole_changes = writing.context.options.as_full_delta
+        hint = "" if whole_changes else "; of adapted layers it holds biases with --as-full-delta"
         writing.lines += tensors(names, "lost", f"LyCORIS replaces no tensor of the base{hint}")
 
     def metadata(self, writing: NamedWriting) -> dict[str, str]:
@@ -253,13 +252,13 @@ class Lycoris(Kohya):
     def _write_norm(self, path: str, writing: NamedWriting) -> None:
         import torch
 
-        assert writing.state is not None
+        assert writing.context.state is not None
         for slot, last in _NORM.items():
             name, key = tensor_name(path, last), f"{writing.names[path]}.{slot}"
             if name in writing.adapter.whole:
                 self._write_difference(name, key, writing)
             elif last == "weight":  # LyCORIS knows the layer by this one
-                writing.tensors[key] = torch.zeros_like(writing.state[name], dtype=torch.float32)
+                writing.tensors[key] = torch.zeros_like(writing.context.state[name], dtype=torch.float32)
 
     def _write_difference(self, name: str, key: str, writing: NamedWriting) -> None:
         """Add the difference of a replaced tensor from the base's, in float32, in which LyCORIS computes."""
@@ -267,8 +266,8 @@ class Lycoris(Kohya):
 
         from loraio.adapter.rounding import round_once
 
-        assert writing.state is not None
-        base, new = writing.state[name], writing.adapter.tensors[name]
+        assert writing.context.state is not None
+        base, new = writing.context.state[name], writing.adapter.tensors[name]
         if base.shape != new.shape or not base.is_floating_point():
             return
         difference = (new.double() - base.double()).to(torch.float32)
@@ -280,7 +279,7 @@ class Lycoris(Kohya):
 
     def _write_diff(self, mangled: str, name: str, target: Target, place: TargetModule, writing: NamedWriting) -> None:
 
-        state, adapter = writing.state, writing.adapter
+        state, adapter = writing.context.state, writing.adapter
         if state is None:
             writing.problems.append(f"{name!r}: its whole change is that of a base: --base")
             return

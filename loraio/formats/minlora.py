@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from loraio.adapter import Target
 from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
-from loraio.formats.foreign import Factors, ForeignLayer, Options
+from loraio.formats.foreign import Factors, ForeignLayer, Options, Values
 from loraio.formats.reading import Reading
 from loraio.formats.statedicts import (
     Export,
@@ -83,9 +83,7 @@ class MinLora(StateDictDialect):
             return "minLoRA's pair would be of the weight as it lies, (in, out ...), which is no pair of (out, in ...)"
         return None if kind == "lora" else f"minLoRA has no {kind}"
 
-    def factors(
-        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
-    ) -> Factors:
+    def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         import torch
 
         assert layer.alpha is not None

@@ -8,8 +8,8 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from loraio.adapter.adapter import Adapter
 from loraio.adapter.metadata import FLOAT_DTYPES, BaseReference, Target, WholeTensor, check_tensors
@@ -18,17 +18,15 @@ from loraio.files import tensorfile
 from loraio.files.strictjson import canonical_json
 from loraio.files.tensorfile import METADATA_KEY, Header
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FORMAT_VERSION = 2
 """Version of files that are written. Version 1, without digests and without common keys, is read too."""
 
 _Types = dict[str, type | tuple[type, ...]]
 
-_DOCUMENT_KEYS: _Types = {
-    "format_version": int,
-    "targets": dict,
-    "base": dict,
-    "training": dict,
-}
+_DOCUMENT_KEYS: _Types = {"format_version": int, "targets": dict, "base": dict, "training": dict}
 _BASE_KEYS: _Types = {"network": (str, type(None)), "sha256": str}
 _TARGET_KEYS: _Types = {
     "kind": str,
@@ -44,11 +42,7 @@ _TARGET_KEYS: _Types = {
 _TARGET_OPTIONS: _Types = {"sketch": (list, str)}
 _COMMON = ("kind", "rank", "alpha", "scale_rule", "dtype", "layer", "groups")
 """Keys that most targets may share."""
-_BASE_OPTIONS: _Types = {
-    "network_args": dict,
-    "heads": dict,
-    "sha256_without_statistics": str,
-}
+_BASE_OPTIONS: _Types = {"network_args": dict, "heads": dict, "sha256_without_statistics": str}
 _WHOLE_KEYS: _Types = {"role": str, "shape": list, "dtype": str, "base_sha256": str}
 _WHOLE_OPTIONS: _Types = {"base_shape": list}
 _DOCUMENT_OPTIONS: _Types = {"common": dict, "whole": dict}
@@ -64,6 +58,11 @@ class NativeMetadata:
     whole: dict[str, WholeTensor]
     training: dict[str, Any]
     extra: dict[str, Any]
+
+    def with_values(self, factors: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Adapter:
+        """Return the adapter with this metadata, these factors and these whole tensors."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Adapter(**own, factors=factors, tensors=tensors)
 
 
 class Native:
@@ -81,15 +80,8 @@ class Native:
         tensors = tensorfile.read_tensors(header)
         names = [f"{name}.{short}" for name, target in metadata.targets.items() for short in target.factor_shapes]
         try:
-            return Adapter(
-                targets=metadata.targets,
-                factors={name: tensors[name] for name in names},
-                base=metadata.base,
-                whole=metadata.whole,
-                tensors={name: tensors[name] for name in metadata.whole},
-                training=metadata.training,
-                extra=metadata.extra,
-            )
+            factors = {name: tensors[name] for name in names}
+            return metadata.with_values(factors, {name: tensors[name] for name in metadata.whole})
         except LoraioError as error:
             raise error.at(f"{str(header.path)!r}") from error
 

@@ -7,13 +7,13 @@ name in its keys, and no configuration.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter
 from loraio.bases.targets import TargetModule
-from loraio.formats.foreign import Encoded, Factors, Foreign, ForeignLayer, Options
+from loraio.formats.foreign import Context, Encoded, Factors, Foreign, ForeignLayer, Options, Values
 from loraio.formats.peft_config import PeftConfig
 from loraio.formats.peft_export import PARAMETERS, PREFIX, Export, why_not
 from loraio.formats.pitfalls import misuse, passed_over
@@ -22,7 +22,7 @@ from loraio.formats.sources import Source
 from loraio.registry import known
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    pass
 
 _SLOTS = (
     (re.compile(r"(?P<path>.+)\.lora_(?P<slot>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"), ""),
@@ -82,9 +82,7 @@ class Peft:
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
         return why_not(layer, kind, grouped=grouped)
 
-    def factors(
-        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
-    ) -> Factors:
+    def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         factors = {"lora_A": values["A"].flatten(1), "lora_B": values["B"].flatten(1)}
         if "magnitude" in values:
             factors["magnitude"] = values["magnitude"].flatten()
@@ -98,15 +96,8 @@ class Peft:
             note = f"as PEFT merges it; attached, PEFT {wrong}"
         return Factors(values=factors, bias=bias, note=note)
 
-    def encode(
-        self,
-        adapter: Adapter,
-        *,
-        network: nn.Module | None,
-        state: Mapping[str, Tensor] | None,
-        options: Options,
-    ) -> Encoded:
-        return Export(adapter=adapter, network=network, state=state).encoded()
+    def encode(self, adapter: Adapter, context: Context) -> Encoded:
+        return Export(adapter=adapter, context=context).encoded()
 
 
 def _sort_keys(reading: Reading) -> set[str]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loraio.adapter import Target
 from loraio.adapter.layers import tensor_name
@@ -18,13 +18,9 @@ from loraio.formats.pitfalls import misuse
 from loraio.formats.report import settings, tensors
 from loraio.formats.writing import Writing
 
-if TYPE_CHECKING:
-    pass
-
 PREFIX = "base_model.model."
 
 _LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention")
-
 
 PARAMETERS = ("weight", "in_proj_weight")
 """Names of the weights that PEFT adapts in their modules."""
@@ -200,10 +196,10 @@ class Export(Writing):
             self.carry_whole(name, PREFIX + name)
         elif name in self.adapter.targets:
             self.problems.append(f"{name!r} is adapted, and PEFT would save its module {path!r} whole")
-        elif self.state is None or name not in self.state:
+        elif self.context.state is None or name not in self.context.state:
             self.problems.append(f"{name!r} of the base is needed, since PEFT saves the module {path!r} whole: --base")
         else:
-            self.tensors.setdefault(PREFIX + name, self.state[name])
+            self.tensors.setdefault(PREFIX + name, self.context.state[name])
 
     def _config(self, bias: str, saved: list[str]) -> dict[str, Any]:
         ranks, alphas = self.ranks, self.alphas

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from loraio.adapter import Adapter, Target
 from loraio.bases.targets import TargetModule
-from loraio.formats.foreign import Encoded, Factors, Foreign, Options
+from loraio.formats.foreign import Context, Encoded, Factors, Foreign
 from loraio.formats.products import alpha_for
 from loraio.formats.reading import Reading
 from loraio.formats.report import Report, settings, tensors
@@ -22,7 +22,7 @@ from loraio.formats.writing import Writing
 from loraio.registry import known
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 class StateDictDialect:
@@ -88,15 +88,8 @@ class StateDictDialect:
     def check(self, export: Export) -> None:
         """Note problems of the adapter as a whole; most tools have none."""
 
-    def encode(
-        self,
-        adapter: Adapter,
-        *,
-        network: nn.Module | None,
-        state: Mapping[str, Tensor] | None,
-        options: Options,
-    ) -> Encoded:
-        export = Export(tool=self.tool, adapter=adapter, network=network)
+    def encode(self, adapter: Adapter, context: Context) -> Encoded:
+        export = Export(tool=self.tool, adapter=adapter, context=context)
         for name, target in adapter.targets.items():
             reason = self.refusal(target.layer, target.kind, grouped=target.groups > 1)
             if reason is None:

@@ -8,19 +8,18 @@ is for the base with the names that it uses.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loraio.adapter import Target
 from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
-from loraio.formats.foreign import Factors, ForeignLayer, Options
+from loraio.formats.foreign import Factors, ForeignLayer, Options, Values
 from loraio.formats.reading import Reading
 from loraio.formats.report import settings
 from loraio.formats.statedicts import Export, StateDictDialect, joined, module_and_parameter
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 _MAGNITUDE = "magnitude"
 
@@ -80,9 +79,7 @@ class Torchtune(StateDictDialect):
             return "torchtune has no LoRA for this layer type"
         return None if kind in ("lora", "dora") else f"torchtune has no {kind}"
 
-    def factors(
-        self, layer: ForeignLayer, values: Mapping[str, Tensor], place: TargetModule, options: Options
-    ) -> Factors:
+    def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         factors = {"lora_A": values["lora_a.weight"], "lora_B": values["lora_b.weight"]}
         if layer.kind == "dora":
             if getattr(place.module, "bias", None) is not None:
@@ -92,7 +89,8 @@ class Torchtune(StateDictDialect):
 
     def write_layer(self, name: str, target: Target, export: Export) -> None:
         path, _ = module_and_parameter(name)
-        modules = dict(export.network.named_modules()) if export.network is not None else {}
+        network = export.context.network
+        modules = dict(network.named_modules()) if network is not None else {}
         factors = export.adapter.factors_of(name)
         slots = {"lora_a.weight": factors["lora_A"], "lora_b.weight": factors["lora_B"]}
         if target.kind == "dora":

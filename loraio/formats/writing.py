@@ -11,7 +11,7 @@ from loraio.adapter import Adapter, Target
 from loraio.bases.targets import TargetModule, target_modules
 from loraio.errors import AdapterError
 from loraio.formats.exported import carried_lines, exported_document
-from loraio.formats.foreign import Encoded, Options
+from loraio.formats.foreign import Context, Encoded
 from loraio.formats.report import Line, Report, tensors
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ class Writing:
     Attributes:
         tool: the name of the tool in messages.
         adapter: to be written.
-        network: the base's network, if it is known.
-        state: the base's own tensors, if they are known.
-        options: given by the user.
+        context: the base, as far as it is known, and the user's options.
         tensors: by their names in the file.
         lines: of the report.
         problems: reasons why the tool cannot hold the adapter.
@@ -36,9 +34,7 @@ class Writing:
 
     tool: str
     adapter: Adapter
-    network: nn.Module | None = None
-    state: Mapping[str, Tensor] | None = None
-    options: Options = field(default_factory=Options)
+    context: Context = field(default_factory=Context)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -51,9 +47,9 @@ class Writing:
         Raises:
             AdapterError: it is not known.
         """
-        if self.network is None:
+        if self.context.network is None:
             raise AdapterError(f"{self.needs}, which only the network says", hint="--base BASE, or --model NAME")
-        return self.network
+        return self.context.network
 
     @cached_property
     def places(self) -> dict[str, TargetModule]:

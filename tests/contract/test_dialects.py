@@ -17,7 +17,7 @@ from loraio.adapter.layers import LAYER_TYPES
 from loraio.errors import AdapterError, ConfigError
 from loraio.formats import dialects, loading
 from loraio.formats.dialects import DIALECTS
-from loraio.formats.foreign import Dialect, Options
+from loraio.formats.foreign import Context, Dialect, Options
 from loraio.formats.report import FATES
 
 LAYERS: dict[str, nn.Module] = {
@@ -69,7 +69,7 @@ def refused(dialect: Dialect, layer: str, kind: str) -> str | None:
 def written(dialect: Dialect, adapter: Adapter, model: nn.Module, path: Path) -> Path:
     """The file or folder of that name; what ``torch.save`` makes is only read under a name of its own."""
     path = path.with_suffix(".pt") if dialect.container == "pickle" else path
-    encoded = dialect.encode(adapter, network=model, state=model.state_dict(), options=OPTIONS)
+    encoded = dialect.encode(adapter, Context(network=model, state=model.state_dict(), options=OPTIONS))
     loading.write(dialect, encoded, path)
     return path
 
@@ -127,7 +127,7 @@ def test_two_conversions_of_one_adapter_have_the_same_bytes(
 def test_the_report_names_every_factor_and_has_known_fates(dialect: Dialect) -> None:
     model = network("Linear")
     adapter = adapter_for(model, "lora")
-    report = dialect.encode(adapter, network=model, state=model.state_dict(), options=OPTIONS).report
+    report = dialect.encode(adapter, Context(network=model, state=model.state_dict(), options=OPTIONS)).report
     assert {line.name for line in report.lines if line.what == "tensor"} == set(adapter.factors)
     assert {line.fate for line in report.lines} <= set(FATES)
 

@@ -20,7 +20,7 @@ import loraio
 from loraio.errors import AdapterError, BaseMismatchError
 from loraio.formats import dialects
 from loraio.formats.exported import ORIGIN
-from loraio.formats.foreign import Options
+from loraio.formats.foreign import Context
 from loraio.formats.torchtune import Torchtune
 
 X = peers.random((4, 5))
@@ -129,11 +129,11 @@ def test_dora_of_layers_without_a_bias_gives_the_outputs_of_both(base: nn.Module
     adapter = loraio.load(written(tmp_path / "bare", pairs(net), **CONFIG), base=bare)
     assert {target.kind for target in adapter.targets.values()} == {"dora"}
     assert_attached_is(bare, adapter, net, X)
-    encoded = Torchtune().encode(adapter, network=bare, state=None, options=Options())
+    encoded = Torchtune().encode(adapter, Context(network=bare))
     assert encoded.tensors.keys() == pairs(net).keys()
     assert all(encoded.tensors[name].equal(tensor) for name, tensor in pairs(net).items())
     with pytest.raises(AdapterError, match="where the network is known"):
-        Torchtune().encode(adapter, network=None, state=None, options=Options())
+        Torchtune().encode(adapter, Context())
 
 
 @pytest.mark.parametrize(
@@ -161,5 +161,5 @@ def test_a_file_that_does_not_fit_is_refused(
 def test_adapters_of_several_ranks_are_not_written(base: nn.Module) -> None:
     config = loraio.TrainConfig(digit=0, targets=("all",), rank=2, rank_pattern={"0": 1}, alpha_pattern={"3": 7})
     with pytest.raises(AdapterError, match=r"one rank for all layers, the adapter has \[1, 2\]") as caught:
-        Torchtune().encode(loraio.new_adapter(base, config), network=None, state=None, options=Options())
+        Torchtune().encode(loraio.new_adapter(base, config), Context())
     assert "one alpha for all layers" in str(caught.value)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import loraio
 from loraio.errors import AdapterError, BaseMismatchError
 from loraio.formats import dialects
-from loraio.formats.foreign import Options
+from loraio.formats.foreign import Context, Options
 from loraio.formats.lycoris import Lycoris
 from loraio.formats.products import nearest_pair, whole
 
@@ -235,7 +235,7 @@ def test_alpha_0_is_written_as_a_whole_change(write: Write, base: nn.Module, tmp
     write_lycoris(adapter, base, tmp_path / "out", as_full_delta=True)
     assert load_file(tmp_path / "out")["lycoris_fc.diff"].equal(torch.zeros(6, 4))
     with pytest.raises(AdapterError, match="its whole change is that of a base"):
-        LYCORIS.encode(adapter, network=base, state=None, options=Options(as_full_delta=True))
+        LYCORIS.encode(adapter, Context(network=base, options=Options(as_full_delta=True)))
 
 
 def test_a_replaced_tensor_without_a_place_is_lost(tmp_path: Path) -> None:
@@ -251,9 +251,9 @@ def test_a_base_with_a_module_named_as_a_part_of_a_pipeline_is_none(tmp_path: Pa
     model = nn.ModuleDict({"transformer": nn.ModuleDict({"fc": nn.Linear(2, 2)}), "head": nn.Linear(2, 2)})
     adapter = loraio.new_adapter(model, loraio.TrainConfig(digit=0, targets=("transformer.fc",), rank=1))
     for dialect, key in (("lycoris", "lycoris_transformer_fc.alpha"), ("kohya", "lora_unet_transformer_fc.alpha")):
-        made = dialects.DIALECTS[dialect].encode(adapter, network=model, state=None, options=Options())
+        made = dialects.DIALECTS[dialect].encode(adapter, Context(network=model))
         assert key in made.tensors
-    made = dialects.DIALECTS["diffusers"].encode(adapter, network=model, state=None, options=Options())
+    made = dialects.DIALECTS["diffusers"].encode(adapter, Context(network=model))
     assert "unet.transformer.fc.lora_A.weight" in made.tensors
 
 

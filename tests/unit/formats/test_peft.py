@@ -21,7 +21,7 @@ from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError, LoraioError, OutputError, StateError
 from loraio.formats import loading
 from loraio.formats.exported import ORIGIN
-from loraio.formats.foreign import Encoded, Options
+from loraio.formats.foreign import Context, Encoded
 from loraio.formats.peft import PEFT
 
 PREFIX = "base_model.model."
@@ -79,7 +79,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def encode(adapter: Adapter, base: nn.Module, *, state: bool = True) -> Encoded:
-    return PEFT.encode(adapter, network=base, state=base.state_dict() if state else None, options=Options())
+    return PEFT.encode(adapter, Context(network=base, state=base.state_dict() if state else None))
 
 
 def config_of(adapter: Adapter, base: nn.Module) -> Mapping[str, Any]:
@@ -308,7 +308,7 @@ def test_an_adapter_that_peft_would_use_wrongly_is_not_written(target: str, says
 )
 def test_peft_needs_the_network_of_the_adapter(network: nn.Module | None, says: str, base: nn.Module) -> None:
     with pytest.raises(AdapterError, match=says):
-        PEFT.encode(on(base, "fc"), network=network, state=None, options=Options())
+        PEFT.encode(on(base, "fc"), Context(network=network))
 
 
 def test_ranks_and_alphas_are_the_commonest_and_the_exceptions_are_anchored(base: nn.Module) -> None:

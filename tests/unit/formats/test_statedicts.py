@@ -17,7 +17,7 @@ from loraio.adapter import Adapter
 from loraio.errors import AdapterError, BaseMismatchError
 from loraio.formats import dialects
 from loraio.formats.dialects import DIALECTS
-from loraio.formats.foreign import Encoded, Options
+from loraio.formats.foreign import Context, Encoded
 from loraio.formats.statedicts import alpha_for, at_other_rank, joined, lone_biases, module_and_parameter
 
 
@@ -44,7 +44,7 @@ on = partial(adapter_for, alpha=2)
 
 
 def encode(dialect: str, adapter: Adapter) -> Encoded:
-    return DIALECTS[dialect].encode(adapter, network=None, state=None, options=Options())
+    return DIALECTS[dialect].encode(adapter, Context())
 
 
 def read(dialect: str, tensors: dict[str, Tensor], base: nn.Module, path: Path, **options: object) -> Adapter:
