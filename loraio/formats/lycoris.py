@@ -17,18 +17,20 @@ from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Added, Factors, ForeignLayer, Options, Values
 from loraio.formats.kohya import ALPHA, DOWN, MID, PREFIXES, UP, Kohya, NamedWriting, check_kernel, has_only
-from loraio.formats.lycoris_products import (
+from loraio.formats.products import (
     DIFF,
     HADA,
     HADA_CORES,
     KERNELS,
     KRON,
+    alpha_at,
     hadamard_rank,
     kronecker_ranks,
     matrix_shape,
+    nearest_pair,
     product_of,
+    relative_error,
 )
-from loraio.formats.products import alpha_at, nearest_pair, relative_error
 from loraio.formats.reading import Reading
 from loraio.formats.report import settings, tensors
 from loraio.formats.sources import Source
