@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,16 @@ ULP = 32
 """Other tools multiply, scale and add in float32, ours is rounded once: at most so many eps of the largest number."""
 
 EPS = torch.finfo(torch.float32).eps
+
+
+def base_of(make: Callable[[], nn.Module]) -> Any:
+    """Return the fixture of a base with weights that are always the same."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return make().eval()
+
+    return pytest.fixture(base)
 
 
 def close(found: Tensor, expected: Tensor, *, ulp: int = ULP) -> bool:

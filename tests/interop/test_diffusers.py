@@ -18,7 +18,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from peers import adapter_for, move_, read, refused
+from peers import adapter_for, base_of, move_, read, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,10 +66,7 @@ class Net(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         return self.attn(self.one(self.conv(x).flatten(2)).mean(2))  # type: ignore[no-any-return]
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+base = base_of(Net)
 
 
 def loaded(base: nn.Module, folder: Path | dict[str, Tensor], **options: Any) -> Any:

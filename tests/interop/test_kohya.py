@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from lycoris.kohya import create_network, create_network_from_weights
-from peers import adapter_for, assert_attached_is, close, move_, read, refused
+from peers import adapter_for, assert_attached_is, base_of, close, move_, read, refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -48,10 +48,7 @@ class Net(nn.Module):
         return self.fc(self.down[0]["proj_in"](x).mean((2, 3)))  # type: ignore[index,no-any-return]
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+base = base_of(Net)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ import lycoris
 import peers
 import pytest
 import torch
-from peers import adapter_for, assert_attached_is, read, refused
+from peers import adapter_for, assert_attached_is, base_of, read, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -51,10 +51,7 @@ class Net(nn.Module):
         return self.head(self.mid["fc"](x.mean(1)).relu()) + plane[:, None] + cube[:, None]
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+base = base_of(Net)
 
 
 def trained(base: nn.Module, file: Path, **settings: Any) -> nn.Module:

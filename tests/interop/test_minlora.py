@@ -12,7 +12,7 @@ from pathlib import Path
 import peers
 import pytest
 import torch
-from peers import adapter_for, assert_attached_is, in_sixteenths_, refused
+from peers import adapter_for, assert_attached_is, base_of, in_sixteenths_, refused
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -78,10 +78,7 @@ class Pair(nn.Module):
         return weight + product.view(weight.shape) * self.scale
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+base = base_of(Net)
 
 
 def adapted(base: nn.Module, *ranks: int, dyadic: bool = False, unlike: bool = False) -> nn.Module:

@@ -14,7 +14,7 @@ import peers
 import peft
 import pytest
 import torch
-from peers import adapter_for, move_, read, refused
+from peers import adapter_for, base_of, move_, read, refused
 from torch import Tensor, nn
 
 import loraio
@@ -52,10 +52,7 @@ class Net(nn.Module):
 TOKENS = torch.randint(0, 11, (4, 8), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+base = base_of(Net)
 
 
 def trained(base: nn.Module, folder: Path, **settings: Any) -> nn.Module:

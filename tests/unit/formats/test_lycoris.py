@@ -10,7 +10,7 @@ from pathlib import Path
 import peers
 import pytest
 import torch
-from peers import read, refused
+from peers import base_of, read, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,10 +41,7 @@ class Net(nn.Module):
         self.at = nn.MultiheadAttention(4, 2)
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+base = base_of(Net)
 
 
 @pytest.fixture

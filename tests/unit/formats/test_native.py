@@ -30,7 +30,7 @@ from loraio.errors import (
 )
 from loraio.files import integrity, tensorfile
 from loraio.files.tensorfile import read_header
-from loraio.formats.dialects import DIALECTS, NATIVE, identify
+from loraio.formats.dialects import NATIVE, identify
 from loraio.formats.native import read_metadata, to_document
 
 SHA = "0123456789abcdef" * 4
@@ -90,31 +90,6 @@ def test_alpha_stays_the_same_number_of_the_same_type(path: Path, alpha: float) 
     read = round_trip(adapter(targets={"conv.weight": conv(alpha=alpha)}), path).targets["conv.weight"].alpha
     assert read == alpha
     assert type(read) is type(alpha)
-
-
-def test_unknown_keys_are_kept_at_all_three_levels(path: Path) -> None:
-    one = adapter(
-        targets={"conv.weight": conv(extra={"later": [1, {"a": None}]})},
-        base=BaseReference(sha256=SHA, extra={"url": "https://example.org"}),
-        extra={"licence": "MIT", "tags": []},
-    )
-    read = round_trip(one, path)
-    assert read == one
-    assert (read.targets["conv.weight"].extra, read.base.extra, read.extra) == (
-        {"later": [1, {"a": None}]},
-        {"url": "https://example.org"},
-        {"licence": "MIT", "tags": []},
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_factors_keep_their_dtype_and_bits(path: Path, dtype: torch.dtype) -> None:
-    factors = {name: factor.to(dtype) for name, factor in adapter().factors.items()}
-    factors["conv.weight.lora_A"][0, 0] = -0.0
-    read = round_trip(adapter(factors=factors), path).factors
-    for name, factor in factors.items():
-        assert read[name].dtype == dtype
-        assert read[name].view(torch.uint8).equal(factor.view(torch.uint8))
 
 
 def test_factors_that_are_views_of_one_tensor_are_kept(path: Path) -> None:
@@ -257,47 +232,38 @@ def refused(path: Path, error: type[LoraioError], match: str) -> LoraioError:
     return caught.value
 
 
+GONE = object()
+
+
 def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
-    """Return a function that sets the last of ``keys`` at the place to which the others lead."""
+    """Return a function that sets a value at the place to which the keys lead; GONE removes it."""
 
     def change(document: dict[str, Any]) -> None:
         *way, last, value = keys
         for key in way:
             document = document[key]
         document[last] = value
+        if value is GONE:
+            del document[last]
 
     return change
-
-
-def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
-    def change(document: dict[str, Any]) -> None:
-        *way, last = keys
-        for key in way:
-            document = document[key]
-        del document[last]
-
-    return change
-
-
-def test_the_helper_makes_a_file_that_is_read(path: Path) -> None:
-    change_document(path, lambda document: None)
-    assert loraio.load(path) == adapter()
 
 
 TARGET = to_document(adapter())["targets"]["conv.weight"]
+OWN = ("targets", "conv.weight")
 
 MISSING = [
     (("format_version",), "format version None"),
     *(((key,), f"the metadata has no '{key}'") for key in ("base", "training")),
     (("targets",), "not an adapter"),
     *((("base", key), f"'base' has no '{key}'") for key in ("network", "sha256")),
-    *((("targets", "conv.weight", key), f"target 'conv.weight' has no '{key}'") for key in TARGET),
+    *(((*OWN, key), f"target 'conv.weight' has no '{key}'") for key in TARGET),
 ]
 
 
 @pytest.mark.parametrize(("way", "match"), MISSING, ids=lambda part: str(part))
 def test_a_document_without_a_key_is_refused(path: Path, way: tuple[str, ...], match: str) -> None:
-    change_document(path, drop(*way))
+    change_document(path, put(*way, GONE))
     refused(path, FormatError, match)
 
 
@@ -315,16 +281,16 @@ WRONG_TYPES = [
     (("training",), [None, [], "a", 1]),
     (("base", "sha256"), [None, 1]),
     (("base", "network"), [1, True, ["x"]]),
-    (("targets", "conv.weight"), [None, [], "a"]),
-    (("targets", "conv.weight", "kind"), [None, 1, ["lora"]]),
-    (("targets", "conv.weight", "rank"), [None, "2", 2.0, True, [2]]),
-    (("targets", "conv.weight", "alpha"), [None, "3", True, [3]]),
-    (("targets", "conv.weight", "scale_rule"), [None, 1]),
-    (("targets", "conv.weight", "shape"), [None, "4", 4, {}]),
-    (("targets", "conv.weight", "dtype"), [None, 32]),
-    (("targets", "conv.weight", "layer"), [None, 2]),
-    (("targets", "conv.weight", "groups"), [None, "1", 1.0, True]),
-    (("targets", "conv.weight", "base_sha256"), [None, 0]),
+    (OWN, [None, [], "a"]),
+    ((*OWN, "kind"), [None, 1, ["lora"]]),
+    ((*OWN, "rank"), [None, "2", 2.0, True, [2]]),
+    ((*OWN, "alpha"), [None, "3", True, [3]]),
+    ((*OWN, "scale_rule"), [None, 1]),
+    ((*OWN, "shape"), [None, "4", 4, {}]),
+    ((*OWN, "dtype"), [None, 32]),
+    ((*OWN, "layer"), [None, 2]),
+    ((*OWN, "groups"), [None, "1", 1.0, True]),
+    ((*OWN, "base_sha256"), [None, 0]),
 ]
 
 
@@ -339,41 +305,31 @@ def test_a_value_of_a_wrong_type_is_refused(path: Path, way: tuple[str, ...], va
 @pytest.mark.parametrize(
     ("way", "value", "error", "match"),
     [
-        (("rank",), 0, AdapterError, "rank is 0"),
-        (("rank",), 10**30, AdapterError, "rank is 1000"),
-        (("rank",), 3, ShapeError, r"'conv.weight.lora_A' has the shape \(2, 6\), rank and weight need \(3, 6\)"),
-        (("alpha",), 10**400, AdapterError, "alpha is 1000"),
-        (("groups",), 3, AdapterError, "do not divide"),
-        (("shape",), [4, 3, 2, 2], ShapeError, r"need \(2, 12\)"),
-        (("shape",), [4, 6], AdapterError, "has 4 dimensions"),
-        (("shape",), [4, 3, 2.0, 1], AdapterError, "shape is"),
-        (("shape",), [4, [3], 2, 1], AdapterError, "shape is"),
-        (("shape",), [4, 10**4000, 10**4000, 1], AdapterError, "shape is"),
-        (("dtype",), "I8", AdapterError, "dtype is 'I8'"),
-        (("base_sha256",), "x", AdapterError, "64 hexadecimal digits"),
-        (("kind",), "loha", UnknownNameError, "no adapter kind 'loha'"),
-        (("layer",), "Conv4d", UnknownNameError, "no layer type 'Conv4d'"),
-        (("scale_rule",), "alpha", UnknownNameError, "no scale rule 'alpha'"),
+        ((*OWN, "rank"), 0, AdapterError, "rank is 0"),
+        ((*OWN, "rank"), 10**30, AdapterError, "rank is 1000"),
+        ((*OWN, "rank"), 3, ShapeError, r"'conv.weight.lora_A' has the shape \(2, 6\), rank and weight need \(3, 6\)"),
+        ((*OWN, "alpha"), 10**400, AdapterError, "alpha is 1000"),
+        ((*OWN, "groups"), 3, AdapterError, "do not divide"),
+        ((*OWN, "shape"), [4, 3, 2, 2], ShapeError, r"need \(2, 12\)"),
+        ((*OWN, "shape"), [4, 6], AdapterError, "has 4 dimensions"),
+        ((*OWN, "shape"), [4, 3, 2.0, 1], AdapterError, "shape is"),
+        ((*OWN, "shape"), [4, [3], 2, 1], AdapterError, "shape is"),
+        ((*OWN, "shape"), [4, 10**4000, 10**4000, 1], AdapterError, "shape is"),
+        ((*OWN, "dtype"), "I8", AdapterError, "dtype is 'I8'"),
+        ((*OWN, "base_sha256"), "x", AdapterError, "64 hexadecimal digits"),
+        ((*OWN, "kind"), "loha", UnknownNameError, "no adapter kind 'loha'"),
+        ((*OWN, "layer"), "Conv4d", UnknownNameError, "no layer type 'Conv4d'"),
+        ((*OWN, "scale_rule"), "alpha", UnknownNameError, "no scale rule 'alpha'"),
+        (("base", "sha256"), "x", AdapterError, "the base's sha256 is 'x'"),
+        (("targets",), {}, AdapterError, "at least one target"),
+        (("targets", "other.weight"), TARGET, AdapterError, "'other.weight.lora_A' is missing"),
     ],
 )
-def test_a_target_that_makes_no_sense_is_refused(
+def test_a_value_that_makes_no_sense_is_refused(
     path: Path, way: tuple[str, ...], value: Any, error: type[LoraioError], match: str
 ) -> None:
-    change_document(path, put("targets", "conv.weight", *way, value))
-    refused(path, error, match)
-
-
-@pytest.mark.parametrize(
-    ("way", "value", "match"),
-    [
-        (("base", "sha256"), "x", "the base's sha256 is 'x'"),
-        (("targets",), {}, "at least one target"),
-        (("targets", "other.weight"), TARGET, "'other.weight.lora_A' is missing"),
-    ],
-)
-def test_a_document_that_makes_no_sense_is_refused(path: Path, way: tuple[str, ...], value: Any, match: str) -> None:
     change_document(path, put(*way, value))
-    refused(path, AdapterError, match)
+    refused(path, error, match)
 
 
 def test_a_key_that_occurs_twice_in_the_document_is_refused(path: Path) -> None:
@@ -421,13 +377,6 @@ def test_a_missing_file_and_a_folder_are_refused(path: Path, tmp_path: Path) -> 
     refused(tmp_path, MissingFileError, "there is no adapter in the folder")
 
 
-@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
-def test_a_truncated_adapter_is_refused(path: Path, keep: int) -> None:
-    loraio.save(adapter(), path)
-    path.write_bytes(path.read_bytes()[:keep])
-    refused(path, FormatError, "too few|truncated|not a safetensors file|bytes follow the last tensor")
-
-
 def test_metadata_is_read_from_the_header_alone(path: Path) -> None:
     one = adapter(extra={"note": "hi"})
     loraio.save(one, path)
@@ -446,4 +395,3 @@ def test_the_dialect_is_found_by_content_and_not_by_name(tmp_path: Path) -> None
     loraio.save(adapter(), tmp_path / "adapter.bin")
     assert identify(tmp_path / "adapter.bin").dialect is None
     assert NATIVE.name == "native"
-    assert all(dialect.name == name for name, dialect in DIALECTS.items())

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import torch
 from sealing import resealed
 
 import loraio
@@ -282,14 +281,6 @@ def test_names_that_are_one_are_refused(packed: Path) -> None:
         read_index(packed)
 
 
-def test_a_pack_that_was_cut_short_is_refused_at_every_length(packed: Path) -> None:
-    data = packed.read_bytes()
-    for length in [*range(0, 1000, 7), len(data) // 2, len(data) - 1]:
-        packed.write_bytes(data[:length])
-        with pytest.raises(FormatError):
-            read_index(packed)
-
-
 def test_an_adapter_or_base_is_no_pack_and_a_pack_is_no_adapter(packed: Path, files: Path) -> None:
     with pytest.raises(FormatError, match="not a pack of adapters but an adapter"):
         read_index(files / "three.safetensors")
@@ -307,13 +298,3 @@ def test_a_pack_that_was_written_anew_is_not_read_by_the_old_index(packed: Path,
     packed.unlink()
     with pytest.raises(MissingFileError, match="cannot be read"):
         read_member(index, "three")
-
-
-def test_a_file_in_memory_is_read_as_the_file_on_disk(files: Path) -> None:
-    data = (files / "three.safetensors").read_bytes()
-    header = tensorfile.parse_file(data, "memory")
-    on_disk = tensorfile.read_tensors(tensorfile.read_header(files / "three.safetensors"))
-    for name, tensor in tensorfile.read_tensors(header).items():
-        assert torch.equal(tensor, on_disk[name])
-    with pytest.raises(FormatError, match="in 'memory'"):
-        tensorfile.parse_file(data[:-1], "memory")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peers import read, refused
+from peers import base_of, read, refused
 from peers import write as write_as
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,10 +47,7 @@ class Net(nn.Module):
         self.apart = nn.MultiheadAttention(4, 2, kdim=3)
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+base = base_of(Net)
 
 
 def pair(path: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import adapter_for
+from peers import adapter_for, base_of
 from torch import Tensor, nn
 
 import loraio
@@ -34,10 +34,7 @@ class Net(nn.Module):
         self.head = nn.Linear(6, 3)
 
 
-@pytest.fixture
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+base = base_of(Net)
 
 
 on = partial(adapter_for, alpha=2)
