@@ -68,7 +68,7 @@ class Diffusers:
 
     name = "diffusers"
     container = "safetensors"
-    takes = ("prefix",)
+    takes: tuple[str, ...] = ("prefix",)
 
     def recognise(self, source: Source) -> str | None:
         for key in source.tensors:

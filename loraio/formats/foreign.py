@@ -181,36 +181,26 @@ class Encoded:
 class Dialect(Protocol):
     """One tool's layout of adapter files. A dialect never opens a file: that is done before and after it."""
 
-    @property
-    def name(self) -> str:
-        """The name that ``--to`` takes."""
-        ...
+    name: str
+    """The name that ``--to`` takes."""
 
-    @property
-    def container(self) -> str:
-        """The output: "folder" (safetensors and a configuration), "safetensors" or "pickle"."""
-        ...
+    container: str
+    """The output: "folder" (safetensors and a configuration), "safetensors" or "pickle"."""
 
-    @property
-    def takes(self) -> tuple[str, ...]:
-        """The names of those `Options` that only some dialects take when they write."""
-        ...
+    takes: tuple[str, ...]
+    """The names of those `Options` that only some dialects take when they write."""
 
     def recognise(self, source: Source) -> str | None:
         """Return the reason why the file is of this dialect, by its content, never its name; None if it is not."""
-        ...
 
     def read(self, source: Source) -> Foreign:
         """Return the contents of the file, without the values of its tensors and without torch."""
-        ...
 
     def spell(self, place: TargetModule) -> Sequence[str]:
         """Return the names that the dialect may give to this weight's module; none if it cannot name the weight."""
-        ...
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
         """Return the reason why the dialect cannot hold this kind on this layer type; None if it can."""
-        ...
 
     def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         """Turn a layer's tensors, by slot, into factors of the weight; the layer has an alpha by now.
@@ -218,7 +208,6 @@ class Dialect(Protocol):
         Raises:
             AdapterError: they cannot be turned; the errors of all layers are listed.
         """
-        ...
 
     def encode(self, adapter: Adapter, context: Context) -> Encoded:
         """Lay the adapter out as the tool does.
@@ -232,4 +221,3 @@ class Dialect(Protocol):
         Raises:
             AdapterError: the tool cannot hold the adapter, or would use it wrongly; all reasons are listed.
         """
-        ...

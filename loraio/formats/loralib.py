@@ -16,13 +16,7 @@ from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Factors, ForeignLayer, Options, Values
 from loraio.formats.reading import Reading
-from loraio.formats.statedicts import (
-    Export,
-    StateDictDialect,
-    at_other_rank,
-    joined,
-    module_and_parameter,
-)
+from loraio.formats.statedicts import Export, StateDictDialect, at_other_rank, joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +73,7 @@ class Loralib(StateDictDialect):
         return Factors(values={"lora_A": A, "lora_B": B})
 
     def write_layer(self, name: str, target: Target, export: Export) -> None:
-        path, _ = module_and_parameter(name)
+        path = name.rpartition(".")[0]
         factors = export.adapter.factors_of(name)
         A, B, note = factors["lora_A"], factors["lora_B"], ""
         if target.layer == "Conv2d":

@@ -64,7 +64,7 @@ class Lycoris(Kohya):
     """LyCORIS: its generic wrapper, and its module for sd-scripts."""
 
     name = "lycoris"
-    takes = ("prefix", "as_full_delta")
+    takes: tuple[str, ...] = ("prefix", "as_full_delta")
     tool = "LyCORIS"
     prefix = "lycoris"
     network_module = "lycoris.kohya"

@@ -16,13 +16,7 @@ from loraio.bases.targets import TargetModule
 from loraio.errors import AdapterError
 from loraio.formats.foreign import Factors, ForeignLayer, Options, Values
 from loraio.formats.reading import Reading
-from loraio.formats.statedicts import (
-    Export,
-    StateDictDialect,
-    at_other_rank,
-    joined,
-    module_and_parameter,
-)
+from loraio.formats.statedicts import Export, StateDictDialect, at_other_rank, joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +95,7 @@ class MinLora(StateDictDialect):
         return at_other_rank(down, torch.cat(ups, 1), alpha=layer.alpha, rank=common, note=note)
 
     def write_layer(self, name: str, target: Target, export: Export) -> None:
-        path, parameter = module_and_parameter(name)
+        path, _, parameter = name.rpartition(".")
         factors = export.adapter.factors_of(name)
         A, B = factors["lora_A"], factors["lora_B"]
         if target.layer == "Embedding":

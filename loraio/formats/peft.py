@@ -46,7 +46,7 @@ class Peft:
 
     name = "peft"
     container = "folder"
-    takes = ()
+    takes: tuple[str, ...] = ()
 
     def recognise(self, source: Source) -> str | None:
         method = (source.config or {}).get("peft_type")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 FATES = ("carried", "changed", "lost")
@@ -53,7 +53,7 @@ class Report:
 
     def to_json(self) -> list[dict[str, str]]:
         """Return a list of objects with ``what``, ``name``, ``fate`` and ``how``."""
-        return [{"what": line.what, "name": line.name, "fate": line.fate, "how": line.how} for line in self.lines]
+        return [asdict(line) for line in self.lines]
 
 
 def tensors(names: Iterable[str], fate: str, how: str = "") -> list[Line]:

@@ -42,7 +42,7 @@ class StateDictDialect:
     keys: re.Pattern[str]
     telling: re.Pattern[str]
     container = "pickle"
-    takes = ()
+    takes: tuple[str, ...] = ()
 
     def recognise(self, source: Source) -> str | None:
         return next((f"the key {key!r}" for key in source.tensors if self.telling.fullmatch(key)), None)
@@ -158,12 +158,6 @@ class Export(Writing):
         if len(values) == 1:
             return f"{values.pop()!r}"
         return known((f"{alpha!r} of {name!r}" for name, alpha in self.alphas.items()), limit=len(self.alphas))
-
-
-def module_and_parameter(name: str) -> tuple[str, str]:
-    """Split a weight's name: "fc.weight" gives "fc" and "weight", "weight" gives "" and "weight"."""
-    path, _, parameter = name.rpartition(".")
-    return path, parameter
 
 
 def joined(path: str, *rest: str) -> str:

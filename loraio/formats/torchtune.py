@@ -16,7 +16,7 @@ from loraio.errors import AdapterError
 from loraio.formats.foreign import Factors, ForeignLayer, Options, Values
 from loraio.formats.reading import Reading
 from loraio.formats.report import settings
-from loraio.formats.statedicts import Export, StateDictDialect, joined, module_and_parameter
+from loraio.formats.statedicts import Export, StateDictDialect, joined
 
 if TYPE_CHECKING:
     pass
@@ -88,7 +88,7 @@ class Torchtune(StateDictDialect):
         return Factors(values=factors)
 
     def write_layer(self, name: str, target: Target, export: Export) -> None:
-        path, _ = module_and_parameter(name)
+        path = name.rpartition(".")[0]
         network = export.context.network
         modules = dict(network.named_modules()) if network is not None else {}
         factors = export.adapter.factors_of(name)

@@ -28,15 +28,10 @@ from loraio.formats.diffusers import Diffusers
 from loraio.formats.exported import ORIGIN
 
 DIFFUSERS = Diffusers()
-
 write = partial(peers.write, DIFFUSERS)
-
 assert_attached_is = partial(peers.assert_attached_is, ulp=16)
-
 X = peers.random((2, 3, 5, 4))
-
 NAME = "pytorch_lora_weights.safetensors"
-
 Save = Callable[..., Path]
 
 

@@ -28,9 +28,7 @@ from loraio.formats.exported import ORIGIN
 from loraio.formats.kohya import Kohya, hashes
 
 KOHYA = Kohya()
-
 write = partial(peers.write, KOHYA)
-
 X = peers.random((2, 3, 9, 8))
 
 

@@ -21,9 +21,7 @@ from loraio.errors import BaseMismatchError
 from loraio.formats.loralib import Loralib
 
 LORALIB = Loralib()
-
 ALPHA = 3
-
 FLAGS = (True, False, True)
 
 CONVOLUTIONS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
@@ -97,7 +95,6 @@ def trained(
 
 
 TOKENS = torch.randint(0, 11, (5, 8), generator=torch.Generator().manual_seed(1))
-
 adapter_for = partial(peers.adapter_for, alpha=ALPHA)
 
 

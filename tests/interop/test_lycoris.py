@@ -22,9 +22,7 @@ from loraio.adapter import Adapter
 from loraio.formats.lycoris import Lycoris
 
 LYCORIS = Lycoris()
-
 write = partial(peers.write, LYCORIS)
-
 X = peers.random((4, 6, 8))
 
 

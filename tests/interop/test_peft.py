@@ -22,7 +22,6 @@ from loraio.adapter import Adapter
 from loraio.formats.peft import PEFT
 
 assert_attached_is = partial(peers.assert_attached_is, ulp=16)
-
 LAYERS = ["c1", "c2", "c3", "fc", "emb"]
 
 

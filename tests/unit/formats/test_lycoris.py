@@ -22,9 +22,7 @@ from loraio.formats.lycoris import Lycoris
 from loraio.formats.products import nearest_pair, whole
 
 LYCORIS = Lycoris()
-
 write_lycoris = partial(peers.write, LYCORIS)
-
 Write = Callable[..., Path]
 
 
@@ -58,9 +56,7 @@ def write(tmp_path: Path) -> Write:
 
 
 PAIR = {"lora_down__weight": (2, 4), "lora_up__weight": (6, 2)}
-
 HADA = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 4), "hada_w2_a": (6, 2), "hada_w2_b": (2, 4), "alpha": ()}
-
 CORES = {"hada_w1_a": (2, 6), "hada_w1_b": (2, 4), "hada_w2_a": (2, 6), "hada_w2_b": (2, 4), "hada_t1": (2, 2, 3, 2)}
 
 

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,10 +217,18 @@ def test_an_extra_key_that_is_a_known_one_is_not_saved(path: Path, changes: dict
 # Reading what others wrote
 
 
-def change_document(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Write a file with a changed document and the right factors."""
-    document = copy.deepcopy(to_document(adapter()))
-    change(document)
+GONE = object()
+
+
+def change_document(path: Path, *way: Any) -> None:
+    """Write a file with the last of ``way`` at the keys before it in the document; GONE removes a key."""
+    document = changed = copy.deepcopy(to_document(adapter()))
+    *keys, last, value = way
+    for key in keys:
+        changed = changed[key]
+    changed[last] = value
+    if value is GONE:
+        del changed[last]
     tensorfile.write(adapter().factors, path, document=document)
 
 
@@ -230,23 +237,6 @@ def refused(path: Path, error: type[LoraioError], match: str) -> LoraioError:
         loraio.load(path)
     assert repr(str(path)) in str(caught.value)
     return caught.value
-
-
-GONE = object()
-
-
-def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
-    """Return a function that sets a value at the place to which the keys lead; GONE removes it."""
-
-    def change(document: dict[str, Any]) -> None:
-        *way, last, value = keys
-        for key in way:
-            document = document[key]
-        document[last] = value
-        if value is GONE:
-            del document[last]
-
-    return change
 
 
 TARGET = to_document(adapter())["targets"]["conv.weight"]
@@ -263,13 +253,13 @@ MISSING = [
 
 @pytest.mark.parametrize(("way", "match"), MISSING, ids=lambda part: str(part))
 def test_a_document_without_a_key_is_refused(path: Path, way: tuple[str, ...], match: str) -> None:
-    change_document(path, put(*way, GONE))
+    change_document(path, *way, GONE)
     refused(path, FormatError, match)
 
 
 @pytest.mark.parametrize("version", [3, 0, -1, 10**30, "1", 1.5, 2.0, True, None, [1]])
 def test_another_format_version_is_refused_and_a_newer_one_asks_for_a_newer_loraio(path: Path, version: Any) -> None:
-    change_document(path, put("format_version", version))
+    change_document(path, "format_version", version)
     error = refused(path, FormatError, re.escape(f"format version {version!r}, this loraio reads versions up to 2"))
     assert (error.hint == "a newer loraio") == (version in (3, 10**30))
 
@@ -298,7 +288,7 @@ WRONG_TYPES = [
     ("way", "value"), [(way, value) for way, values in WRONG_TYPES for value in values], ids=lambda part: str(part)
 )
 def test_a_value_of_a_wrong_type_is_refused(path: Path, way: tuple[str, ...], value: Any) -> None:
-    change_document(path, put(*way, value))
+    change_document(path, *way, value)
     refused(path, FormatError, "wrong type|is not a JSON object|format version (True|1.0), this loraio")
 
 
@@ -328,7 +318,7 @@ def test_a_value_of_a_wrong_type_is_refused(path: Path, way: tuple[str, ...], va
 def test_a_value_that_makes_no_sense_is_refused(
     path: Path, way: tuple[str, ...], value: Any, error: type[LoraioError], match: str
 ) -> None:
-    change_document(path, put(*way, value))
+    change_document(path, *way, value)
     refused(path, error, match)
 
 

@@ -25,7 +25,6 @@ from loraio.formats.foreign import Context, Encoded
 from loraio.formats.peft import PEFT
 
 PREFIX = "base_model.model."
-
 Write = Callable[..., Path]
 
 
