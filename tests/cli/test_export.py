@@ -46,6 +46,7 @@ converts = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @converts
 def test_another_process_with_another_hash_seed_exports_the_same_bytes(files: Path, tmp_path: Path) -> None:
     merged, paths = files / "merged.safetensors", [tmp_path / f"m{suffix}" for suffix in sorted(export.RUNTIMES)]

@@ -19,6 +19,7 @@ def merged(files: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_merge_goes_there_and_back_in_processes_of_their_own(files: Path, tmp_path: Path) -> None:
     base, three, path = files / "base.safetensors", files / "three.safetensors", tmp_path / "m.safetensors"
     done = python("-m", "loraio", "merge", base, three, "-o", path, "--reversible")

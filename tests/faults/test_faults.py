@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from sampling import sample
 from torch import nn
 
 import loraio
@@ -286,13 +287,17 @@ def export_case(request: pytest.FixtureRequest, base: Path) -> Case:
     return Case(write, output="out.pt2")
 
 
-NAMES = (
-    *("save", "save_base", "merge", "merge, sharded", "merge, reversible", "unmerge", "unmerge, sharded", "pack"),
-    *("unpack", "side file", "export"),
-    *(f"convert to {dialect}" for dialect in ("native", *DIALECTS)),
-)
+NAMES = ("save", "save_base", "merge", "merge, sharded", "merge, reversible", "unmerge", "unmerge, sharded", "pack")
+NAMES += ("unpack", "side file", "export")
+CONVERSIONS = [f"convert to {dialect}" for dialect in ("native", *DIALECTS)]
+SAMPLED = {*NAMES, *sample(CONVERSIONS, 2, key="faults")}
+"""Conversions are written by two functions; all of them with ``--all``."""
 
-every_case = pytest.mark.parametrize("case", NAMES, indirect=True)
+every_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=() if name in SAMPLED else pytest.mark.slow) for name in (*NAMES, *CONVERSIONS)],
+    indirect=True,
+)
 over_what = pytest.mark.parametrize("over", ["nothing", "an older one"])
 
 

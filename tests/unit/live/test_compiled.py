@@ -100,6 +100,7 @@ def test_what_is_not_reserved_compiles_anew_as_the_counter_tells(
     assert counter.frame_count > 1
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_swaps_of_a_model_compiled_for_little_overhead(
     base: nn.Module, many: list[loraio.Adapter], images: Tensor
