@@ -23,20 +23,14 @@ from loraio.files.copying import BLOCK, Inputs, Progress, read_into, write_all
 from loraio.files.integrity import PENDING
 from loraio.files.tensorfile import layout, metadata_of, read_header
 from loraio.files.tensors import TORCH_DTYPES, tensor_bytes
-from loraio.merging.folds import Fold
+from loraio.merging.effect import Fold
 from loraio.merging.plans import InMemory, Plans, Source, TensorPlan, facts_of, opened, read_bytes, source_sha256
 from loraio.merging.workers import run_each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """One tensor as it was found in the output.
-
-    Attributes:
-        sha256: digest of the tensor in the output.
-        source_sha256: digest of its source; for a copied tensor the same.
-        fold: evidence for a folded weight; None for other tensors.
-    """
+    """Digests of a tensor in the output and of its source, and the evidence if it is a folded weight."""
 
     sha256: str
     source_sha256: str

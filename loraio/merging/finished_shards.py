@@ -14,7 +14,7 @@ from loraio.files.atomic import staged
 from loraio.files.copying import signature_of
 from loraio.files.strictjson import read_json
 from loraio.merging.checkpoint_writer import Written
-from loraio.merging.folds import Fold
+from loraio.merging.effect import Fold
 from loraio.merging.weight_check import FoldCheck
 
 RECEIPT = "receipt.json"

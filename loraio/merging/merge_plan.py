@@ -25,9 +25,8 @@ from loraio.files.sharded import read_sharded_header
 from loraio.files.tensorfile import Header
 from loraio.files.tensors import TORCH_DTYPES, tensor_sha256
 from loraio.merging.checkpoint_writer import Metadata, SourceDiffersError, Written, document_metadata
-from loraio.merging.effect import MergeEffect
-from loraio.merging.folds import Fold
-from loraio.merging.plans import Shards, TensorPlan, copy_plans, digests_of, joined, opened
+from loraio.merging.effect import Fold, MergeEffect
+from loraio.merging.plans import Shards, TensorPlan, copy_plans, digests_of, joined, opened, replanned
 from loraio.merging.residue_files import ResidueWriter
 from loraio.merging.weight_check import FoldCheck, WeightReport
 
@@ -109,10 +108,7 @@ class MergePlan:
             self,
             mismatch=mismatch,
             hashed_sha256=state_sha256(self.checkpoint.state, known),
-            shards={
-                file: {name: replace(plan, expected=known[name]) for name, plan in plans.items()}
-                for file, plans in self.shards.items()
-            },
+            shards=replanned(self.shards, lambda name, plan: replace(plan, expected=known[name])),
         )
 
     @contextlib.contextmanager
@@ -177,10 +173,7 @@ def merge_plans(
             return replace(plan, given=adapter.replace(name, like))
         return plan
 
-    return {
-        file: {name: planned(name, plan) for name, plan in plans.items()}
-        for file, plans in copy_plans(checkpoint, headers).items()
-    }
+    return replanned(copy_plans(checkpoint, headers), planned)
 
 
 class _DifferingValues(Mapping[str, Tensor]):
@@ -222,17 +215,8 @@ def judge(plan: MergePlan, written: Mapping[str, Written], *, allow_noop: bool) 
         raise ConfigError(
             "the adapter is a no-op here: no weight changes", hint="--force (allow_noop=True in Python) merges it"
         )
-    checks = sum((fold.check for fold in folds.values()), FoldCheck())
-    report = WeightReport(
-        folded=len(folds),
-        replaced=len(given),
-        untouched=len(written) - len(folds) - len(given),
-        values=checks.values,
-        max_ulp=checks.max_ulp,
-        not_correctly_rounded=checks.wrong,
-        problems=(),
-    )
-    return report, effect
+    total = sum((fold.check for fold in folds.values()), FoldCheck())
+    return total.report(plan.adapter, len(written)), effect
 
 
 def merge_receipt(plan: MergePlan, written: Mapping[str, Written], residue: ResidueWriter | None) -> Receipt:

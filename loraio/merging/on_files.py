@@ -31,9 +31,8 @@ from loraio.formats import dialects
 from loraio.formats.conversion import load_for
 from loraio.formats.sources import adapter_files
 from loraio.merging.checkpoint_writer import CheckpointWriter, Written, document_metadata
-from loraio.merging.effect import MergeEffect
+from loraio.merging.effect import Folding, MergeEffect
 from loraio.merging.finished_shards import FinishedShards
-from loraio.merging.folds import Folding
 from loraio.merging.merge_plan import (
     MergePlan,
     judge,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -78,6 +78,11 @@ def copy_plans(checkpoint: BaseCheckpoint, headers: tuple[Header, ...]) -> dict[
         }
         for header in headers
     }
+
+
+def replanned(shards: Shards, change: Callable[[str, TensorPlan], TensorPlan]) -> dict[str, dict[str, TensorPlan]]:
+    """Return the plans of all shards with each plan changed."""
+    return {file: {name: change(name, plan) for name, plan in plans.items()} for file, plans in shards.items()}
 
 
 def stored(header: Header, name: str) -> Stored:

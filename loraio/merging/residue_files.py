@@ -48,8 +48,6 @@ class ResidueFile:
     """The header of a residue file, checked.
 
     Attributes:
-        header, strength: header of the file, strength of the merge.
-        adapter_sha256, base_sha256, merged_sha256: digests of the adapter's tensors and of both state dicts.
         tensors: digest of each tensor of the base, by name.
         stripped: prefix of every name in the base's file.
         metadata: strings in the header of the base's file; None if the base was no single safetensors file.

@@ -17,7 +17,7 @@ from loraio.bases.receipts import Receipt
 from loraio.errors import AdapterError, BaseMismatchError, FormatError, MissingFileError, VerificationError
 from loraio.files.copying import Inputs
 from loraio.files.tensors import TORCH_DTYPES
-from loraio.merging.folds import Fold
+from loraio.merging.effect import Fold
 from loraio.merging.plans import (
     Shards,
     TensorPlan,
@@ -28,6 +28,7 @@ from loraio.merging.plans import (
     index_text,
     joined,
     read_bytes,
+    replanned,
     stored,
 )
 from loraio.merging.residue_files import ResidueFile, read_residue, residue_beside
@@ -80,12 +81,10 @@ class UnmergePlan:
 
     Attributes:
         checkpoint: the base without values, as far as it is known.
-        shards: plans of its tensors, by file.
         metadata: strings in the header of each file; a file without an entry gets ours.
         wrong: returns the error for a base with another digest.
         index: text of the index of a sharded base.
         change: restores the folded tensors; None if the base is at hand.
-        files: the files that are read.
     """
 
     checkpoint: BaseCheckpoint
@@ -152,12 +151,9 @@ def plan_from_residue(
             return replace(plan, shape=found.header.tensors[name].shape, source=stored(found.header, name))
         return replace(plan, folded=name in adapter.targets)
 
-    shards = {
-        file: {name: planned(name, plan) for name, plan in plans.items()} for file, plans in merged.shards.items()
-    }
     return UnmergePlan(
         checkpoint=_base_without_values(merged.checkpoint, found, adapter),
-        shards=shards,
+        shards=replanned(merged.shards, planned),
         change=Unfolding(adapter, found, inputs),
         metadata=_base_metadata(merged, found),
         index=found.index,
@@ -249,15 +245,8 @@ def _base_without_values(merged: BaseCheckpoint, residue: ResidueFile, adapter: 
     heads = {name: count for name, count in merged.heads.items() if name not in adapter.heads}
     heads |= {name: count for name, count in adapter.base.heads.items() if name in adapter.heads}
     was_file = residue.metadata is not None or residue.index is not None
-    return BaseCheckpoint(
-        path=merged.path,
-        state=state,
-        network=merged.network,
-        network_args=merged.network_args,
-        heads=heads,
-        stripped=residue.stripped if was_file else "",
-        parts=merged.parts,
-    )
+    stripped = residue.stripped if was_file else ""
+    return replace(merged, state=state, heads=heads, stripped=stripped, document={}, digests={})
 
 
 def _base_metadata(merged: MergedCheckpoint, residue: ResidueFile) -> Mapping[str, Mapping[str, str]]:

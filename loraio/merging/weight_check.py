@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,15 +103,7 @@ def verify_weights(
         elif not same_bits(found, wanted):
             is_whole = name in adapter.whole
             problems.append(f"{name!r} is not the adapter's" if is_whole else f"{name!r} is no target and was changed")
-    return WeightReport(
-        folded=len(adapter.targets),
-        replaced=len(adapter.whole),
-        untouched=len(state_dict) - len(adapter.targets) - len(adapter.whole),
-        values=total.values,
-        max_ulp=total.max_ulp,
-        not_correctly_rounded=total.wrong,
-        problems=tuple(problems),
-    )
+    return total.report(adapter, len(state_dict), problems)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -136,6 +128,18 @@ class FoldCheck:
     def __add__(self, other: FoldCheck) -> FoldCheck:
         worst = max(self.max_ulp, other.max_ulp)
         return FoldCheck(values=self.values + other.values, wrong=self.wrong + other.wrong, max_ulp=worst)
+
+    def report(self, adapter: Adapter, tensors: int, problems: Iterable[str] = ()) -> WeightReport:
+        """Report on all targets of an adapter, given the sum of their checks and the number of the base's tensors."""
+        return WeightReport(
+            folded=len(adapter.targets),
+            replaced=len(adapter.whole),
+            untouched=tensors - len(adapter.targets) - len(adapter.whole),
+            values=self.values,
+            max_ulp=self.max_ulp,
+            not_correctly_rounded=self.wrong,
+            problems=tuple(problems),
+        )
 
     def problems(self, name: str) -> list[str]:
         """Describe the weights that are wrong, in one line or none."""

@@ -26,7 +26,7 @@ from loraio.errors import AdapterError, BaseMismatchError, ConfigError, FormatEr
 from loraio.files import atomic, tensorfile
 from loraio.files.copying import Inputs, Progress
 from loraio.merging import checkpoint_writer, plans
-from loraio.merging.folds import Folding
+from loraio.merging.effect import Folding
 from loraio.merging.plans import TensorPlan, stored
 from loraio.merging.workers import one_thread_each
 

@@ -28,8 +28,8 @@ from loraio.files.folders import working_folder
 from loraio.files.sharded import INDEX_SUFFIX
 from loraio.merging import on_files
 from loraio.merging.checkpoint_writer import CheckpointWriter, Written
+from loraio.merging.effect import Fold
 from loraio.merging.finished_shards import RECEIPT, FinishedShards
-from loraio.merging.folds import Fold
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
