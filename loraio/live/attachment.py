@@ -24,8 +24,7 @@ from loraio.bases.attached import is_adapter_part
 from loraio.bases.targets import normalisation_modules
 from loraio.errors import StateError
 from loraio.files.tensors import tensor_bytes
-from loraio.live.base_record import BaseRecord
-from loraio.live.base_state import attachments, refuse_attached
+from loraio.live.base_state import BaseRecord, attachments, refuse_attached
 from loraio.live.fitting import KnownFit, check_fit
 from loraio.live.module_classes import FROZEN, class_beneath, frozen_class
 from loraio.live.parametrization import FoldedWeight, GivenTensor
@@ -281,12 +280,7 @@ class Attachment:
         return after
 
     def _change(self, make: Callable[[Snapshot, Rollback], Snapshot], *, occupied_only: bool = False) -> None:
-        """Make a change as a whole.
-
-        Args:
-            make: makes it.
-            occupied_only: do not mind the places from which someone else has taken the parametrization off.
-        """
+        """Make a change as a whole; ``occupied_only`` allows places whose parametrization someone else took off."""
 
         def checked(before: Snapshot, rollback: Rollback) -> Snapshot:
             self._require_attached()
@@ -308,11 +302,10 @@ class Attachment:
             raise StateError("the adapter is detached", hint="loraio.attach(model, adapter) gives a new handle")
 
     def _check(self, adapter: Adapter) -> None:
-        """Check everything that can be wrong with this adapter on this model; change nothing."""
-        state = check_fit(
-            self.model, adapter, placed=self._places.keys(), allow_base_mismatch=self._allow_base_mismatch
+        mismatch = self._allow_base_mismatch
+        self._check_values(
+            adapter, check_fit(self.model, adapter, placed=self._places.keys(), allow_base_mismatch=mismatch)
         )
-        self._check_values(adapter, state)
 
     def _check_values(self, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
         if self._reserved is not None:

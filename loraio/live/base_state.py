@@ -1,26 +1,25 @@
-"""Read the base of a model through the adapters that it carries."""
+"""Read the base of a model through the adapters that it carries, and tell which of its tensors training changed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from loraio.adapter.layers import tensor_name
 from loraio.bases.attached import AttachedPart, carries_adapter
+from loraio.bases.identity import digests, identity_of
+from loraio.bases.writes import version_of
 from loraio.errors import StateError
 from loraio.live.places import Place
 
 
 def refuse_attached(model: nn.Module) -> None:
-    """Refuse a model that carries an adapter.
-
-    Raises:
-        StateError: it does.
-    """
+    """Raise StateError if a model carries an adapter."""
     if carries_adapter(model):
         raise StateError("the model carries an adapter already", hint="live.swap(adapter), or live.detach() first")
 
@@ -76,12 +75,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _as_before(
     state: Mapping[str, Tensor], own_names: Mapping[str, str], orders: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """Return a state dict with the names and the order that it had before anything was put on the modules.
+    """Return a state dict with the names and the order of the base.
 
-    Args:
-        state: the state dict as it is.
-        own_names: names of tensors by the names of our parametrizations on them, without ".original".
-        orders: names of a module's own tensors in order, by the path of each module that carries some.
+    ``own_names`` maps a parametrization, without ".original", to its tensor. ``orders`` has the names of a module's own
+    tensors in order, by the module's path.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -103,3 +100,37 @@ def _as_before(
                     ordered[key] = renamed[key]
         ordered.setdefault(name, tensor)
     return ordered
+
+
+class _Mark(NamedTuple):
+    version: int
+    dtype: torch.dtype
+    sha256: str
+
+
+class BaseRecord:
+    """The tensors of a base as they are now.
+
+    Args:
+        model: the model; None records nothing.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = model
+        state = {} if model is None else base_state_dict(model)
+        known = {} if model is None else identity_of(model).digests(state)
+        self._marks = {name: _Mark(version_of(tensor), tensor.dtype, known[name]) for name, tensor in state.items()}
+
+    def changed(self) -> list[str]:
+        """Return names of tensors that have other bytes now because of writes; a cast or a move alone is no write.
+
+        The version counter does not tell everything: fused optimizers do not raise it.
+        """
+        state = {} if self._model is None else base_state_dict(self._model)
+        suspects = {
+            name: tensor
+            for name, tensor in state.items()
+            if not tensor.is_meta
+            and (tensor.dtype == self._marks[name].dtype or version_of(tensor) != self._marks[name].version)
+        }
+        return [name for name, digest in digests(suspects).items() if digest != self._marks[name].sha256]

@@ -47,16 +47,13 @@ class Slot:
 
     def put(self, cached: CachedWeight | None, rollback: Rollback) -> None:
         """Put another adapted weight in the place of the one before."""
-        rollback.set(vars(self), "part", self.place.part)
-        rollback.set(vars(self), "tensor", self._tensor(cached))
-        rollback.set(vars(self), "cached", cached)
-
-    def _tensor(self, cached: CachedWeight | None) -> Tensor:
         if cached is not None and cached.folded is not cached.weight:
-            return cached.folded
-        with torch.no_grad():
-            adapted: Tensor = self.place.part(self.place.base).detach().clone()
-            return adapted
+            tensor = cached.folded
+        else:
+            with torch.no_grad():
+                tensor = self.place.part(self.place.base).detach().clone()
+        for name, value in (("part", self.place.part), ("tensor", tensor), ("cached", cached)):
+            rollback.set(vars(self), name, value)
 
     def fits(self, base: Tensor) -> bool:
         """Return True if the tensor here has the base weight's form: someone can have assigned another base weight."""
@@ -100,7 +97,6 @@ _LIBRARY: list[torch.library.Library] = []
 
 
 def _define_operator() -> None:
-    """Define ``torch.ops.loraio.refresh``, once."""
     if _LIBRARY:
         return
     library = torch.library.Library("loraio", "DEF")
@@ -109,13 +105,9 @@ def _define_operator() -> None:
         tags.append(torch.Tag.cudagraph_unsafe)
     library.define("refresh(Tensor(a!) weight, int slot) -> ()", tags=tags)
     library.impl("refresh", _refresh, "CompositeExplicitAutograd")
-    torch.library.register_fake("loraio::refresh", _pretend, lib=library)
+    torch.library.register_fake("loraio::refresh", lambda weight, slot: None, lib=library)
     _LIBRARY.append(library)
 
 
 def _refresh(weight: Tensor, slot: int) -> None:
     _SLOTS[slot].refresh(weight)
-
-
-def _pretend(weight: Tensor, slot: int) -> None:
-    """Do nothing to tensors without memory."""

@@ -21,16 +21,9 @@ from loraio.live.base_state import base_state_dict
 def check_fit(
     model: nn.Module, adapter: Adapter, *, placed: Collection[str], allow_base_mismatch: bool
 ) -> dict[str, Tensor]:
-    """Check everything that can be wrong with an adapter on a model; change nothing.
+    """Check everything that can be wrong with an adapter on a model, and return the state dict of its base.
 
-    Args:
-        model: the model, with an adapter on it or without.
-        adapter: the adapter.
-        placed: names of the tensors that an adapter is on already.
-        allow_base_mismatch: accept other values and dtypes of the base.
-
-    Returns:
-        the state dict of the base.
+    ``placed`` are the names of the tensors that an adapter is on already.
 
     Raises:
         BaseMismatchError: the adapter does not belong to this base; all differences are listed.

@@ -53,13 +53,7 @@ class Geometry(NamedTuple):
         return (x[self._met_points()] if max(self.stride) > 1 else x).flatten(2)
 
     def unmet(self, gradient: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """Undo `met` for a gradient: it is zero at the points that strides skip.
-
-        Args:
-            gradient: as `met`.
-            x: the input, for its shape.
-            sizes: of the output.
-        """
+        """Undo `met` for a gradient, with zeros at the points that strides skip; of ``x`` only the shape counts."""
         gradient = gradient.view(*gradient.shape[:2], *sizes)
         if max(self.stride) == 1:
             return gradient
@@ -106,9 +100,6 @@ class Geometry(NamedTuple):
     def _gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of input, weight and bias that the mask asks for."""
         sizes = self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
-        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *sizes, mask
-        )
-        return gradients
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(grad, x, weight, None, *sizes, mask)
+        return found

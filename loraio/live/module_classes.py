@@ -168,21 +168,14 @@ def frozen_class(cls: _Class) -> _Class:
     """
     forward = forward_for(cls)
     own = {} if forward is None else {"forward": forward}
-    return class_on_top(cls, FROZEN, training=property(_never, _remember), **own)
+    training = property(lambda module: False, lambda module, mode: vars(module).update(training=mode))
+    return class_on_top(cls, FROZEN, training=training, **own)
 
 
 def mode_of(module: nn.Module) -> bool:
     """Return the training mode as it was set last, also where `frozen_class` hides it."""
     mode: bool = vars(module)["training"]
     return mode
-
-
-def _never(module: nn.Module) -> bool:
-    return False
-
-
-def _remember(module: nn.Module, mode: bool) -> None:
-    vars(module)["training"] = mode
 
 
 def class_beneath(cls: _Class, mark: str) -> _Class:
@@ -207,7 +200,7 @@ def _copied_with_its_class(module: nn.Module, memo: dict[int, Any]) -> nn.Module
 
 
 def refuse_pickling(module: nn.Module) -> NoReturn:
-    """Refuse to be pickled; the ``__getstate__`` of our classes."""
+    """Refuse to be pickled: the ``__getstate__`` of our classes."""
     if hasattr(module, FROZEN) or carries_adapter(module):
         raise StateError(
             "a model with an adapter on it cannot be pickled",

@@ -46,11 +46,7 @@ class AdapterPart(AttachedPart):
         return twin
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the adapter's own tensors as they are now, by their names in files.
-
-        Args:
-            name: of the base's tensor.
-        """
+        """Return the adapter's own tensors as they are now, by their names in files; ``name`` is the base's tensor."""
         raise NotImplementedError
 
 
@@ -126,7 +122,6 @@ class FoldedWeight(AdapterPart):
         return {name: factor[tuple(map(slice, shapes[name]))].contiguous() for name, factor in held.items()}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the factors by their names in files."""
         return {f"{name}.{short}": factor for short, factor in self.factors().items()}
 
     def needs_gradients(self, weight: Tensor) -> bool:
@@ -204,7 +199,6 @@ class GivenTensor(AdapterPart):
             self.register_buffer("given", tensor)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensor by its name in files."""
         return {name: self.given}
 
     def forward(self, base: Tensor) -> Tensor:

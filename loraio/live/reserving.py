@@ -48,20 +48,11 @@ def padded_forms(model: nn.Module, names: Iterable[str], max_rank: int) -> dict[
 def reserved_weights(
     model: nn.Module, adapter: Adapter, reserve: str | Adapter | Iterable[str | Adapter]
 ) -> tuple[str, ...]:
-    """Return the weights that are reserved, in the model's order.
-
-    Raises:
-        UnknownNameError: a pattern or a target of an adapter is not in the model.
-        StateError: a weight that no adapter can be put on.
-    """
+    """Return the reserved weights in the model's order; refuse those that it lacks and those that cannot be adapted."""
     modules = target_modules(model)
-    names = set(adapter.targets)
-    patterns = []
-    for each in (reserve,) if isinstance(reserve, str | Adapter) else reserve:
-        if isinstance(each, str):
-            patterns.append(each)
-        else:
-            names.update(each.targets)
+    wanted = [reserve] if isinstance(reserve, str | Adapter) else list(reserve)
+    patterns = [each for each in wanted if isinstance(each, str)]
+    names = {*adapter.targets, *(name for each in wanted if not isinstance(each, str) for name in each.targets)}
     if patterns:
         names.update(select_targets(model, patterns))
     for name in names - adapter.targets.keys():  # whose own are checked with it
@@ -71,11 +62,7 @@ def reserved_weights(
 
 
 def check_reserved(adapter: Adapter, reserved: Sequence[str], max_rank: int | None) -> None:
-    """Refuse an adapter that changes a tensor for which nothing is reserved, or has a larger rank.
-
-    Raises:
-        StateError: it does.
-    """
+    """Raise StateError if an adapter changes a tensor that is not reserved, or has a larger rank."""
     outside = [name for name in adapter.targets if name not in reserved]
     problems = [f"{name!r} is adapted and not reserved" for name in outside]
     problems += [f"{name!r} is replaced whole, which cannot be reserved" for name in adapter.whole]

@@ -28,7 +28,6 @@ class SwapCache:
         return found[0] if places == present or places.items() <= present.items() else None
 
     def put(self, snapshot: Snapshot) -> None:
-        """Cache a snapshot."""
         adapter = snapshot.adapter
         tensors = _Tensors(adapter, snapshot)
         size = tensors.nbytes
@@ -37,7 +36,6 @@ class SwapCache:
         self._cache.put((id(adapter), snapshot.enabled, snapshot.strength), (snapshot, tensors), size)
 
     def clear(self) -> None:
-        """Remove everything."""
         self._cache.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwapCache:
@@ -58,11 +56,7 @@ class _Tensors:
         self._versions = list(map(_VERSION, self._counted))
         self._devices = [place.base.device for place in snapshot.places.values()]
         self._places = list(snapshot.places.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Of all of them."""
-        return sum(tensor.nbytes for tensor in self._tensors)
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors)
 
     def are_unchanged(self) -> bool:
         """Return True if they are the same tensors, nobody wrote to them, and the model is on the same devices."""

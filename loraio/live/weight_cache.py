@@ -25,9 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class OptimizerSteps:
     """Counts the steps of all of torch's optimizers, from the first cached weight on."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._hook: Any = None
+    count = 0
+    _hook: Any = None
 
     def start(self) -> None:
         """Count from now on."""
@@ -78,12 +77,7 @@ class CachedWeight:
     )
 
     def __init__(self, stack: Any, part: Any) -> None:
-        """Fold the weight.
-
-        Args:
-            stack: the parametrizations on the weight, a ``ParametrizationList``.
-            part: the adapter's part, a `loraio.live.parametrization.FoldedWeight`.
-        """
+        """Fold the weight of a ``ParametrizationList`` by a `loraio.live.parametrization.FoldedWeight`."""
         STEPS.start()
         self.stack, self.weight = stack, stack._parameters["original"]
         # all of this before the fold: a write during the fold is noticed

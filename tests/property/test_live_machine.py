@@ -1,7 +1,6 @@
-"""Any series of moves on a live model: illegal ones raise and change nothing, legal ones do what they say.
+"""Make random moves on a live model: illegal ones raise and change nothing, legal ones have their effect.
 
-By default some hundreds of moves; with the environment variable ``MOVES`` up to as many as it says, up to a hundred in
-a row.
+The environment variable ``MOVES`` sets the number of moves, 400 by default; with it a series has up to 100 moves.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ STRENGTHS = st.sampled_from([0.0, 0.5, 1.0, -2.0, 3])
 
 
 def reference(base: dict[str, Tensor], adapter: loraio.Adapter, strength: float) -> dict[str, Tensor]:
-    """The adapted state dict, in NumPy and float64, rounded at the end."""
+    """Return the adapted state dict, computed by NumPy in float64 and rounded at the end."""
     state = dict(base)
     for name, target in adapter.targets.items():
         weight = base[name].double().numpy().reshape(len(base[name]), -1)
@@ -45,11 +44,11 @@ def reference(base: dict[str, Tensor], adapter: loraio.Adapter, strength: float)
 
 
 class LiveModel(RuleBasedStateMachine):
-    """A model, the handle on it, and what both should be."""
+    """A model, its handle, and the expected state of both."""
 
     @initialize()
     def build(self) -> None:
-        """A base and adapters for it."""
+        """Make a base and adapters for it."""
         self.model = small_base()
         self.original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.base = dict(self.original)
@@ -72,13 +71,13 @@ class LiveModel(RuleBasedStateMachine):
         return all(self.base[name].equal(tensor) for name, tensor in self.original.items())
 
     def refused(self, error: type[Exception], move: Any, *arguments: Any, **options: Any) -> None:
-        """An illegal move; that it changed nothing, the invariants say."""
+        """Make an illegal move; the invariants check that it changed nothing."""
         with pytest.raises(error):
             move(*arguments, **options)
 
     @rule(name=NAMES | st.just("foreign"), strength=STRENGTHS, trainable=st.booleans(), bad=st.booleans())
     def attach(self, name: str, strength: float, trainable: bool, bad: bool) -> None:
-        """Onto a base that fits or not, or that has one on it already."""
+        """Attach to a base that fits or not, or that carries an adapter already."""
         adapter = self.adapters[name]
         options: dict[str, Any] = {"trainable": trainable}
         if bad:
@@ -94,7 +93,7 @@ class LiveModel(RuleBasedStateMachine):
     @precondition(lambda self: self.live is not None)
     @rule(name=NAMES | st.just("foreign"))
     def swap(self, name: str) -> None:
-        """To one that fits or not, on a handle that is attached, detached or training."""
+        """Swap to an adapter that fits or not, by a handle that is attached, detached or training."""
         assert self.live is not None
         adapter = self.adapters[name]
         if not self.attached or self.live.trainable:
@@ -106,10 +105,10 @@ class LiveModel(RuleBasedStateMachine):
             self.adapter = adapter
 
     @precondition(lambda self: self.live is not None)
-    @rule(value=STRENGTHS | st.sampled_from([float("inf"), "1", None, 1e60, -1e60]))
+    @rule(value=STRENGTHS | st.sampled_from([float("inf"), "1", None, True, 1e60, -1e60]))
     def set_strength(self, value: Any) -> None:
-        """To a number or not, and to one at which weights overflow."""
-        if not isinstance(value, int | float) or value == float("inf"):
+        """Set a number, one at which weights overflow, or something else."""
+        if not isinstance(value, int | float) or value is True or value == float("inf"):
             self.refused(ConfigError, setattr, self.live, "strength", value)
         elif not self.attached:
             self.refused(StateError, setattr, self.live, "strength", value)
@@ -122,7 +121,7 @@ class LiveModel(RuleBasedStateMachine):
     @precondition(lambda self: self.live is not None)
     @rule(enabled=st.booleans())
     def switch(self, enabled: bool) -> None:
-        """On or off, however it is now."""
+        """Enable or disable, in either state."""
         move = self.live.enable if enabled else self.live.disable  # type: ignore[union-attr]
         if not self.attached:
             self.refused(StateError, move)
@@ -143,7 +142,7 @@ class LiveModel(RuleBasedStateMachine):
     @precondition(lambda self: self.live is not None)
     @rule()
     def detach(self) -> None:
-        """Once, and once more."""
+        """Detach, also when detached already."""
         assert self.live is not None
         if self.attached:
             self.live.detach()
@@ -177,7 +176,7 @@ class LiveModel(RuleBasedStateMachine):
     @precondition(lambda self: self.attached and self.live.trainable and self.enabled)
     @rule(fused=st.booleans())
     def train_step(self, fused: bool) -> None:
-        """Of the factors and whatever else the adapter trains."""
+        """Train everything that the adapter lets train."""
         assert self.live is not None
         parameters = list(self.live.parameters())
         optimizer = torch.optim.SGD(parameters, lr=0.01, fused=fused)
@@ -189,7 +188,7 @@ class LiveModel(RuleBasedStateMachine):
             self.learned()
 
     def learned(self) -> None:
-        """The adapter as it is on the model now; its metadata are those of the one that was attached."""
+        """Take the trained adapter from the handle; its metadata have not changed."""
         assert self.live is not None
         found = self.live.adapter
         assert found.targets == self.adapter.targets  # type: ignore[union-attr]
@@ -197,7 +196,7 @@ class LiveModel(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(["conv.weight", "conv.bias", "fc.weight", "norm.running_mean"]))
     def write(self, name: str) -> None:
-        """In place, to a tensor of the base."""
+        """Write in place to a tensor of the base."""
         if self.attached and self.live.trainable:  # type: ignore[union-attr]
             return  # what was learned on another base has no place in the adapter
         with torch.no_grad():
@@ -206,7 +205,7 @@ class LiveModel(RuleBasedStateMachine):
 
     @rule()
     def load(self) -> None:
-        """The original base, into the model as it is."""
+        """Load the original base into the model as it is."""
         state = self.model.state_dict()
         places = {tensor.data_ptr(): name for name, tensor in state.items()}
         for name, tensor in loraio.base_state_dict(self.model).items():
@@ -216,7 +215,7 @@ class LiveModel(RuleBasedStateMachine):
 
     @invariant()
     def model_and_handle_are_what_they_should_be(self) -> None:
-        """Answers, bits of the base, and what the handle says."""
+        """Compare outputs, bits of the base, and properties of the handle."""
         state = loraio.base_state_dict(self.model)
         assert list(state) == list(self.base)
         assert all(tensor_bytes(tensor).equal(tensor_bytes(self.base[name])) for name, tensor in state.items())

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of live models."""
+"""Share models and adapters among the tests of live models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from live_models import Attentive, adapter_for
+from small import small_adapters, small_base
 from torch import Tensor, nn
 
 import loraio
@@ -25,6 +26,16 @@ def compiler() -> Iterator[None]:
     with config.patch(compile_threads=1):  # the workers of a pool would import torch first
         yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return small_base()
+
+
+@pytest.fixture
+def adapters(model: nn.Module) -> dict[str, loraio.Adapter]:
+    return small_adapters(model)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""An exception at any line of any change leaves model and handle as they were, and the change can still be made.
+"""Raise at any line of any change: model and handle stay as they were, and the change can still be made.
 
-A trace function raises at one line of the package after the other. By default it takes a quarter of the lines in the
-modules that make changes; with the environment variable ``EVERY_LINE`` all lines that a change reaches, at the first
-and at the last time.
+A trace function raises at one line of the package after another. By default it uses a quarter of the lines in the
+modules that make changes. With the environment variable ``EVERY_LINE`` it uses every line that a change reaches, the
+first and the last time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import Small, outputs, small_adapters, small_base
+from small import outputs
 from torch import Tensor, nn
 
 import loraio
@@ -87,7 +87,7 @@ class Tracer:
             raise self.error(f"at {where[0]}, line {where[1]}")
 
     def moments(self) -> list[int]:
-        """Where to raise, of all that were counted."""
+        """Choose moments to raise at from the lines that were counted."""
         last = {where: moment for moment, where in enumerate(self.lines)}
         if os.environ.get("EVERY_LINE"):
             first = {where: moment for moment, where in reversed(list(enumerate(self.lines)))}
@@ -96,7 +96,7 @@ class Tracer:
 
 
 class Everything:
-    """All that can be told of a model and of the handle on it."""
+    """Every fact about a model and its handle."""
 
     def __init__(self, model: nn.Module, live: loraio.Attachment | None) -> None:
         self.objects: list[tuple[str, object]] = []
@@ -106,11 +106,8 @@ class Everything:
             for name, value in vars(type(module)).items():
                 self._add(f"{path}'s class: {name}", value)
             for name, value in sorted(vars(module).items()):
-                if isinstance(value, dict):
-                    for key, inside in value.items():
-                        self._add(f"{path}.{name}[{key!r}]", inside)
-                else:
-                    self._add(f"{path}.{name}", value)
+                for key, inside in (value if isinstance(value, dict) else {"": value}).items():
+                    self._add(f"{path}.{name}[{key!r}]", inside)
             if getattr(module, "slot", None) is not None:
                 self._add(f"{path}'s slot", module.slot.tensor)
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -139,18 +136,11 @@ class Everything:
 
 
 def assert_all_or_nothing(
-    model: nn.Module,
-    live: loraio.Attachment | None,
-    change: Callable[[], Any],
-    back: Callable[[], Any],
+    model: nn.Module, live: loraio.Attachment | None, change: Callable[[], Any], back: Callable[[], Any]
 ) -> None:
-    """Raise at every moment of a change; each time look at the model, then make the change and take it back.
+    """Raise at every moment of ``change``; each time compare the model, then make the change and undo it with ``back``.
 
-    Args:
-        model: the model.
-        live: the handle on it.
-        change: the change to try.
-        back: takes it back, up to objects that are made anew.
+    ``back`` may leave new objects in the place of old ones.
     """
     change()
     expected = outputs(model)
@@ -176,19 +166,9 @@ def assert_all_or_nothing(
 
 @pytest.fixture(autouse=True)
 def lasting_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes that modules share go when the last module with one does: when, is up to the garbage collector."""
+    """Keep shared classes alive: otherwise the garbage collector decides when they go."""
     monkeypatch.setattr(module_classes, "_PARAMETRIZED", {})
     monkeypatch.setattr(module_classes, "_ON_TOP", {})
-
-
-@pytest.fixture
-def model() -> Small:
-    return small_base()
-
-
-@pytest.fixture
-def adapters(model: nn.Module) -> dict[str, loraio.Adapter]:
-    return small_adapters(model)
 
 
 ATTACH: dict[str, tuple[str, dict[str, Any]]] = {
@@ -237,15 +217,9 @@ def test_swap_to_what_was_never_there_on_a_base_that_was_written_to(
 
 @pytest.mark.parametrize("case", ["lora", "head", "reserved"])
 def test_strength_on_and_off_and_refresh(model: nn.Module, adapters: dict[str, loraio.Adapter], case: str) -> None:
-    if case == "reserved":
-        live = loraio.attach(model, adapters["dora"], reserve="all")
-    else:
-        live = loraio.attach(model, adapters[case])
-
-    def set_strength(value: float) -> None:
-        live.strength = value
-
-    assert_all_or_nothing(model, live, lambda: set_strength(-0.5), lambda: set_strength(1))
+    reserve = "all" if case == "reserved" else None
+    live = loraio.attach(model, adapters["dora" if reserve else case], reserve=reserve)
+    assert_all_or_nothing(model, live, lambda: setattr(live, "strength", -0.5), lambda: setattr(live, "strength", 1))
     assert_all_or_nothing(model, live, live.disable, live.enable)
     live.disable()
     assert_all_or_nothing(model, live, live.enable, live.disable)

@@ -16,23 +16,13 @@ from typing import Any
 import pytest
 import torch
 from live_models import Passes, answer
-from small import INPUT, Small, outputs, small_adapter, small_adapters, small_base
+from small import INPUT, Small, outputs, small_adapter, small_base
 from torch import Tensor, nn
 
 import loraio
 from loraio.errors import StateError
 from loraio.live.rollback import Rollback
 from loraio.live.snapshots import Snapshot, Snapshots
-
-
-@pytest.fixture
-def model() -> Small:
-    return small_base()
-
-
-@pytest.fixture
-def adapters(model: nn.Module) -> dict[str, loraio.Adapter]:
-    return small_adapters(model)
 
 
 class Pause(nn.Module):

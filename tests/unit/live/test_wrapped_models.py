@@ -137,16 +137,6 @@ def test_two_processes_train_one_adapter(base: nn.Module, digits: loraio.Dataset
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_model_computes_what_the_eager_one_computes(
-    base: nn.Module, three: loraio.Adapter, images: Tensor
-) -> None:
-    compiled = torch.compile(base, fullgraph=True)
-    with loraio.attach(base, three):
-        torch.testing.assert_close(outputs(compiled, images), outputs(base, images), **COMPILED)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_has_the_gradients_of_the_eager_one(
     base: nn.Module, three: loraio.Adapter, digits: loraio.Dataset
 ) -> None:
