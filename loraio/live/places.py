@@ -91,8 +91,8 @@ class Place:
             cached: CachedWeight | None = snapshot.cache.weight(self.name, self.stack, part)
             if cached is not None:
                 return cached.for_use()
-        tensor: Tensor = self.stack() if self.part is part else part(self.base)
-        return tensor
+        # not self.stack(): another thread can replace the part there at any time
+        return cast(Tensor, part(self.base))
 
     def put_on(self, part: AdapterPart, rollback: Rollback) -> None:
         """Parametrize the tensor, a plain Parameter or buffer, which stays where it is until `hide_base`.

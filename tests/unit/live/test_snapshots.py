@@ -1,4 +1,4 @@
-"""Forward passes in threads see an adapter whole, whatever the handle does meanwhile."""
+"""Run forward passes in threads while the handle changes the adapter: each pass sees one adapter whole."""
 
 from __future__ import annotations
 
@@ -159,9 +159,26 @@ def test_a_swap_does_not_wait_for_a_pass_and_the_pass_keeps_its_adapter_to_the_e
     assert outputs(model).equal(after)
 
 
+def test_a_pass_reads_whole_tensors_from_its_snapshot_and_not_from_the_module_tree(
+    model: Small, adapters: dict[str, loraio.Adapter]
+) -> None:
+    """A change can replace the part in the tree at any moment of a pass, here just before the tree computes it."""
+    live = loraio.attach(model, adapters["head"])
+    before = outputs(model)
+
+    def change(*_: Any) -> None:
+        changing = threading.Thread(target=live.disable)
+        changing.start()
+        changing.join(60)
+
+    stacks: Any = model.fc.parametrizations
+    stacks.bias.register_forward_pre_hook(change)
+    assert outputs(model).equal(before)
+
+
 @contextmanager
 def paused_pass(model: Small) -> Iterator[list[Tensor]]:
-    """Hold a pass of another thread in the middle, where it makes another pass; the answers of both."""
+    """Hold a pass of another thread in the middle, where it makes a second pass; yield the answers of both."""
     inside, go_on = threading.Event(), threading.Event()
     found: list[Tensor] = []
 
@@ -258,7 +275,7 @@ def test_an_exception_after_the_release_is_taken_back_too(adapters: dict[str, lo
     held, first = {"value": 1}, snapshots.current
 
     class Lock:
-        """The lock, which is interrupted once, when it is free already."""
+        """A lock that is interrupted once, after its release."""
 
         def __init__(self) -> None:
             self.lock, self.interrupts = threading.RLock(), 1
