@@ -1,13 +1,15 @@
-"""Helpers for tests of live models: outputs, adapters, writes past the handle, and snapshots of everything."""
+"""Help tests of live models: outputs, adapters, writes past the handle, threads, and comparisons of whole models."""
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -74,7 +76,7 @@ WRITES: dict[str, Callable[[nn.Module], Any]] = {
 
 
 class Everything:
-    """Everything about a model that must be the same after detach."""
+    """Every fact about a model that must be the same after detach."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -101,12 +103,7 @@ class Everything:
 
 
 class Passes:
-    """Threads that run forward passes until told to stop; collects each answer once.
-
-    Args:
-        forward: a pass.
-        threads: how many.
-    """
+    """Threads that run ``forward`` until the block ends. Collects each answer once."""
 
     def __init__(self, forward: Callable[[], Tensor], threads: int = 8) -> None:
         self.forward = forward
@@ -153,7 +150,7 @@ COMPILED = {"rtol": 1e-5, "atol": 1e-4}
 
 
 def adapted_state(live: loraio.Attachment) -> dict[str, Tensor]:
-    """Return base and adapter, as they are now, merged."""
+    """Merge the adapter into the base, as both are now."""
     state = loraio.base_state_dict(live.model)
     return loraio.merge(state, live.adapter, live.strength, allow_base_mismatch=True) if live.enabled else state
 
@@ -162,8 +159,15 @@ def places(live: loraio.Attachment) -> dict[str, Place]:
     return live._places
 
 
+def merged_outputs(live: loraio.Attachment, x: Tensor) -> Tensor:
+    """Return the outputs of a plain digit-cnn with `adapted_state`."""
+    other = loraio.build_network("digit-cnn").to(next(live.model.parameters()).dtype)
+    other.load_state_dict(adapted_state(live), assign=True)
+    return outputs(other, x)
+
+
 def assert_fresh(compiled: Any, live: loraio.Attachment, x: Tensor) -> Tensor:
-    """The compiled model computes with the merged bits what the eager one computes; its answer."""
+    """Compare a compiled model with the eager one and with the merged bits; return its outputs."""
     found = outputs(compiled, x)
     torch.testing.assert_close(found, outputs(live.model, x), **COMPILED)
     state = adapted_state(live)
@@ -171,10 +175,39 @@ def assert_fresh(compiled: Any, live: loraio.Attachment, x: Tensor) -> Tensor:
         assert isinstance(place.part, FoldedWeight)
         assert place.part.slot is not None
         assert same_bits(place.part.slot.tensor, state[name]), name
-    other = loraio.build_network("digit-cnn").to(found.dtype)
-    other.load_state_dict(state, assign=True)
-    torch.testing.assert_close(found, outputs(other, x), **COMPILED)
+    torch.testing.assert_close(found, merged_outputs(live, x), **COMPILED)
     return found
+
+
+def assert_threads_see_one_strength_or_the_other(model: Any, live: loraio.Attachment, x: Tensor) -> None:
+    allowed = []
+    for strength in (0.5, 1.0):
+        live.strength = strength
+        allowed.append(outputs(model, x))
+    assert not allowed[0].equal(allowed[1])
+    with Passes(lambda: outputs(model, x), 4) as passes:
+        for number in range(200):
+            live.strength = (0.5, 1.0)[number % 2]
+            outputs(model, x)
+    assert passes.answers <= {*map(answer, allowed)}
+
+
+needs_cpp = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
+)
+INDUCTOR = pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])
+
+
+def adapters_of_every_form(model: nn.Module, kind: str = "lora") -> list[loraio.Adapter]:
+    """Make adapters that differ in rank, alpha, scale rule and targets."""
+    forms: list[tuple[str, int, float, tuple[str, ...]]] = [
+        ("alpha/r", 1, 3, ("conv1",)),
+        ("alpha/sqrt(r)", 4, 6.5, ("conv",)),
+        ("alpha/r", 8, 2, ("conv2", "fc")),
+        ("alpha/r", 3, 9, ("all",)),
+        ("alpha/sqrt(r)", 5, 0.5, ("fc",)),
+    ]
+    return [adapter_for(model, *on, seed=r, kind=kind, rank=r, alpha=a, scale_rule=rule) for rule, r, a, on in forms]
 
 
 def compiled_once(model: nn.Module, backend: str = "eager", **options: Any) -> tuple[Any, CompileCounterWithBackend]:

@@ -1,11 +1,9 @@
-"""A compiled model with reserved weights: whatever comes and goes, nothing is compiled anew and nothing is stale."""
+"""Change the adapter of a compiled model with reserved weights: nothing compiles again and no weight is stale."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import random
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +11,16 @@ import pytest
 import torch
 from live_models import (
     COMPILED,
+    INDUCTOR,
     WRITES,
-    Passes,
+    Everything,
     adapter_for,
-    answer,
+    adapters_of_every_form,
     assert_fresh,
+    assert_threads_see_one_strength_or_the_other,
     base_weight,
     compiled_once,
+    needs_cpp,
     outputs,
     places,
     same_bits,
@@ -30,32 +31,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import loraio
 from loraio.errors import BaseMismatchError, StateError, UnknownNameError
-from loraio.files.tensors import tensor_bytes
 from loraio.live.parametrization import FoldedWeight
 from loraio.live.reserving import Reserve
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
-needs_cpp = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
-)
-INDUCTOR = pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])
-
 
 @pytest.fixture
 def many(trained_base: nn.Module) -> list[loraio.Adapter]:
-    """Adapters that differ in kind, rank, alpha, scale rule and targets."""
-    forms: list[tuple[str, int, float, tuple[str, ...]]] = [
-        ("alpha/r", 1, 3, ("conv1",)),
-        ("alpha/sqrt(r)", 4, 6.5, ("conv",)),
-        ("alpha/r", 8, 2, ("conv2", "fc")),
-        ("alpha/r", 3, 9, ("all",)),
-        ("alpha/sqrt(r)", 5, 0.5, ("fc",)),
-    ]
-    return [
-        adapter_for(copy.deepcopy(trained_base), *on, seed=r, kind=kind, rank=r, alpha=alpha, scale_rule=rule)
-        for kind, (rule, r, alpha, on) in itertools.product(("lora", "dora"), forms)
-    ]
+    return [*adapters_of_every_form(trained_base), *adapters_of_every_form(trained_base, "dora")]
 
 
 # swaps
@@ -91,7 +75,7 @@ def test_no_swap_of_any_rank_alpha_kind_or_targets_compiles_anew(
 def test_what_is_not_reserved_compiles_anew_as_the_counter_tells(
     base: nn.Module, many: list[loraio.Adapter], images: Tensor
 ) -> None:
-    """The test above can fail: without a reserve the same swaps do."""
+    """Show that the test above can fail: without a reserve the same swaps compile again."""
     compiled, counter = compiled_once(base)
     live = loraio.attach(base, many[0])
     for adapter in many[:4]:
@@ -224,20 +208,15 @@ def test_detach_gives_back_what_was_reserved_and_never_adapted(
     base: nn.Module, one_conv: loraio.Adapter, images: Tensor
 ) -> None:
     plain = outputs(base, images)
-    before = {name: (id(parameter), tensor_bytes(parameter)) for name, parameter in base.named_parameters()}
-    keys = list(base.state_dict())
+    before = Everything(base)
     compiled, _ = compiled_once(base, "aot_eager")
     with loraio.attach(base, one_conv, reserve="all") as live:
         outputs(compiled, images)
-        assert list(loraio.base_state_dict(base)) == keys
+        assert list(loraio.base_state_dict(base)) == list(before.state)
         assert loraio.adapter_from(base) is one_conv
         assert [name for name in base.state_dict() if "conv2" in name and "original" not in name] == ["conv2.bias"]
     assert not live.attached
-    assert list(base.state_dict()) == keys
-    assert type(base.conv2) is nn.Conv2d
-    for name, parameter in base.named_parameters():
-        assert before[name][0] == id(parameter)
-        assert tensor_bytes(parameter).equal(before[name][1])
+    before.assert_same()
     assert same_bits(outputs(base, images), plain)
     torch.testing.assert_close(outputs(compiled, images), plain, **COMPILED)
 
@@ -380,14 +359,5 @@ def test_threads_see_one_strength_or_the_other(base: nn.Module, one_conv: loraio
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(base, backend=counter)  # fullgraph=True is checked by a count that threads disturb
     live = loraio.attach(base, one_conv, reserve=())
-    allowed = []
-    for strength in (0.5, 1.0):
-        live.strength = strength
-        allowed.append(outputs(compiled, images))
-    assert not allowed[0].equal(allowed[1])
-    with Passes(lambda: outputs(compiled, images), 4) as passes:
-        for number in range(200):
-            live.strength = (0.5, 1.0)[number % 2]
-            outputs(compiled, images)
-    assert passes.answers <= {*map(answer, allowed)}
+    assert_threads_see_one_strength_or_the_other(compiled, live, images)
     assert counter.frame_count == 1

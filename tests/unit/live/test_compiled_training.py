@@ -1,9 +1,8 @@
-"""A compiled training step takes adapters of other ranks and targets without being compiled anew."""
+"""Train adapters of other ranks and targets in a compiled step without compiling it again."""
 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from live_models import (
+    INDUCTOR,
     adapter_for,
+    adapters_of_every_form,
     assert_fresh,
     compiled_once,
     outputs,
@@ -26,23 +27,12 @@ from loraio.live.parametrization import FoldedWeight
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
-needs_cpp = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="inductor needs a C++ compiler"
-)
-INDUCTOR = pytest.param("inductor", marks=[needs_cpp, pytest.mark.slow])
-
 
 @pytest.fixture
 def trained(base: nn.Module) -> list[loraio.Adapter]:
-    """Start values of one kind that differ in rank, alpha, scale rule and targets."""
+    """Make start values that differ in rank, alpha, scale rule and targets."""
     base.requires_grad_(False)
-    forms: list[tuple[str, int, float, tuple[str, ...]]] = [
-        ("alpha/r", 1, 3, ("conv1",)),
-        ("alpha/sqrt(r)", 4, 6.5, ("conv",)),
-        ("alpha/r", 8, 2, ("conv2", "fc")),
-        ("alpha/r", 3, 9, ("all",)),
-    ]
-    adapters = [adapter_for(base, *on, rank=r, alpha=alpha, scale_rule=rule) for rule, r, alpha, on in forms]
+    adapters = adapters_of_every_form(base)[:4]
     return [replace(each, factors={name: 0.25 * f for name, f in each.factors.items()}) for each in adapters]
 
 
@@ -64,7 +54,7 @@ def train(
 
 
 def padding(live: loraio.Attachment) -> list[Tensor]:
-    """All that is in the factors and not in the adapter."""
+    """Return the padding of all factors."""
     found: list[Tensor] = []
     for place in places(live).values():
         assert isinstance(place.part, FoldedWeight)

@@ -1,4 +1,4 @@
-"""A training step keeps its memory for the next one."""
+"""Keep the memory of a training step for the next one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with an adapter on it is still a normal model, whoever copies, casts, saves, wraps or compiles it."""
+"""Copy, cast, save and train a model with an adapter like any other model."""
 
 from __future__ import annotations
 
@@ -86,10 +86,9 @@ def test_a_copy_can_be_swapped_to_more_targets_in_the_same_module(attentive: nn.
     loraio.attachment_of(twin).swap(more)
     assert same_bits(outputs(attentive, x), adapted)
     assert not same_bits(outputs(twin, x), adapted)
-    loraio.attachment_of(attentive).detach()
-    assert same_bits(outputs(attentive, x), plain)
-    loraio.attachment_of(twin).detach()
-    assert same_bits(outputs(twin, x), plain)
+    for model in (attentive, twin):
+        loraio.attachment_of(model).detach()
+        assert same_bits(outputs(model, x), plain)
 
 
 def test_a_copy_of_a_part_computes_the_same(base: nn.Module, three: loraio.Adapter, images: Tensor) -> None:
@@ -242,7 +241,7 @@ def test_autocast_computes_what_the_merged_model_computes(
 
 
 def test_autocast_keeps_no_casts_of_folded_weights(base: nn.Module, three: loraio.Adapter) -> None:
-    """It would keep one of each weight that asks for gradients, for every forward pass until it ends."""
+    """Autocast caches one cast of each weight that requires gradients, for every pass, until its block ends."""
     with torch.no_grad(), loraio.attach(base, three):
         assert base.conv1.weight.requires_grad  # type: ignore[union-attr]
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Modules that carry an adapter share their classes, and yet each is parametrized by itself."""
+"""Share classes among adapted modules, while each module is parametrized by itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraio.live.places import parametrization_list
 
 
 class Twice(nn.Module):
-    """Somebody else's parametrization."""
+    """A parametrization of another library."""
 
     def forward(self, tensor: Tensor) -> Tensor:
         return 2 * tensor

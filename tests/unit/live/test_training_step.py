@@ -1,5 +1,7 @@
-"""The training step of adapted layers: same gradients as plain autograd, less work and less memory, and the plain way
-wherever something is out of the ordinary."""
+"""Compare the training step of adapted layers with plain autograd: equal gradients, less work, less memory.
+
+Unusual inputs and layers take the plain way.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 @pytest.fixture(params=LAYERS)
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
-    """A frozen model of one layer in float64, and an input."""
+    """Make a frozen model of one layer in float64, and an input."""
     torch.manual_seed(0)
     layer, x = LAYERS[request.param]()
     return nn.Sequential(layer).double().requires_grad_(False), x.double()
@@ -79,7 +81,7 @@ def plain(model: nn.Module, x: Tensor, adapter: loraio.Adapter, leaves: dict[str
 
 
 def own(functions: Any) -> Iterator[str]:
-    """Names of the functions of a graph."""
+    """Yield the names of the functions of a graph."""
     seen, left = set(), [functions]
     while left:
         function = left.pop()
@@ -142,6 +144,12 @@ def test_an_activation_in_place_gives_the_same_gradients(
     assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
+def factors_to_double(model: Any) -> None:
+    for part in (layer.parametrizations.weight[0] for layer in model):
+        for name, factor in list(part.named_parameters()):
+            setattr(part, name, nn.Parameter(factor.detach().double()))
+
+
 @pytest.mark.parametrize("thin", [0, 1e9], ids=["thin", "full"])
 def test_first_and_second_derivatives_pass_gradcheck(
     case: tuple[nn.Module, Tensor], thin: float, monkeypatch: Any
@@ -150,9 +158,7 @@ def test_first_and_second_derivatives_pass_gradcheck(
     monkeypatch.setattr(routes, "THIN", thin)
     adapter = adapter_for(model)
     with loraio.attach(model, adapter, trainable=True) as live:
-        part = model[0].parametrizations.weight[0]  # type: ignore[index, union-attr]
-        for name, factor in list(part.named_parameters()):
-            setattr(part, name, nn.Parameter(factor.detach().double()))
+        factors_to_double(model)
         factors = [x.requires_grad_(), *live.parameters()]
 
         def run(x: Tensor, *_: Tensor) -> Tensor:
@@ -164,18 +170,24 @@ def test_first_and_second_derivatives_pass_gradcheck(
         assert torch.autograd.gradgradcheck(run, factors, fast_mode=True)
 
 
-def test_a_wide_layer_never_computes_its_whole_weight_gradient() -> None:
-    model = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1)).requires_grad_(False)
-    with loraio.attach(model, adapter_for(model), trainable=True):
-        loss = model(torch.randn(2, 16, 6, 6).requires_grad_()).sum()
+def convolution_backwards(model: nn.Module, x: Tensor, *targets: str) -> list[tuple[Any, ...]]:
+    """Return the arguments of torch's ``convolution_backward`` in a training step."""
+    model.requires_grad_(False)
+    with loraio.attach(model, adapter_for(model, *targets), trainable=True):
+        loss = model(x).sum()
         with Ops() as ops:
             loss.backward()
-    shapes = [args[2].shape for name, args in ops.calls if name == "convolution_backward" and args[-1][1]]
-    assert shapes == [(2, 16, 3, 3)]
+    return [args for name, args in ops.calls if name == "convolution_backward"]
+
+
+def test_a_wide_layer_never_computes_its_whole_weight_gradient() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1))
+    found = convolution_backwards(model, torch.randn(2, 16, 6, 6).requires_grad_())
+    assert [args[2].shape for args in found if args[-1][1]] == [(2, 16, 3, 3)]
 
 
 def test_few_positions_add_thin_products_and_keep_the_hidden_channels() -> None:
-    """Four points are fewer than the channels: in neither pass a weight is folded."""
+    """Four points are fewer than the channels, so neither pass folds a weight."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(256, 64, 3, padding=1), nn.Conv2d(64, 300, 1)).double().requires_grad_(False)
     adapter = adapter_for(model)
@@ -184,9 +196,7 @@ def test_few_positions_add_thin_products_and_keep_the_hidden_channels() -> None:
     expected = plain(model, x, adapter, leaves)
     others = torch.autograd.grad(expected.square().sum(), [x, *leaves.values()])
     with loraio.attach(model, adapter, trainable=True) as live:
-        for part in (layer.parametrizations.weight[0] for layer in model):  # type: ignore[union-attr, index]
-            for name, factor in list(part.named_parameters()):
-                setattr(part, name, nn.Parameter(factor.detach().double()))
+        factors_to_double(model)
         kept: list[Any] = []
         with Ops() as ops:
             with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
@@ -210,24 +220,17 @@ def test_one_point_kernels_of_images_whose_channels_come_last_are_one_product() 
 
 
 def test_gradients_of_input_and_whole_weight_come_of_one_call() -> None:
-    model = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6)).requires_grad_(False)
-    with loraio.attach(model, adapter_for(model), trainable=True):
-        loss = model(torch.randn(2, 6, 7, 6).requires_grad_()).sum()
-        with Ops() as ops:
-            loss.backward()
-    assert [args[-1] for name, args in ops.calls if name == "convolution_backward"] == [[True, True, False]]
+    model = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6))
+    found = convolution_backwards(model, torch.randn(2, 6, 7, 6).requires_grad_())
+    assert [args[-1] for args in found] == [[True, True, False]]
 
 
-def test_nothing_is_computed_for_an_input_that_needs_no_gradient() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).requires_grad_(False)
-    for names, inputs in ((("all",), 1), (("2",), 0)):
-        with loraio.attach(model, adapter_for(model, *names), trainable=True):
-            loss = model(torch.randn(2, 3, 8, 8)).sum()
-            with Ops() as ops:
-                loss.backward()
-        masks = [args[-1] for name, args in ops.calls if name == "convolution_backward"]
-        assert sum(mask[0] for mask in masks) == inputs
-        assert not any(mask[2] for mask in masks)
+@pytest.mark.parametrize(("targets", "inputs"), [("all", 1), ("2", 0)])
+def test_nothing_is_computed_for_an_input_that_needs_no_gradient(targets: str, inputs: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    masks = [args[-1] for args in convolution_backwards(model, torch.randn(2, 3, 8, 8), targets)]
+    assert sum(mask[0] for mask in masks) == inputs
+    assert not any(mask[2] for mask in masks)
 
 
 @pytest.mark.parametrize("network", ["digit-cnn", "torchvision:mobilenet_v3_small", "torchvision:resnet18"])
@@ -309,7 +312,7 @@ def test_a_route_is_found_once_and_anew_where_anything_it_goes_by_is_another(mon
 
 
 def plain_layer(layer: Any, x: Tensor, adapter: loraio.Adapter, leaves: dict[str, Tensor]) -> Tensor:
-    """The sum of squares of what the layer gives, as it is set now, with a weight folded in tensor arithmetic."""
+    """Return the sum of squares of the layer's outputs, with a weight folded in tensor arithmetic."""
     delta = adapter.targets["0.weight"].scale * leaves["0.weight.lora_B"] @ leaves["0.weight.lora_A"]
     weight = layer.parametrizations.weight.original
     result: Tensor = layer._conv_forward(x, weight + delta.view(weight.shape), layer.bias)
@@ -447,9 +450,7 @@ def test_autocast_gives_the_dtypes_of_the_plain_way(layer: nn.Module) -> None:
         assert found.dtype == expected.dtype == torch.bfloat16
         assert found.equal(expected)
         found.float().sum().backward()
-        assert {parameter.grad.dtype for parameter in live.parameters() if parameter.grad is not None} == {
-            torch.float32
-        }
+        assert {factor.grad.dtype for factor in live.parameters() if factor.grad is not None} == {torch.float32}
 
 
 def test_depthwise_gradients_are_split_on_a_cpu() -> None:

@@ -1,4 +1,4 @@
-"""The adapted weight is computed once and never stale: after any change the model computes what the merged one does."""
+"""Compute each adapted weight once and never use a stale one: after any change model and merged model agree."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from live_models import WRITES, Passes, answer, base_weight, outputs, same_bits, write
+from live_models import (
+    WRITES,
+    assert_threads_see_one_strength_or_the_other,
+    base_weight,
+    merged_outputs,
+    outputs,
+    same_bits,
+    write,
+)
 from torch import Tensor, nn
 
 import loraio
@@ -19,7 +27,7 @@ from loraio.errors import BaseMismatchError
 
 
 class Counter:
-    """How often a function was called."""
+    """Counts the calls of a function."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
         self.calls = 0
@@ -32,7 +40,7 @@ class Counter:
         monkeypatch.setattr(owner, name, counted)
 
     def since(self) -> int:
-        """Calls since this was asked last."""
+        """Return the number of calls since the last time."""
         calls, self.calls = self.calls, 0
         return calls
 
@@ -43,14 +51,7 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 def assert_fresh(model: nn.Module, x: Tensor) -> None:
-    """The model computes what base and adapter, as they are now, give when merged."""
-    live = loraio.attachment_of(model)
-    state = loraio.base_state_dict(model)
-    if live.enabled:
-        state = loraio.merge(state, live.adapter, live.strength, allow_base_mismatch=True)
-    other = loraio.build_network("digit-cnn").to(next(model.parameters()).dtype)
-    other.load_state_dict(state, assign=True)
-    assert same_bits(outputs(model, x), outputs(other, x))
+    assert same_bits(outputs(model, x), merged_outputs(loraio.attachment_of(model), x))
 
 
 def test_a_weight_is_folded_once(base: nn.Module, three: loraio.Adapter, images: Tensor, folds: Counter) -> None:
@@ -69,16 +70,16 @@ def test_a_weight_is_folded_once(base: nn.Module, three: loraio.Adapter, images:
             assert base.conv1.weight is base.conv1.weight
 
 
-def write_to_what_is_given(model: nn.Module) -> None:
-    with torch.no_grad():  # with gradients it is computed anew
-        model.conv2.weight.mul_(1.5)  # type: ignore[operator,union-attr]
+@torch.no_grad()  # with gradients it is computed anew
+def write_to_given(model: nn.Module) -> None:
+    model.conv2.weight.mul_(1.5)  # type: ignore[operator,union-attr]
 
 
 CHANGES: dict[str, Callable[[nn.Module, loraio.Attachment, loraio.Adapter], Any]] = {
     "strength": lambda model, live, seven: setattr(live, "strength", -0.5),
     "swap": lambda model, live, seven: live.swap(seven),
     "disable": lambda model, live, seven: live.disable(),
-    "write to what was given out": lambda model, live, seven: write_to_what_is_given(model),
+    "write to what was given out": lambda model, live, seven: write_to_given(model),
     "other strides": lambda model, live, seven: model.to(memory_format=torch.channels_last),
     "a cast": lambda model, live, seven: model.double(),
     **{name: lambda model, live, seven, change=change: change(model) for name, change in WRITES.items()},
@@ -191,16 +192,7 @@ def test_threads_see_one_strength_or_the_other(base: nn.Module, three: loraio.Ad
     targets = {"conv2.weight": three.targets["conv2.weight"]}
     factors = {name: factor for name, factor in three.factors.items() if name.startswith("conv2")}
     one = loraio.Adapter(targets=targets, factors=factors, base=three.base)
-    live = loraio.attach(base, one)
-    allowed = []
-    for strength in (0.5, 1.0):
-        live.strength = strength
-        allowed.append(outputs(base, images))
-    with Passes(lambda: outputs(base, images), 4) as passes:
-        for number in range(200):
-            live.strength = (0.5, 1.0)[number % 2]
-            outputs(base, images)
-    assert passes.answers <= {*map(answer, allowed)}
+    assert_threads_see_one_strength_or_the_other(base, loraio.attach(base, one), images)
 
 
 def test_swapping_back_computes_nothing_unless_something_changed(

@@ -1,4 +1,4 @@
-"""Tensors that an adapter replaces whole: a head of its own, and what of normalisation adapts."""
+"""Train, save, attach and merge tensors that an adapter replaces whole: heads and normalisation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from live_models import Everything, outputs, same_bits
+from live_models import Everything, compiled_once, outputs, same_bits
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 import loraio
 from loraio.adapter import WholeTensor
@@ -41,7 +40,7 @@ def steady() -> bool:
 
 
 class Normed(nn.Module):
-    """Convolutions with every kind of normalisation that keeps statistics, and one that keeps none, before a head."""
+    """Convolutions, every kind of normalisation with statistics and one without, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +60,7 @@ class Normed(nn.Module):
 
 @pytest.fixture
 def network(digits: loraio.Dataset) -> nn.Module:
-    """A `Normed` with statistics of its own, in eval mode."""
+    """Make a `Normed` with statistics, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = Normed()
@@ -80,7 +79,7 @@ def trained(network: nn.Module, data: loraio.Dataset, norm: str = "frozen", **se
 
 @pytest.fixture
 def adapters(network: nn.Module, digits: loraio.Dataset) -> dict[str, loraio.Adapter]:
-    """An adapter with a ten-class head for each way with normalisation, and one without a head."""
+    """Train an adapter with a ten-class head for each setting of ``norm``, and one without a head."""
     made = {norm: trained(network, digits, norm) for norm in ("frozen", "stats", "affine")}
     seven = replace(digits, images=digits.images[digits.labels < 7], labels=digits.labels[digits.labels < 7], classes=7)
     return made | {"headless": trained(network, replace(seven, class_names=()), "stats", heads={})}
@@ -370,15 +369,14 @@ def test_a_compiled_model_has_no_graph_break(
     network: nn.Module, adapters: dict[str, loraio.Adapter], digits: loraio.Dataset
 ) -> None:
     torch._dynamo.reset()
-    counter = CompileCounter()
     images = digits.images[:8]
     for name in ("frozen", "stats"):
         with loraio.attach(network, adapters[name]):
-            compiled = torch.compile(network, fullgraph=True, backend=counter)
+            compiled, counter = compiled_once(network)
             network.train()
             torch.testing.assert_close(outputs(compiled, images), outputs(network, images))
             network.eval()
-    assert counter.frame_count >= 1
+        assert counter.frame_count >= 1
 
 
 def test_saving_is_refused_when_something_outside_of_the_file_was_trained(

@@ -1,4 +1,4 @@
-"""A model with an adapter on it works in wrappers, compiled and exported."""
+"""Wrap, compile and export a model with an adapter."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from live_models import adapter_for, outputs, same_bits
+from live_models import adapter_for, compiled_once, outputs, same_bits
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from torch.optim.swa_utils import AveragedModel
 
 import loraio
@@ -137,11 +136,13 @@ def test_two_processes_train_one_adapter(base: nn.Module, digits: loraio.Dataset
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_model_has_the_gradients_of_the_eager_one(
+def test_a_compiled_model_has_outputs_and_gradients_of_the_eager_one(
     base: nn.Module, three: loraio.Adapter, digits: loraio.Dataset
 ) -> None:
     base.requires_grad_(False)
     compiled = torch.compile(base, fullgraph=True)
+    with loraio.attach(base, three):
+        torch.testing.assert_close(outputs(compiled, digits.images[:4]), outputs(base, digits.images[:4]), **COMPILED)
 
     def gradients(model: Any) -> list[Tensor]:
         with loraio.attach(base, three, trainable=True) as live:
@@ -156,7 +157,7 @@ def test_a_compiled_model_has_the_gradients_of_the_eager_one(
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("kind", loraio.adapter.kinds.KINDS)
 def test_every_kind_compiles_with_no_graph_break(attentive: nn.Module, kind: str) -> None:
-    """Traced and run op by op, so that the results are the same bits."""
+    """Trace, and run op by op, so that eager and compiled bits are equal."""
     adapter = adapter_for(attentive, kind=kind)
     x = torch.randn(2, 3, 8)
     with loraio.attach(attentive, adapter, trainable=True):
@@ -169,7 +170,7 @@ def test_every_kind_compiles_with_no_graph_break(attentive: nn.Module, kind: str
 def test_a_compiled_model_follows_every_change_of_the_handle(
     base: nn.Module, three: loraio.Adapter, seven: loraio.Adapter, images: Tensor
 ) -> None:
-    """Only traced, so that the bits are those of the eager model; graphs are made as for any backend."""
+    """Trace alone, so that eager and compiled bits are equal; graphs are made as for any backend."""
     compiled = torch.compile(base, fullgraph=True, backend="eager")
     plain = outputs(base, images)
     assert same_bits(outputs(compiled, images), plain)
@@ -203,8 +204,7 @@ def test_a_compiled_model_follows_every_change_of_the_handle(
 def test_swaps_among_adapters_of_one_shape_compile_nothing_anew(
     base: nn.Module, three: loraio.Adapter, images: Tensor
 ) -> None:
-    counter = CompileCounter()
-    compiled = torch.compile(base, fullgraph=True, backend=counter)
+    compiled, counter = compiled_once(base)
     with loraio.attach(base, three) as live:
         for step in range(12):
             live.swap(replace(three, factors={name: factor * step for name, factor in three.factors.items()}))
