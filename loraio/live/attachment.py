@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from types import TracebackType
 
 from torch import Tensor, nn
 
@@ -25,11 +24,18 @@ from loraio.bases.targets import normalisation_modules
 from loraio.errors import StateError
 from loraio.files.tensors import tensor_bytes
 from loraio.live.base_state import BaseRecord, attachments, refuse_attached
-from loraio.live.fitting import KnownFit, check_fit
+from loraio.live.fitting import (
+    KnownFit,
+    Reserve,
+    check_fit,
+    check_max_rank,
+    check_reserved,
+    padded_forms,
+    reserved_weights,
+)
 from loraio.live.module_classes import FROZEN, class_beneath, frozen_class
 from loraio.live.parametrization import FoldedWeight, GivenTensor
 from loraio.live.places import Place
-from loraio.live.reserving import Reserve, check_max_rank, check_reserved, padded_forms, reserved_weights
 from loraio.live.rollback import Rollback
 from loraio.live.snapshot_builder import SnapshotBuilder
 from loraio.live.snapshots import Snapshot, Snapshots, take_no_snapshots, take_snapshots
@@ -73,9 +79,7 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.attached:
             self.detach()
 

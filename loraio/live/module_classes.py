@@ -47,12 +47,9 @@ class _Common(type):
 def parametrized_class(
     module: nn.Module, names: Iterable[str], *, forward: Callable[..., Any] | None = None
 ) -> type[nn.Module]:
-    """Return the class that a module needs to have these tensors parametrized.
+    """Return the class that a module needs to have the tensors ``names`` parametrized, some already or not.
 
-    Args:
-        module: the module, parametrized already or not.
-        names: of the tensors.
-        forward: in the place of the class's own; None leaves that.
+    ``forward`` replaces the class's own.
     """
     cls = type(module)
     plain = cls
@@ -143,12 +140,9 @@ def _stack(module: nn.Module, name: str) -> Any:
 
 
 def class_on_top(cls: _Class, mark: str, **own: Any) -> _Class:
-    """Return a class with attributes of its own on top of another one; all modules of that one share it.
+    """Return a class with attributes of its own on top of ``cls``; all modules of ``cls`` share it.
 
-    Args:
-        cls: the class below.
-        mark: name of an attribute by which `class_beneath` finds the new class.
-        own: its attributes, the same for each call with this mark.
+    `class_beneath` finds it by the attribute ``mark``. All calls with one mark give the same attributes.
     """
     made = _ON_TOP.get((cls, mark))
     if made is None:

@@ -129,12 +129,6 @@ class FoldedWeight(AdapterPart):
         wanted = weight.requires_grad or (self.trainable and any(p.requires_grad for p in self.parameters()))
         return wanted and torch.is_grad_enabled()
 
-    def fold(self, weight: Tensor) -> Tensor | None:
-        """Return the adapted weight, rounded as `loraio.merge` rounds it; None where the base weight goes through."""
-        if self.target is None or not self.enabled:
-            return None
-        return self.target.fold(weight, self.factors(), strength=self.strength)
-
     def forward(self, weight: Tensor) -> Tensor:
         """Return the adapted weight: shape, dtype and device of ``weight``.
 
@@ -142,9 +136,10 @@ class FoldedWeight(AdapterPart):
         """
         if self.slot is not None and torch.compiler.is_compiling() and not _is_exporting():
             return self._compiled(weight, self.slot)
-        return self._computed(weight)
+        return self.computed(weight)
 
-    def _computed(self, weight: Tensor) -> Tensor:
+    def computed(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight; ``weight`` itself where the part lets it through."""
         if self.target is None or not self.enabled:
             return weight
         factors = self.factors()
@@ -155,9 +150,9 @@ class FoldedWeight(AdapterPart):
     def _compiled(self, weight: Tensor, slot: Slot) -> Tensor:
         if not (torch.is_grad_enabled() and (weight.requires_grad or self.trainable)):
             # before anything that would put the adapter into the graph
-            return slot.read() if slot.fits(weight) else self._computed(weight)
+            return slot.read() if slot.fits(weight) else self.computed(weight)
         if self.form is None or not self.enabled:
-            return self._computed(weight)
+            return self.computed(weight)
         exact = torch.promote_types(weight.dtype, torch.float32)
         padded = {name: getattr(self, name) for name in self.form.factor_shapes}
         padded["lora_B"] = padded["lora_B"].to(exact) * self.scale

@@ -23,9 +23,7 @@ from loraio.live.weight_cache import CachedWeight
 def parametrization_list(part: AdapterPart | None, tensor: Tensor) -> parametrize.ParametrizationList:
     """Make ``ParametrizationList([part], tensor, unsafe=True)`` in a sixth of the time, and without its ``set_``.
 
-    Args:
-        part: has no right inverse, and keeps shape and dtype; None for one that comes later.
-        tensor: a Parameter or buffer.
+    The part has no right inverse and keeps shape and dtype. None stands for one that comes later.
     """
     stack = parametrize.ParametrizationList.__new__(parametrize.ParametrizationList)
     nn.ModuleList.__init__(stack)

@@ -28,11 +28,9 @@ class SwapCache:
         return found[0] if places == present or places.items() <= present.items() else None
 
     def put(self, snapshot: Snapshot) -> None:
-        adapter = snapshot.adapter
-        tensors = _Tensors(adapter, snapshot)
-        size = tensors.nbytes
-        if snapshot.enabled:
-            size += sum(snapshot.places[name].base.nbytes for name in adapter.targets)
+        adapter, tensors = snapshot.adapter, _Tensors(snapshot)
+        folded = adapter.targets if snapshot.enabled else ()
+        size = tensors.nbytes + sum(snapshot.places[name].base.nbytes for name in folded)
         self._cache.put((id(adapter), snapshot.enabled, snapshot.strength), (snapshot, tensors), size)
 
     def clear(self) -> None:
@@ -45,8 +43,8 @@ class SwapCache:
 class _Tensors:
     """The tensors of an adapter and of its parts. Each loop is one call: a network has two hundred of them."""
 
-    def __init__(self, adapter: Adapter, snapshot: Snapshot) -> None:
-        held: list[Any] = [adapter.factors, adapter.tensors]
+    def __init__(self, snapshot: Snapshot) -> None:
+        held: list[Any] = [snapshot.adapter.factors, snapshot.adapter.tensors]
         for part in snapshot.parts.values():
             held += (part._parameters, part._buffers)
         self._dicts = [each for each in held for _ in each]

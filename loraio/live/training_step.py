@@ -137,9 +137,7 @@ def _norm_forward(plain: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tens
 
 
 FORWARDS: dict[Any, Callable[[Any, Tensor], Tensor]] = {
-    nn.Conv1d.forward: _convolution_forward(nn.Conv1d.forward),
-    nn.Conv2d.forward: _convolution_forward(nn.Conv2d.forward),
-    nn.Conv3d.forward: _convolution_forward(nn.Conv3d.forward),
+    **{layer.forward: _convolution_forward(layer.forward) for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
     nn.Linear.forward: _linear_forward(nn.Linear.forward),
     nn.BatchNorm2d.forward: _norm_forward(nn.BatchNorm2d.forward),  # of 1d and 3d too
 }

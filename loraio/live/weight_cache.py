@@ -88,8 +88,9 @@ class CachedWeight:
         # another tensor cannot get an address as long as these hold the memory
         self._aliases = [source.detach() for source in (self.weight, *(factor for _, _, factor, *_ in self.factors))]
         with torch.inference_mode(False), torch.no_grad():
-            folded = part.fold(self.weight.detach())
-        if folded is None:
+            weight = self.weight.detach()
+            folded = part.computed(weight)
+        if folded is weight:
             self.folded = self._asking = self.weight
         else:
             # torch.matmul sums in another order where the weight asks for gradients, even under no_grad: the folded
@@ -142,7 +143,7 @@ class WeightCache:
 
     def valid_weights(self) -> Mapping[str, CachedWeight] | None:
         """Return the weights that hold, for a pass that begins now; None where a pass must check each by itself."""
-        if torch.is_grad_enabled() or not nobody_looks_on():
+        if torch.is_grad_enabled() or parametrize._cache_enabled or torch._C._len_torch_dispatch_stack():
             return None
         weights, check = self.weights, self._check
         if check.weights is not weights:
@@ -224,8 +225,3 @@ def _can_be_cached(weight: Tensor, factors: Iterable[Tensor | None]) -> bool:
         and not weight.is_meta
         and not any(tensor is not None and tensor.is_inference() for tensor in (weight, *factors))
     )
-
-
-def nobody_looks_on() -> bool:
-    """Return True if nothing of torch's has a say in what this thread reads."""
-    return not (parametrize._cache_enabled or torch._C._len_torch_dispatch_stack())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loraio.adapter.adapter import Adapter
 from loraio.errors import ConfigError, LoraioError, StateError
 from loraio.live.attachment import Attachment, attach, attachment_of
-from loraio.live.reserving import Reserve
+from loraio.live.fitting import Reserve
 from loraio.registry import lookup
 from loraio.serving.mixed_batches import BaseNow, ModelFacts, SortedBatch, choices_of, run_sorted
 from loraio.serving.residents import Pick, Residents, Version

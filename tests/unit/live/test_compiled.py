@@ -31,8 +31,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import loraio
 from loraio.errors import BaseMismatchError, StateError, UnknownNameError
+from loraio.live.fitting import Reserve
 from loraio.live.parametrization import FoldedWeight
-from loraio.live.reserving import Reserve
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
