@@ -111,6 +111,13 @@ def assert_merged_alike(base: nn.Module, first: Adapter, second: Adapter) -> Non
     assert all(two[name].equal(tensor) for name, tensor in one.items())
 
 
+def assert_all_loaded(net: nn.Module, path: Path) -> None:
+    """Assert that a network of the other tool finds all of its pairs in a state dict, and nothing else."""
+    found = net.load_state_dict(torch.load(path, weights_only=True), strict=False)
+    assert not found.unexpected_keys
+    assert not [name for name in found.missing_keys if "lora_" in name and "dropout" not in name]
+
+
 def assert_merged_close(base: nn.Module, adapter: Adapter, theirs: Mapping[str, Tensor], **ulp: int) -> None:
     """Assert that our merged weights are the other tool's."""
     merged = loraio.merge(base.state_dict(), adapter)

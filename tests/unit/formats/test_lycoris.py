@@ -110,10 +110,7 @@ def test_the_metadata_may_tell_the_dialect_and_other_networks_are_none(write: Wr
         ({"lokr_w1": (2, 2)}, "lokr_w2 is neither whole nor a pair"),
         ({"lokr_w1": (2, 2), "lokr_w2": (3, 2), "lokr_w2_a": (3, 1)}, "lokr_w2 is neither whole nor a pair"),
         ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 1), "lokr_w2_b": (2, 2)}, "lokr_w2 is neither whole nor a pair"),
-        (
-            {"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (2, 2)},
-            "do not go together",
-        ),
+        ({"lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (2, 2)}, "do not go together"),
         (
             {"lokr_w1": (2, 2), "lokr_w2_a": (2, 3), "lokr_w2_b": (2, 2), "lokr_t2": (2, 1, 3, 2)},
             "lokr_t2 is (2, 1, 3, 2), its factors have rank 2",

@@ -126,12 +126,6 @@ def test_existing_files_are_kept_unless_told_otherwise(packed: Path, files: Path
         loraio.pack([files], packed)
 
 
-def test_a_folder_that_cannot_be_made_is_an_output_error(packed: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be made"):
-        loraio.unpack(packed, tmp_path / "file")
-
-
 def test_only_adapters_go_into_a_pack(files: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"base.safetensors' is not an adapter"):
         loraio.pack([files / "base.safetensors"], tmp_path / "all.pack")
@@ -208,11 +202,14 @@ def test_links_in_the_folder_are_not_written_through(packed: Path, tmp_path: Pat
     assert len(names_in(tmp_path / "again")) == 2
 
 
-def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_written(packed: Path, tmp_path: Path) -> None:
+def test_a_folder_or_file_in_the_place_of_the_other_is_refused(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "out/three.safetensors").mkdir(parents=True)
     with pytest.raises(OutputError, match="is a folder"):
         loraio.unpack(packed, tmp_path / "out", overwrite=True)
     assert names_in(tmp_path / "out") == ["three.safetensors"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        loraio.unpack(packed, tmp_path / "file")
 
 
 @pytest.mark.parametrize("there", ["Three", "THREE", "th\u200dree", "thr\u0435e"])
