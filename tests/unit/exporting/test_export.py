@@ -89,6 +89,11 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def check_answers(path: Path, network: nn.Module) -> None:
+    x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(run(path, x)[0].detach(), network(x).detach(), **EXPORTED)
+
+
 def run(path: Path, x: Tensor) -> list[Tensor]:
     """Run the file."""
     if path.suffix == ".pt2":
@@ -161,24 +166,13 @@ def with_other_weight(network: nn.Module) -> None:
     network.get_parameter("conv2.weight").data[0, 0, 0, 0] += 1e-2
 
 
-def with_half_weights(network: nn.Module) -> None:
-    for parameter in network.parameters():
-        parameter.data = parameter.data.half().float()
-
-
-def with_classes_exchanged(network: nn.Module) -> None:
-    for parameter in network.get_submodule("fc").parameters():
-        parameter.data = parameter.data.roll(1, 0)
-
-
 def with_another_head(network: nn.Module) -> None:
     resize_heads(network, {"fc": 11})
 
 
-MUTANTS = [with_other_weight, with_half_weights, with_classes_exchanged, with_another_head]
-
-
-@pytest.mark.parametrize(("mutate", "suffix"), [(MUTANTS[0], ".onnx"), *((mutate, ".pt2") for mutate in MUTANTS)])
+@pytest.mark.parametrize(
+    ("mutate", "suffix"), [(with_other_weight, ".onnx"), (with_other_weight, ".pt2"), (with_another_head, ".pt2")]
+)
 def test_a_file_that_computes_something_else_does_not_stay(
     files: Path, out: Path, mutate: Callable[[nn.Module], None], suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,11 +236,6 @@ def test_the_tolerance_is_what_was_asked_for(files: Path, out: Path, monkeypatch
     assert done.outputs[0].bound == 0.26
     assert done.max_abs == pytest.approx(0.25, abs=1e-5)
     assert loraio.export(merged, out / "n.pt2", rtol=0.5).max_abs == done.max_abs
-
-
-def check_answers(path: Path, network: nn.Module) -> None:
-    x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(run(path, x)[0].detach(), network(x).detach(), **EXPORTED)
 
 
 def test_a_sharded_checkpoint_with_the_names_of_a_wrapper(
