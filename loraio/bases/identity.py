@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,7 @@ def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def state_sha256(state: Mapping[str, Tensor], known: Mapping[str, str] | None = None) -> str:
-    """Return the digest of a state dict, see `loraio.files.integrity.state_digest`.
-
-    Args:
-        state: the state dict, parameters and buffers.
-        known: digests of its tensors, if the caller has them already.
-    """
+    """Return the digest of a state dict, `loraio.files.integrity.state_digest`, with its tensors' ``known`` digests."""
     known = digests(state) if known is None else known
     return state_digest((name, dtype_code(state[name].dtype), tuple(state[name].shape), known[name]) for name in state)
 
@@ -70,14 +66,7 @@ class BaseIdentity:
         self._whole: dict[tuple[tuple[str, str], ...], str] = {}
 
     def digests(self, state: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return `digests` of a state dict, and hash only tensors that are new or were written to.
-
-        Args:
-            state: the model's state dict, as it is now.
-
-        Raises:
-            StateError: as `digests`.
-        """
+        """Return `digests` of the model's state dict, and hash only tensors that are new or were written to."""
         with self._lock:
             stale = {name: tensor for name, tensor in state.items() if not self._is_known(name, tensor)}
             found = digests(stale)
@@ -88,13 +77,7 @@ class BaseIdentity:
             return {name: self._known[name][0] for name in state}
 
     def learn(self, state: Mapping[str, Tensor], read: Mapping[str, Tensor], known: Mapping[str, str]) -> None:
-        """Take over digests from a file, of each tensor that holds the bytes that were read.
-
-        Args:
-            state: the model's state dict.
-            read: the tensors of the file, by name.
-            known: their digests, compared when they were read.
-        """
+        """Take over digests from a file, of each tensor that still holds the bytes that were read from it."""
         same = [name for name in known if tensor_bytes(state[name]).equal(tensor_bytes(read[name]))]
         with self._lock:
             self._learn(state, {name: known[name] for name in same})
@@ -142,21 +125,14 @@ def without_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def base_reference(state: Mapping[str, Tensor], *, model: nn.Module | None = None) -> BaseReference:
-    """Return the reference of an adapter to its base.
-
-    Args:
-        state: the base's state dict.
-        model: gives the network's name, options and heads, if `build_network` or `load_base` built it.
-    """
+    """Return the reference of an adapter to its base, with network, options and heads if ``model`` is a built one."""
     known = digests(state)
     parameters = without_statistics(state)
-    return BaseReference(
-        sha256=state_sha256(state, known),
-        network=network_of(model) if model is not None else None,
-        network_args=network_args_of(model) if model is not None else {},
-        heads=heads_of(model) if model is not None else {},
-        sha256_without_statistics=state_sha256(parameters, known) if len(parameters) < len(state) else None,
-    )
+    facts: dict[str, Any] = {}
+    if model is not None:
+        facts = {"network": network_of(model), "network_args": network_args_of(model), "heads": heads_of(model)}
+    without = state_sha256(parameters, known) if len(parameters) < len(state) else None
+    return BaseReference(sha256=state_sha256(state, known), sha256_without_statistics=without, **facts)
 
 
 def check_base(
@@ -168,14 +144,11 @@ def check_base(
 ) -> tuple[str, ...]:
     """Refuse a base model that the adapter was not made for.
 
+    ``allow_mismatch`` lets values and dtypes differ; names and shapes never may. ``known`` are digests of the state's
+    tensors, if the caller has them; those of the targets suffice if one of these differs.
+
     Every target and every tensor that is replaced is compared: present, same shape, same dtype, same bytes. If all
     agree, the rest of the network is compared by its digest.
-
-    Args:
-        adapter: the adapter.
-        state: the base model's state dict.
-        allow_mismatch: let values and dtypes differ; names and shapes never may.
-        known: digests of the state's tensors, if the caller has them; those of the targets suffice if one differs.
 
     Returns:
         a line for each difference that was allowed; empty if there is none.
@@ -237,7 +210,7 @@ def _difference(weight: Tensor, dtype: str, sketched: Sequence[float]) -> str:
     apart = distance(sketched, found)
     told = f"relative distance {apart:.2g}" if apart >= RESOLUTION else f"relative distance below {RESOLUTION:g}"
     if cast is None:
-        rounded = [dtype for dtype in _HALF if weight.to(dtype).to(weight.dtype).equal(weight)]
+        rounded = [half for half in (torch.bfloat16, torch.float16) if weight.to(half).to(weight.dtype).equal(weight)]
         cast = f"rounded to {str(rounded[0]).removeprefix('torch.')}" if rounded else None
     if cast and apart < SAME:
         return f"same weights {cast} ({told})"
@@ -245,6 +218,3 @@ def _difference(weight: Tensor, dtype: str, sketched: Sequence[float]) -> str:
         return f"other values, though hardly ({told})"
     other = f"other weights, {cast}" if cast else "other weights" if apart >= SAME_ORIGIN else "changed weights"
     return f"{other} ({told})"
-
-
-_HALF = (torch.bfloat16, torch.float16)
