@@ -1,4 +1,4 @@
-"""Which weights can be targets, and how patterns select them."""
+"""Find the weights that can be targets, and select them by patterns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraio.errors import StateError, UnknownNameError
 
 
 class Block(nn.Module):
-    """Names that are not in alphabetical order, and layers that are no targets."""
+    """A block with names out of alphabetical order, and with layers that are no targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,9 +98,6 @@ def test_a_subclass_of_a_layer_is_found_as_that_layer() -> None:
 )
 def test_patterns_select_in_the_order_of_the_model(model: nn.Module, patterns: list[str], names: list[str]) -> None:
     assert list(select_targets(model, patterns)) == names
-
-
-def test_convolutions_are_selected_without_patterns(model: nn.Module) -> None:
     assert list(select_targets(model)) == CONVOLUTIONS
 
 
@@ -110,29 +107,6 @@ def test_a_pattern_that_selects_nothing_gets_the_nearest_name_and_all_names(mode
     text = str(caught.value)
     assert "'laier1.first' matches no weight of the model; did you mean 'layer1.first'?" in text
     assert "conv, linear, embedding, all, a class name, or a glob over: head, layer1.first, layer1.second" in text
-
-
-@pytest.mark.parametrize(
-    "pattern", ["first", "HEAD", "norm", "layer1.u", "head.bias", "", "layer1", "re:first", "conv2d"]
-)
-def test_a_pattern_must_match_the_whole_name_of_a_target_with_its_case(model: nn.Module, pattern: str) -> None:
-    with pytest.raises(UnknownNameError, match="matches no weight"):
-        select_targets(model, [pattern])
-
-
-def test_a_word_for_layers_that_the_model_lacks_is_refused() -> None:
-    with pytest.raises(UnknownNameError, match="'conv' matches no weight"):
-        select_targets(nn.Linear(2, 2), ["conv"])
-
-
-def test_no_patterns_at_all_are_refused(model: nn.Module) -> None:
-    with pytest.raises(UnknownNameError, match="no target patterns"):
-        select_targets(model, [])
-
-
-def test_a_model_without_targets_says_so() -> None:
-    with pytest.raises(UnknownNameError, match=r"over: \(none\)"):
-        select_targets(nn.ReLU(), ["all"])
 
 
 def test_a_weight_that_two_modules_share_is_refused_only_as_a_target(model: nn.Module) -> None:
@@ -147,13 +121,10 @@ def test_a_weight_that_two_modules_share_is_refused_only_as_a_target(model: nn.M
     ]
 
 
-def test_a_module_that_occurs_twice_is_refused_as_a_target() -> None:
+def test_a_module_that_occurs_twice_and_a_shared_parametrization_are_refused_as_targets() -> None:
     layer = nn.Linear(2, 2)
     with pytest.raises(StateError, match=r"0\.weight, 1\.weight are one tensor"):
         select_targets(nn.Sequential(layer, layer), ["0"])
-
-
-def test_sharing_is_seen_through_a_parametrization() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     parametrize.register_parametrization(model[1], "weight", nn.Identity())
@@ -178,16 +149,27 @@ def test_what_is_excluded_is_left_out(model: nn.Module) -> None:
     assert list(found) == ["stem.weight", "layer2.second.weight", "layer2.up.weight", "tail.weight"]
 
 
-def test_an_exclusion_that_matches_nothing_or_everything_is_refused(model: nn.Module) -> None:
-    with pytest.raises(UnknownNameError, match=r"exclude pattern 'layer9\.\*' matches no weight"):
-        select_targets(model, ["all"], exclude=["layer9.*"])
-    with pytest.raises(UnknownNameError, match=r"every target is excluded: head\.weight"):
-        select_targets(model, ["linear"], exclude=["head"])
-
-
-def test_a_pattern_that_is_no_regular_expression_is_refused(model: nn.Module) -> None:
-    with pytest.raises(UnknownNameError, match="is no regular expression"):
-        select_targets(model, ["re:("])
+@pytest.mark.parametrize(
+    ("patterns", "exclude", "match"),
+    [
+        *(
+            ([pattern], [], "matches no weight")
+            for pattern in ("first", "HEAD", "norm", "layer1.u", "head.bias", "", "layer1", "re:first", "conv2d")
+        ),
+        (["embedding"], [], "'embedding' matches no weight"),
+        ([], [], "no target patterns"),
+        (["re:("], [], "is no regular expression"),
+        (["all"], ["layer9.*"], r"exclude pattern 'layer9\.\*' matches no weight"),
+        (["linear"], ["head"], r"every target is excluded: head\.weight"),
+    ],
+)
+def test_patterns_that_select_nothing_are_refused(
+    model: nn.Module, patterns: list[str], exclude: list[str], match: str
+) -> None:
+    with pytest.raises(UnknownNameError, match=match):
+        select_targets(model, patterns, exclude=exclude)
+    with pytest.raises(UnknownNameError, match=r"over: \(none\)"):
+        select_targets(nn.ReLU(), ["all"])
 
 
 def test_every_weight_of_an_attention_layer_is_found() -> None:

@@ -1,4 +1,4 @@
-"""Parted checkpoints: the headers alone, and what is refused whether or not the tensors are read too."""
+"""Read sharded checkpoints, headers alone or tensors too; both refuse the same files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_headers_are_those_of_the_tensors(write_parts: WriteParts, base: nn.
         assert parted.file_bytes - parted.header_bytes - 2 * 8 == sum(tensor.nbytes for tensor in state.values())
 
 
-def test_other_names_are_no_parted_checkpoints(tmp_path: Path) -> None:
+def test_other_names_are_no_sharded_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").touch()
     for name in ("a.safetensors", "nowhere", "index.json"):
         assert not is_sharded(tmp_path / name)
@@ -58,7 +58,7 @@ def test_other_names_are_no_parted_checkpoints(tmp_path: Path) -> None:
         "a\x1b.safetensors", "a\u202e.safetensors",
     ],
 )  # fmt: skip
-def test_a_part_outside_of_the_folder_is_refused(
+def test_a_shard_outside_of_the_folder_is_refused(
     read: Read, write_parts: WriteParts, base: nn.Module, tmp_path: Path, file: Any
 ) -> None:
     index = write_parts(base.state_dict(), tmp_path / "parts", **{"fc.bias": file})
@@ -68,7 +68,7 @@ def test_a_part_outside_of_the_folder_is_refused(
     assert str(index) in str(caught.value)
 
 
-def test_parts_that_are_one_file_to_some_systems_are_refused(
+def test_shards_that_are_one_file_to_some_systems_are_refused(
     read: Read, write_parts: WriteParts, base: nn.Module, tmp_path: Path
 ) -> None:
     index = write_parts(base.state_dict(), tmp_path / "parts", **{"fc.bias": "A-1-OF-2.safetensors"})
@@ -76,7 +76,7 @@ def test_parts_that_are_one_file_to_some_systems_are_refused(
         read(index)
 
 
-def test_parts_may_be_links_as_in_the_caches_of_hubs(write_parts: WriteParts, base: nn.Module, tmp_path: Path) -> None:
+def test_shards_may_be_links_as_in_the_caches_of_hubs(write_parts: WriteParts, base: nn.Module, tmp_path: Path) -> None:
     index = write_parts(base.state_dict(), tmp_path / "parts")
     part = tmp_path / "parts/a-1-of-2.safetensors"
     part.rename(tmp_path / "blob")
@@ -84,7 +84,7 @@ def test_parts_may_be_links_as_in_the_caches_of_hubs(write_parts: WriteParts, ba
     assert read_sharded_header(index).tensors.keys() == base.state_dict().keys()
 
 
-def test_index_and_parts_that_contradict_each_other_are_refused_with_every_line(
+def test_index_and_shards_that_contradict_each_other_are_refused_with_every_line(
     read: Read, write_parts: WriteParts, base: nn.Module, tmp_path: Path
 ) -> None:
     state = base.state_dict()
@@ -152,21 +152,16 @@ def test_tensors_come_in_the_order_of_the_index(write_parts: WriteParts, base: n
     assert list(read_sharded_header(index).tensors) == list(loraio.read_base(index).state) == names
 
 
-@pytest.mark.parametrize("ending", ["", INDEX_SUFFIX])
-def test_a_name_too_long_for_a_file_is_an_error_with_the_name(read: Read, tmp_path: Path, ending: str) -> None:
-    name = "a" * 300 + ending
-    assert is_sharded(tmp_path / name) == bool(ending)
-    with pytest.raises(MissingFileError, match=f"{name}' cannot be read"):
-        read(tmp_path / name)
-
-
-def test_a_part_whose_name_is_too_long_for_a_file_is_missing(
-    read: Read, write_parts: WriteParts, base: nn.Module, tmp_path: Path
+@pytest.mark.parametrize("ending", ["", INDEX_SUFFIX, ".safetensors"])
+def test_a_name_too_long_for_a_file_is_an_error_with_the_name(
+    read: Read, write_parts: WriteParts, base: nn.Module, tmp_path: Path, ending: str
 ) -> None:
-    name = "a" * 300 + ".safetensors"
-    index = write_parts(base.state_dict(), tmp_path, **{"fc.bias": name})
+    name = "a" * 300 + ending
+    assert is_sharded(tmp_path / name) == (ending == INDEX_SUFFIX)
+    shard = ending == ".safetensors"
+    path = write_parts(base.state_dict(), tmp_path, **{"fc.bias": name}) if shard else tmp_path / name
     with pytest.raises(MissingFileError, match=f"{name}' cannot be read"):
-        read(index)
+        read(path)
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_with_its_name(

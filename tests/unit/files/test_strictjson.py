@@ -1,8 +1,9 @@
-"""JSON of strangers: counted without being parsed, and exactly."""
+"""Check that JSON of strangers is counted exactly before it is parsed, and refused with a reason."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import json_values
 
 from loraio.errors import FormatError
-from loraio.files.strictjson import parse_json
+from loraio.files.strictjson import parse_json, read_json, read_json_text
 
 
 def depth_of(tree: Any) -> int:
@@ -68,3 +69,34 @@ def test_half_a_character_is_refused_and_a_whole_one_is_not(pieces: list[str]) -
             parse_json(text, where="here")
     else:
         assert parse_json(text, where="here") == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "the file is empty[^$]*fetch the file again"),
+        (b"PK\x03\x04" + b"\0" * 26, "not JSON but a zip archive[^$]*a name that ends in .pt"),
+        (b"<html>", "not JSON but an HTML page[^$]*download it again"),
+        (b'{"a": "\xff"}', "not UTF-8: 'utf-8' codec can't decode byte 0xff"),
+        (b"7 or so", "not JSON but a text that starts with '7 or so'"),
+        (b"\xf0\xf1", "not UTF-8"),
+        (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        (b'{"a": "1234567890123456789012"}', r"longer than 30 bytes[\s\S]*LORAIO_LIMITS=header_bytes"),
+    ],
+)
+def test_a_json_file_that_is_none_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, match: str
+) -> None:
+    monkeypatch.setenv("LORAIO_LIMITS", "header_bytes=30")
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=match) as caught:
+        read_json(path)
+    assert repr(str(path)) in str(caught.value)
+
+
+def test_a_json_file_is_read_with_its_bytes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAIO_LIMITS", "header_bytes=14")
+    for content, value in [(b' \n{"a": [1]}\n\n', {"a": [1]}), (b"[1]", [1]), (b'{"\xc3\xa9": 0.5}', {"é": 0.5})]:
+        path.write_bytes(content)
+        assert read_json_text(path) == (content, value)
+        assert read_json(path) == value
