@@ -171,11 +171,9 @@ def parts_of(adapter: Adapter, name: str) -> Iterator[tuple[slice, Adapter]]:
 def _unchecked(targets: Mapping[str, Target], factors: Mapping[str, Tensor], base: BaseReference) -> Adapter:
     """Make a slice of an adapter without checking its factors again, which would take long."""
     part = object.__new__(Adapter)
-    given: dict[str, Any] = {"targets": targets, "factors": factors, "base": base}
+    given: dict[str, Any] = {"targets": MappingProxyType(targets), "factors": MappingProxyType(factors), "base": base}
     for entry in fields(Adapter):
-        object.__setattr__(
-            part, entry.name, MappingProxyType(given.get(entry.name, {})) if entry.name != "base" else base
-        )
+        object.__setattr__(part, entry.name, given.get(entry.name, MappingProxyType({})))
     return part
 
 

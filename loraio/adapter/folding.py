@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 BLOCK = 2**18
 """Numbers of a weight that are folded at a time on the CPU: in float64 they fill two megabytes."""
 
-_SCRATCH = BLOCK
 _thread = threading.local()  # what each thread keeps: `_scratch`
 
 _OUT, _FAN_IN, _RANK = -1, -2, -3  # stand for sizes, to learn which axis of a factor is which
@@ -184,12 +183,12 @@ def _scratch(numbers: int, dtype: torch.dtype) -> Tensor:
     """Return memory to sum in. Each thread reuses its block, since fresh memory costs page faults."""
     import torch
 
-    if numbers > _SCRATCH:
+    if numbers > BLOCK:
         return torch.empty(numbers, dtype=dtype)
     kept: Tensor | None = getattr(_thread, "scratch", None)
     if kept is None:
         with torch.inference_mode(False):  # or else it could be written to in that mode alone
-            kept = _thread.scratch = torch.empty(_SCRATCH, dtype=torch.float64)
+            kept = _thread.scratch = torch.empty(BLOCK, dtype=torch.float64)
     return kept.view(dtype)[:numbers]
 
 

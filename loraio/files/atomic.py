@@ -169,10 +169,7 @@ def _is_same(target: Path, source: str | os.PathLike[str]) -> bool:
 
 
 def _kind(mode: int) -> str:
-    for kind, holds in {"a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}.items():
-        if holds(mode):
-            return kind
-    return "a device"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def _withhold(temporary: Path, target: Path) -> int:

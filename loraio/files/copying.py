@@ -8,12 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loraio.errors import FormatError, MissingFileError
-
-if TYPE_CHECKING:
-    pass
 
 BLOCK = 1 << 20
 """Bytes that are copied before they are read back: few enough to stay in the processor's cache."""

@@ -129,7 +129,12 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> Header:
     if length > most.header_bytes or 8 + length > size or start[8:9] != b"{":
         raise _not_safetensors(start, length, size, most, where)
     text = start[: 8 + length] + file.read(max(0, 8 + length - len(start)))
-    entries = _parse_header(text[8:], where)
+    try:
+        decoded = text[8:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the header is not UTF-8: {error}", where=where) from error
+    entries = parse_json(decoded, where=f"the header of {where}")
+    del decoded
     metadata = _check_metadata(entries.pop("__metadata__", None), where)
     if len(entries) > most.tensors:
         raise FormatError(
@@ -151,15 +156,6 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> Header:
         digests=found.tensors if found else None,
         sha256=hashlib.sha256(text).hexdigest(),
     )
-
-
-def _parse_header(raw: bytes, where: str) -> dict[str, Any]:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"the header is not UTF-8: {error}", where=where) from error
-    entries: dict[str, Any] = parse_json(text, where=f"the header of {where}")
-    return entries
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
