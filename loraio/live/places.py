@@ -81,10 +81,10 @@ class Place:
     def read(self, snapshot: Any) -> Tensor:
         """Return the tensor as the adapter of a snapshot makes it."""
         part: AdapterPart | None = snapshot.parts.get(self.name)
+        if part is None:  # the pass began before there was one; the tree can get it at any time
+            return self.base
         if not self.occupied or parametrize._cache_enabled or len(self.stack._modules) != 1:
             return read_from_tree(self.module, self.parameter)
-        if part is None:  # of a pass that began before there was one
-            return self.base
         if isinstance(part, FoldedWeight) and not part.needs_gradients(self.base):
             cached: CachedWeight | None = snapshot.cache.weight(self.name, self.stack, part)
             if cached is not None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import loraio
 from loraio.errors import StateError
+from loraio.live.places import Place
 from loraio.live.rollback import Rollback
 from loraio.live.snapshots import Snapshot, Snapshots
 
@@ -174,6 +175,44 @@ def test_a_pass_reads_whole_tensors_from_its_snapshot_and_not_from_the_module_tr
     stacks: Any = model.fc.parametrizations
     stacks.bias.register_forward_pre_hook(change)
     assert outputs(model).equal(before)
+
+
+def test_a_pass_reads_the_base_of_a_tensor_that_is_being_put_on(
+    model: Small, adapters: dict[str, loraio.Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A swap puts an adapter on the bias just after the pass looked if one is there, and before the pass reads it."""
+    live = loraio.attach(model, adapters["dora"])
+    before = outputs(model)
+    class_is_on, has_looked = threading.Event(), threading.Event()
+    is_occupied, set_stacks = inspect.getattr_static(Place, "occupied").fget, Place._set_stacks
+
+    def slow_set_stacks(place: Place, *args: Any) -> None:
+        if place.parameter == "bias":
+            class_is_on.set()
+            has_looked.wait(60)
+        set_stacks(place, *args)
+
+    def look(place: Place) -> bool:
+        found: bool = is_occupied(place)
+        if place.parameter == "bias" and not found:
+            has_looked.set()
+            while not is_occupied(place):
+                time.sleep(0.001)
+        return found
+
+    def start_swap(*_: Any) -> None:
+        swapping.start()
+        class_is_on.wait(60)
+
+    swapping = threading.Thread(target=live.swap, args=[adapters["head"]])
+    monkeypatch.setattr(Place, "_set_stacks", slow_set_stacks)
+    monkeypatch.setattr(Place, "occupied", property(look))
+    hook = model.fc.register_forward_pre_hook(start_swap)
+    assert outputs(model).equal(before)
+    hook.remove()
+    has_looked.set()
+    swapping.join(60)
+    assert live.adapter == adapters["head"]
 
 
 @contextmanager
