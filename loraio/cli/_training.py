@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from loraio.adapter.kinds import KINDS
 from loraio.cli import _options
 from loraio.cli._options import Count, Number, Parsed, together
 
@@ -101,7 +102,7 @@ target_options = together(
         help="Part of the normalisation layers that adapts: none (frozen), the running statistics (stats), or also "
         "weights and biases (affine).",
     ),
-    click.option("--kind", default="lora", metavar="NAME", help="Adapter kind: lora or dora."),
+    click.option("--kind", default="lora", metavar="NAME", help=f"Adapter kind: {', '.join(KINDS)}."),
     click.option(
         "--scale-rule", default="alpha/r", metavar="RULE", help="alpha/r, or alpha/sqrt(r) for rank-stabilised LoRA."
     ),

@@ -136,8 +136,10 @@ class Kohya:
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
         if layer not in self.layers:
             return f"{self.tool} has no LoRA for this layer type"
-        if kind != "lora":
+        if kind == "dora":
             return f"{self.tool} has no DoRA; lycoris does"
+        if kind != "lora":
+            return f"{self.tool} has no {kind}"
         if grouped:
             return f"{self.tool} makes dense factors for a grouped convolution, which fit no grouped kernel"
         return None

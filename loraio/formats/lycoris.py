@@ -127,7 +127,9 @@ class Lycoris(Kohya):
 
     def refusal(self, layer: str, kind: str, *, grouped: bool = False) -> str | None:
         # since release 4 grouped convolutions have modules too
-        return None if layer in self.layers else "LyCORIS has no LoCon for this layer type"
+        if layer not in self.layers:
+            return "LyCORIS has no LoCon for this layer type"
+        return None if kind in ("lora", "dora") else f"LyCORIS has no {kind}"
 
     def factors(self, layer: ForeignLayer, values: Values, place: TargetModule, options: Options) -> Factors:
         if layer.product or DIFF in values:

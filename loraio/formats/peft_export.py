@@ -34,7 +34,7 @@ def why_not(layer: str, kind: str, *, grouped: bool = False) -> str | None:
         return "PEFT's factors of a grouped convolution give a dense kernel, which PEFT itself cannot merge"
     if layer == "MultiheadAttention" and kind == "dora":
         return "PEFT has no DoRA for MultiheadAttention"
-    return None
+    return None if kind in ("lora", "dora") else f"PEFT has no {kind}"
 
 
 @dataclass(kw_only=True)

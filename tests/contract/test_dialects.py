@@ -78,6 +78,13 @@ def files_in(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in ([path] if path.is_file() else sorted(path.iterdir()))}
 
 
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_kind_that_a_dialect_does_not_know_is_refused(dialect: Dialect, layer: str) -> None:
+    name, _, grouped = layer.partition(", ")
+    assert dialect.refusal(name, "new", grouped=bool(grouped))
+
+
 def test_every_layer_type_is_tried() -> None:
     assert {layer.partition(", ")[0] for layer in LAYERS} == set(LAYER_TYPES)
 

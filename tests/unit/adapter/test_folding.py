@@ -53,7 +53,7 @@ def test_slices_cover_a_weight_once_and_fit_a_block(layer: str, kind: str) -> No
     found = slices(SHAPES[layer], LAYER_TYPES[layer], KINDS[kind])
     assert [at.start for at in found] == [0, *(at.stop for at in found[:-1])]
     assert found[-1].stop == SHAPES[layer][0]
-    apart = layer in ("Conv2d", "Linear") or (layer, kind) == ("Embedding", "lora")
+    apart = layer in ("Conv2d", "Linear") or (layer == "Embedding" and KINDS[kind].columns_apart)
     assert (len(found) > 1) == apart
     assert not apart or all((at.stop - at.start) * math.prod(SHAPES[layer][1:]) <= BLOCK for at in found)
 
