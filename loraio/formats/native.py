@@ -142,7 +142,7 @@ def _common(targets: Mapping[str, Target]) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     """Return a value's text in the file, which tells 4 from 4.0."""
-    return repr(value) if type(value) in (int, float) else json.dumps(value)  # the same text in a tenth of the time
+    return json.dumps(value)
 
 
 def _packed(sketch: Sequence[float]) -> str | list[float]:
