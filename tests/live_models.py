@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -228,3 +228,26 @@ class Attentive(nn.Module):
         attended: Tensor = self.attention(x, x, x, need_weights=False)[0]
         result: Tensor = self.head(self.norm(attended.mean(1)))
         return result
+
+
+def one_layer() -> tuple[nn.Module, Tensor]:
+    """Make a frozen model of one convolution, and an input."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 6, 3)).requires_grad_(False), torch.randn(2, 4, 6, 6)
+
+
+def graph_names(functions: Any) -> Iterator[str]:
+    """Yield the names of the functions of a graph."""
+    seen, left = set(), [functions]
+    while left:
+        function = left.pop()
+        if function is not None and function not in seen:
+            seen.add(function)
+            yield type(function).__name__
+            left += [parent for parent, _ in function.next_functions]
+
+
+def is_cheap(result: Tensor) -> bool:
+    """Return True if a result came from a training step of our own."""
+    assert result.grad_fn is not None
+    return any(name in ("ConvolutionBackward", "ProjectionBackward") for name in graph_names(result.grad_fn))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import live_models
 import pytest
 import torch
+from live_models import graph_names, is_cheap, one_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import loraio
 from loraio.live import routes
 from loraio.live.geometry import Geometry
-from loraio.live.routes import Route
 from loraio.live.training_step import FORWARDS, forward_for
 
 adapter_for = functools.partial(live_models.adapter_for, alpha=3, clamp_rank=True)
@@ -78,23 +78,6 @@ def plain(model: nn.Module, x: Tensor, adapter: loraio.Adapter, leaves: dict[str
     }
     result: Tensor = torch.func.functional_call(model, weights, (x,))
     return result
-
-
-def own(functions: Any) -> Iterator[str]:
-    """Yield the names of the functions of a graph."""
-    seen, left = set(), [functions]
-    while left:
-        function = left.pop()
-        if function is not None and function not in seen:
-            seen.add(function)
-            yield type(function).__name__
-            left += [parent for parent, _ in function.next_functions]
-
-
-def is_cheap(result: Tensor) -> bool:
-    """Return True if a result came from a training step of our own."""
-    assert result.grad_fn is not None
-    return any(name in ("ConvolutionBackward", "ProjectionBackward") for name in own(result.grad_fn))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -273,60 +256,14 @@ def test_frozen_normalisation_has_the_gradients_of_torchs_own() -> None:
     expected = torch.autograd.grad(plain(model, x, adapter, leaves).square().sum(), list(leaves.values()))
     with loraio.attach(model.train(), adapter, trainable=True) as live:
         result = model(x)
-        assert "FrozenNormBackward" in set(own(result.grad_fn))
+        assert "FrozenNormBackward" in set(graph_names(result.grad_fn))
         found = torch.autograd.grad(result.square().sum(), list(live.parameters()))
         y = x.clone().requires_grad_()
         assert torch.autograd.gradgradcheck(model[1], [torch.randn(2, 6, 3, 3).double().requires_grad_()])
         model[1].weight.requires_grad_(True)  # type: ignore[union-attr]
-        assert next(own(model[1](y[:, [0, 1, 2, 3, 0, 1]]).grad_fn)) == "NativeBatchNormBackward0"
+        assert next(graph_names(model[1](y[:, [0, 1, 2, 3, 0, 1]]).grad_fn)) == "NativeBatchNormBackward0"
     torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
     assert type(model[1]).forward is nn.BatchNorm2d.forward
-
-
-def test_a_route_is_found_once_and_anew_where_anything_it_goes_by_is_another(monkeypatch: Any) -> None:
-    model, x = one_layer()
-    layer: Any = model[0]
-    found: list[Any] = []
-    real = Route.of
-    monkeypatch.setattr(Route, "of", lambda *given: found.append(given) or real(*given))
-    adapter = adapter_for(model)
-    with loraio.attach(model, adapter, trainable=True) as live:
-        changes: list[Callable[[], Any]] = [
-            lambda: None,
-            lambda: setattr(layer, "padding", (1, 1)),
-            lambda: setattr(layer, "padding_mode", "circular"),
-            lambda: setattr(layer, "stride", (2, 2)),
-            lambda: setattr(layer, "dilation", (2, 2)),
-        ]
-        for change in changes:
-            change()
-            for given in (x, x[:1], x[..., :5], x.to(memory_format=torch.channels_last)):
-                leaves = {name: factor.clone().requires_grad_() for name, factor in adapter.factors.items()}
-                expected = torch.autograd.grad(plain_layer(layer, given, adapter, leaves), list(leaves.values()))
-                for _ in range(2):
-                    result = model(given)
-                    assert is_cheap(result)
-                    gradients = torch.autograd.grad(result.square().sum(), list(live.parameters()))
-                    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
-    assert len(found) == 4 * len(changes)
-
-
-def plain_layer(layer: Any, x: Tensor, adapter: loraio.Adapter, leaves: dict[str, Tensor]) -> Tensor:
-    """Return the sum of squares of the layer's outputs, with a weight folded in tensor arithmetic."""
-    delta = adapter.targets["0.weight"].scale * leaves["0.weight.lora_B"] @ leaves["0.weight.lora_A"]
-    weight = layer.parametrizations.weight.original
-    result: Tensor = layer._conv_forward(x, weight + delta.view(weight.shape), layer.bias)
-    return result.square().sum()
-
-
-def test_a_layer_that_meets_ever_new_sizes_forgets_routes(monkeypatch: Any) -> None:
-    model, _ = one_layer()
-    monkeypatch.setattr(routes, "MAX_ROUTES", 2)
-    with loraio.attach(model, adapter_for(model), trainable=True):
-        part: Any = model[0].parametrizations.weight[0]  # type: ignore[union-attr, index]
-        for size in (4, 5, 6, 4):
-            assert model(torch.randn(1, 4, size, size)).shape[2] == size - 2
-            assert 1 <= len(part.routes) <= 2
 
 
 # the plain way
@@ -350,11 +287,6 @@ class OwnConvolution(nn.Conv2d):
 def test_layers_with_a_forward_of_their_own_keep_it(cls: type[nn.Module]) -> None:
     assert forward_for(cls) is None
     assert {forward_for(known) for known in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)} < {*FORWARDS.values()}
-
-
-def one_layer() -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(4, 6, 3)).requires_grad_(False), torch.randn(2, 4, 6, 6)
 
 
 def test_a_kind_without_such_a_step_takes_the_plain_way() -> None:
