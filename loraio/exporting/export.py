@@ -172,7 +172,7 @@ def _trace(network: nn.Module, example: Tensor) -> Any:
     """
     try:
         with quiet(), torch.no_grad():
-            batch = torch.export.Dim("batch", min=1)
+            batch = torch.export.Dim("batch", min=1, max=2**31 - 1)  # torch 2.6 guards against sizes without a bound
             program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:  # torch names no class
         raise ConfigError(f"torch.export cannot export the network: {root_cause(error)}") from error

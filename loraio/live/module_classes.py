@@ -115,8 +115,8 @@ def read_from_tree(module: Any, name: str) -> Tensor:
     """Return a tensor as the module tree has it now."""
     stack = _stack(module, name)
     if stack is None:
-        if name in vars(module):
-            return cast(Tensor, vars(module)[name])
+        if name in module.__dict__:
+            return cast(Tensor, module.__dict__[name])
         try:
             return cast(Tensor, module.__getattr__(name))
         except AttributeError:  # another thread can have parametrized it just now

@@ -353,6 +353,7 @@ def test_gradients_of_the_base_are_those_of_the_eager_model(
     torch.testing.assert_close(gradients(compiled), expected, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 copies the adapter while it traces")
 def test_an_exported_program_needs_nothing_of_ours(base: nn.Module, three: loraio.Adapter, images: Tensor) -> None:
     with loraio.attach(base, three, reserve="all"), torch.no_grad():
         program = torch.export.export(base, (images,))
