@@ -25,8 +25,10 @@ NEAR = 0.49
 """Half-precision weights that are surely nearer to their sums than this, in ulp, are not checked in float64."""
 
 UNDERFLOW = 2.0**-10
-"""What underflow in float32 may hide, in ulp of a half-precision dtype: at most 2**-149 in each product, while the ulp
-of bfloat16 is at least 2**-133."""
+"""The largest error that underflow in float32 may hide, in ulp of a half-precision dtype.
+
+Underflow costs at most 2**-149 in each product, while the ulp of bfloat16 is at least 2**-133.
+"""
 
 _NARROW = (torch.bfloat16, torch.float16)
 _EXPONENT = np.int32(0x7F800000)  # of a float32: masks a number down to a power of two
